@@ -1,0 +1,211 @@
+"""The fairness term as pure functions: how far each group's scores lie from the whole batch's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ops import sinkhorn_divergence
+
+UNKNOWN = -1
+"""Group code of a sample whose group is not known: it counts in the batch and in no group."""
+
+GroupReduction = Literal["mean", "sum"]
+Detach = Literal["none", "groups", "total"]
+
+
+class FairnessTerms(NamedTuple):
+    """The fairness term and what it is made of, R groups over C attributes."""
+
+    total: Tensor  # () the term to add to a loss
+    per_attribute: Tensor  # (C,)
+    per_group: Tensor  # (R,) one divergence a group, 0 where the group is too small
+    counts: Tensor  # (R,) members of each group, queued scores included
+
+
+def stack_groups(groups: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """Return group codes as one LongTensor (B, C) from (B,), (B, C) or a mapping name -> (B,).
+
+    Raises:
+        ValueError: codes that are not integers, that are not 1-D (2-D outside a mapping), an empty
+            mapping, or attributes of different lengths.
+    """
+    if isinstance(groups, Mapping):
+        if not groups:
+            raise ValueError("groups must name at least one attribute, got an empty mapping")
+        lengths = {name: tuple(codes.shape) for name, codes in groups.items()}
+        if any(len(shape) != 1 for shape in lengths.values()) or len(set(lengths.values())) != 1:
+            raise ValueError(f"every attribute must have one shape (B,), got {lengths}")
+        groups = torch.stack(list(groups.values()), dim=1)
+    if groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:
+        raise ValueError(f"group codes must be integers, got {groups.dtype}")
+    if groups.dim() == 1:
+        groups = groups[:, None]
+    if groups.dim() != 2:
+        raise ValueError(f"groups must have shape (B,) or (B, C), got {tuple(groups.shape)}")
+    return groups.long()
+
+
+def group_membership(groups: Tensor, num_groups: Sequence[int]) -> Tensor:
+    """Return who belongs to which group: bool (R, B) for codes (B, C), R = sum(num_groups).
+
+    Rows run through the groups of the first attribute, then of the second, and so on; a code
+    outside 0..G-1 (such as -1, unknown) is in no row.
+    """
+    codes = torch.cat([torch.arange(count, device=groups.device) for count in num_groups])
+    attribute = torch.repeat_interleave(
+        torch.arange(len(num_groups), device=groups.device),
+        torch.tensor(num_groups, device=groups.device),
+        output_size=codes.numel(),
+    )
+    return groups.t().index_select(0, attribute) == codes[:, None]
+
+
+def sinkhorn_fairness(
+    scores: Tensor,
+    groups: Tensor | Mapping[str, Tensor],
+    num_groups: Sequence[int],
+    *,
+    p: int = 2,
+    blur: float = 0.0,
+    attribute_weights: Sequence[float] | None = None,
+    group_reduction: GroupReduction = "mean",
+    min_group_size: int = 2,
+    detach: Detach = "none",
+    divide_by_group_sum: bool = False,
+    valid: Tensor | None = None,
+    queue: Tensor | None = None,
+    validate: bool | None = None,
+) -> FairnessTerms:
+    r"""Return the Sinkhorn divergences between the scores of a batch and of each of its groups.
+
+    .. math::
+        F = \sum_c w_c \frac{1}{|G_c|} \sum_{g \in G_c} S_\varepsilon(D_{batch}, D_g)
+
+    over the groups G_c of attribute c that have at least ``min_group_size`` members; an attribute
+    without any adds 0. Both distributions are of the very same points, so gradients reach a score
+    through its group and through the batch (see ``detach``).
+
+    Args:
+        scores: (B,), floating point: per-pair losses or similarities.
+        groups: codes (B,), (B, C) or name -> (B,); -1 is unknown.
+        num_groups: G_c of each attribute, in the attributes' order.
+        p, blur: see `sinkhorn_divergence`; blur=0 is the exact distance.
+        attribute_weights: w_c, default 1/C each.
+        group_reduction: ``"mean"`` over the groups present, as above, or ``"sum"`` (published;
+            attributes with more groups then weigh more).
+        min_group_size: groups of fewer members add 0.
+        detach: ``"groups"`` or ``"total"`` stops the gradient on that side.
+        divide_by_group_sum: divide each group's scores by their sum and the batch's by nothing: what
+            the published code computes, for comparison only.
+        valid: (B,) bool, the scores that count at all; None is all of them.
+        queue: recent detached scores, (1 + R, K), NaN where empty: row 0 of the whole batch, row
+            1 + r of group r. They widen both distributions and get no gradient.
+        validate: see `sinkhorn_divergence`.
+
+    Returns:
+        `FairnessTerms`; every part is connected to the graph of ``scores``.
+
+    Raises:
+        ValueError: scores not (B,) floating point, NaN or infinite; groups of another length, not
+            integer, or of another number of attributes than ``num_groups``.
+
+    Source: Bansal et al. (arXiv:2505.03153), the fairness loss; Luo et al. (arXiv:2403.19949),
+    eq. 3-4; averaged over groups instead of summed.
+    """
+    codes = _check_groups(scores, groups, num_groups)
+    membership = group_membership(codes, num_groups)
+    if valid is not None:
+        membership = membership & valid
+        scores = torch.where(valid, scores, 0.0)
+    points, total, members = scores, valid, membership
+    if queue is not None:
+        points, total, members = _with_queue(scores, valid, membership, queue)
+    counts = members.sum(-1)
+    large_enough = counts >= min_group_size
+    weights = (members & large_enough[:, None]).to(torch.float32)
+    whole = None if total is None else total.to(torch.float32)
+    x = points[:, None]
+    y = x
+    if detach == "groups":
+        y = x.detach()
+    elif detach == "total":
+        x = x.detach()
+    if divide_by_group_sum:
+        sums = (weights * points).sum(-1, keepdim=True)
+        y = (y[:, 0] / torch.where(large_enough[:, None], sums, 1.0))[..., None]
+    per_group = sinkhorn_divergence(x, y, whole, weights, p=p, blur=blur, validate=validate)
+    return _reduce(per_group, large_enough, counts, num_groups, attribute_weights, group_reduction)
+
+
+def _check_groups(
+    scores: Tensor, groups: Tensor | Mapping[str, Tensor], num_groups: Sequence[int]
+) -> Tensor:
+    if scores.dim() != 1 or not scores.is_floating_point():
+        raise ValueError(
+            "scores must be floating point of shape (B,), "
+            f"got {scores.dtype} {tuple(scores.shape)}"
+        )
+    codes = stack_groups(groups)
+    if codes.shape[0] != scores.shape[0]:
+        raise ValueError(
+            f"groups must have one row a score: {scores.shape[0]} scores, {codes.shape[0]} rows"
+        )
+    if codes.shape[1] != len(num_groups):
+        raise ValueError(
+            f"num_groups must name {codes.shape[1]} attributes, got {tuple(num_groups)}"
+        )
+    return codes
+
+
+def _with_queue(
+    scores: Tensor, valid: Tensor | None, membership: Tensor, queue: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Append the queued scores: row r of the queue belongs to measure r alone."""
+    rows, length = queue.shape
+    filled = ~queue.isnan()
+    points = torch.cat([scores, torch.where(filled, queue, 0.0).flatten().to(scores.dtype)])
+    owner = torch.arange(rows, device=queue.device).repeat_interleave(length)
+    queued = filled.flatten() & (owner == torch.arange(rows, device=queue.device)[:, None])
+    whole = torch.ones_like(membership[:1]) if valid is None else valid[None]
+    measures = torch.cat([torch.cat([whole, membership]), queued], dim=1)
+    return points, measures[0], measures[1:]
+
+
+def _reduce(
+    per_group: Tensor,
+    present: Tensor,
+    counts: Tensor,
+    num_groups: Sequence[int],
+    attribute_weights: Sequence[float] | None,
+    group_reduction: GroupReduction,
+) -> FairnessTerms:
+    per_attribute = []
+    for divergences, there in zip(
+        torch.split(per_group, list(num_groups)), torch.split(present, list(num_groups)), strict=True
+    ):
+        value = divergences.sum()
+        per_attribute.append(
+            value / there.sum().clamp(min=1) if group_reduction == "mean" else value
+        )
+    stacked = torch.stack(per_attribute)
+    if attribute_weights is None:
+        total = stacked.mean()
+    else:
+        total = sum(
+            (w * value for w, value in zip(attribute_weights, per_attribute, strict=True)),
+            start=0.0 * stacked[0],
+        )
+    return FairnessTerms(total, stacked, per_group, counts)
+
+
+def official_scores(logits: Tensor) -> Tensor:
+    """Return ``s_i = sum_k L_ik L_ki``, (B,), the diagonal of ``L_I L_T^T`` in the published code.
+
+    It is quadratic in the logit scale and mixes the pairs of the batch; for comparison only.
+    Source: the code published with arXiv:2403.19949 and arXiv:2505.03153.
+    """
+    return (logits * logits.t()).sum(1)

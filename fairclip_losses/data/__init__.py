@@ -1,0 +1,29 @@
+"""Reading tables: protected attributes, pair ids and class labels."""
+
+from __future__ import annotations
+
+from fairclip_losses.data.tables import (
+    MAX_GROUPS,
+    UNKNOWN,
+    CodeBook,
+    Table,
+    encode_attributes,
+    encode_labels,
+    pair_ids,
+    read_table,
+    write_table,
+    write_text,
+)
+
+__all__ = [
+    "MAX_GROUPS",
+    "UNKNOWN",
+    "CodeBook",
+    "Table",
+    "encode_attributes",
+    "encode_labels",
+    "pair_ids",
+    "read_table",
+    "write_table",
+    "write_text",
+]

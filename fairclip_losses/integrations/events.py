@@ -1,0 +1,198 @@
+"""Training events, callbacks and their registry; knows no training framework."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, TypeVar
+
+from ..errors import CallbackError, UsageError
+
+
+class Event(str, Enum):
+    """The moments of a training run at which callbacks are called.
+
+    The loop in pseudocode, every event marked; lines without a mark are the host's own::
+
+        args = parse_args(argv)
+        # ARGS_PARSED      args are complete; refuse wrong combinations here
+        data = get_data(args)
+        # DATA_READY       state.data may be changed (say, the training loader's dataset)
+        loss = create_loss(args)
+        # LOSS_READY       state.loss may be replaced
+        for epoch in range(start_epoch, epochs):
+            # EPOCH_START
+            for batch in data["train"].dataloader:
+                # BATCH_START      state.batch may be replaced; the host must get what it expects
+                model_out = model(*batch)
+                # LOSS_START       state.loss_inputs (model_out by name) may be added to
+                losses = loss(**loss_inputs)
+                # LOSS_END         state.losses, the dict of loss terms
+                backward, optimizer step, log
+                # BATCH_END
+            # EPOCH_END
+            # EVAL_START
+            metrics = evaluate(model, data)
+            # EVAL_END         state.metrics
+            save a checkpoint
+        # RUN_END
+
+    With gradient accumulation over k batches the loss runs only after every k-th batch, and then k
+    times on the concatenation of all of them: LOSS_START and LOSS_END come k times a step, and
+    ``state.loss_call`` counts them from 0. BATCH_END comes when the host asks for the next batch or
+    finds that there is none, thus after the optimizer step of the batch where there was one.
+    EVAL_START and EVAL_END come only where the host evaluates. Events that end in END are
+    delivered to the callbacks in reverse order of registration, so that callbacks nest.
+    """
+
+    ARGS_PARSED = "args_parsed"
+    DATA_READY = "data_ready"
+    LOSS_READY = "loss_ready"
+    EPOCH_START = "epoch_start"
+    BATCH_START = "batch_start"
+    LOSS_START = "loss_start"
+    LOSS_END = "loss_end"
+    BATCH_END = "batch_end"
+    EPOCH_END = "epoch_end"
+    EVAL_START = "eval_start"
+    EVAL_END = "eval_end"
+    RUN_END = "run_end"
+
+    @property
+    def is_after(self) -> bool:
+        """Whether the event closes something, so that callbacks run in reverse order."""
+        return self.value.endswith("_end")
+
+
+@dataclass
+class TrainState:
+    """What the host's loop has at hand; fields are None until their event has come."""
+
+    args: Any = None
+    data: Any = None
+    preprocess: Any = None  # (train, evaluation) image transforms
+    tokenizer: Any = None
+    loss: Any = None
+    model: Any = None
+    optimizer: Any = None
+    scaler: Any = None
+    tb_writer: Any = None
+    start_epoch: int = 0
+    epoch: int = 0  # of EPOCH_* and BATCH_*: the running one; of EVAL_*: the number completed
+    batch_index: int = -1  # within the epoch, counting micro-batches
+    loss_call: int = 0  # within the optimizer step
+    batch: Any = None
+    loss_inputs: dict[str, Any] = field(default_factory=dict)
+    losses: Any = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class Callback:
+    """Base class: override the methods of the events that you need.
+
+    Each takes the `TrainState`, and is named ``on_`` and the event's value, such as
+    ``on_epoch_end``. A callback observes; what it may change is marked in `Event`.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name by which errors and the log speak of this callback."""
+        return type(self).__name__
+
+    def on_args_parsed(self, state: TrainState) -> None:
+        """See `Event`; likewise the methods below."""
+
+    def on_data_ready(self, state: TrainState) -> None: ...
+
+    def on_loss_ready(self, state: TrainState) -> None: ...
+
+    def on_epoch_start(self, state: TrainState) -> None: ...
+
+    def on_batch_start(self, state: TrainState) -> None: ...
+
+    def on_loss_start(self, state: TrainState) -> None: ...
+
+    def on_loss_end(self, state: TrainState) -> None: ...
+
+    def on_batch_end(self, state: TrainState) -> None: ...
+
+    def on_epoch_end(self, state: TrainState) -> None: ...
+
+    def on_eval_start(self, state: TrainState) -> None: ...
+
+    def on_eval_end(self, state: TrainState) -> None: ...
+
+    def on_run_end(self, state: TrainState) -> None: ...
+
+
+CallbackT = TypeVar("CallbackT", bound=Callback)
+
+
+class CallbackRegistry:
+    """An ordered collection of callbacks to which events are delivered.
+
+    ``register`` adds at the end and returns the callback; registering one twice is refused.
+    A callback that raises stops the run with a `CallbackError` that names it and the event; a
+    `UsageError` passes as it is.
+    """
+
+    def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
+        self._callbacks: list[Callback] = []
+        for callback in callbacks:
+            self.register(callback)
+
+    def __iter__(self) -> Iterator[Callback]:
+        return iter(tuple(self._callbacks))
+
+    def __len__(self) -> int:
+        return len(self._callbacks)
+
+    def register(self, callback: CallbackT) -> CallbackT:
+        """Add a callback at the end.
+
+        Raises:
+            ValueError: it is no `Callback`, or is registered already.
+        """
+        if not isinstance(callback, Callback):
+            hint = "; register an instance, not the class" if isinstance(callback, type) else ""
+            raise ValueError(f"expected a Callback, got {callback!r}{hint}")
+        if any(known is callback for known in self._callbacks):
+            raise ValueError(f"callback {callback.name} is registered already")
+        self._callbacks.append(callback)
+        return callback
+
+    def unregister(self, callback: Callback) -> None:
+        """Remove a callback.
+
+        Raises:
+            ValueError: it is not registered.
+        """
+        for position, known in enumerate(self._callbacks):
+            if known is callback:
+                del self._callbacks[position]
+                return
+        raise ValueError(f"callback {callback.name} is not registered")
+
+    def fire(self, event: Event, state: TrainState) -> None:
+        """Deliver an event to every callback, after-events in reverse order."""
+        callbacks = tuple(self._callbacks)
+        for callback in reversed(callbacks) if event.is_after else callbacks:
+            try:
+                getattr(callback, f"on_{event.value}")(state)
+            except (CallbackError, UsageError):
+                raise
+            except Exception as error:
+                raise CallbackError(
+                    f"callback {callback.name} failed at {event.value}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+
+
+default_registry = CallbackRegistry()
+"""Callbacks of every patched run of this process, before those of the command line."""
+
+
+def register(callback: CallbackT) -> CallbackT:
+    """Add a callback to `default_registry`: it takes part in every patched run of the process."""
+    return default_registry.register(callback)

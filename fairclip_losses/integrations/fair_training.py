@@ -1,0 +1,259 @@
+"""The fair loss as a training callback: ids and groups in, flags, logs and saved state out."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..data import CodeBook, Table, encode_attributes, pair_ids, read_table
+from ..errors import UsageError
+from ..losses import FairLoss
+from ..miners import EpochSummary, MinerReport
+from ..presets import build_fair_loss
+from .events import Callback, TrainState
+from .flags import FairOptions
+from .logs import log_scalars
+from .pair_files import FlagRates, flag_rates, write_pairs
+from .saved_state import SavedState, load_state, save_state
+
+log = logging.getLogger(__name__)
+
+
+class IndexedDataset(Dataset[Any]):
+    """A dataset of (image, text) that gives each sample's row number as a third item."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return (*self.inner[index], index)
+
+
+class FairTrainingCallback(Callback):
+    """Trains with `FairLoss`: takes hold of the data, the loss and the end of each epoch.
+
+    The training CSV is read once before anything else, so that a wrong column stops the run before
+    the model is built. The dataset yields its row number with every pair; ids and group codes are
+    looked up by it, and given to the loss beside what the model returns.
+    """
+
+    def __init__(self, options: FairOptions) -> None:
+        self.options = options
+        self.table: Table | None = None
+        self.ids = torch.empty(0, dtype=torch.int64)
+        self.codes = torch.empty(0, 0, dtype=torch.int64)
+        self.codebook = CodeBook({})
+        self.loss: FairLoss | None = None
+        self.rates: FlagRates = {}
+        self.summary: EpochSummary | None = None
+        self._rows: deque[Tensor] = deque()
+
+    def on_args_parsed(self, state: TrainState) -> None:
+        """Read the training table and refuse what cannot work."""
+        args = state.args
+        kind = args.dataset_type
+        if not args.train_data or (
+            kind != "csv" and not (kind == "auto" and args.train_data.endswith((".csv", ".tsv")))
+        ):
+            raise UsageError(
+                "--fair-loss trains on a CSV or TSV file (--train-data FILE.csv), got "
+                f"--train-data {args.train_data} --dataset-type {kind}"
+            )
+        if args.horovod:
+            raise UsageError("--fair-loss does not support --horovod")
+        with_context = _as_usage_error
+        table = with_context(read_table, args.train_data, args.csv_separator)
+        for column in (args.csv_img_key, args.csv_caption_key):
+            with_context(table.column, column)
+        codes, self.codebook = with_context(
+            encode_attributes, table, list(self.options.fair_attributes)
+        )
+        self.ids = torch.from_numpy(with_context(pair_ids, table, self.options.fair_id_key))
+        self.codes = torch.from_numpy(codes)
+        self.table = table
+        if len(table) < args.batch_size * args.accum_freq:
+            raise UsageError(
+                f"{args.train_data} holds {len(table)} pairs, fewer than one step takes "
+                f"(--batch-size {args.batch_size} x --accum-freq {args.accum_freq})"
+            )
+        # Build one loss now for its checks of the options; the real one wraps the host's loss.
+        with_context(self._build, torch.nn.Identity(), args.epochs)
+
+    def on_data_ready(self, state: TrainState) -> None:
+        """Make the training set give row numbers."""
+        if "train" not in state.data:
+            return
+        loader = state.data["train"].dataloader
+        if self.table is None or len(loader.dataset) != len(self.table):
+            raise UsageError(
+                f"{state.args.train_data}: read {len(self.table or ())} rows, but open_clip reads "
+                f"{len(loader.dataset)}; is it quoted or separated in an unusual way?"
+            )
+        # DataLoader refuses a new dataset after construction, because its samplers know the old
+        # one's length; the wrapper has the same length and the same samples.
+        vars(loader)["dataset"] = IndexedDataset(loader.dataset)
+
+    def on_loss_ready(self, state: TrainState) -> None:
+        """Wrap the host's loss, and take the saved state up where a run is resumed."""
+        self.loss = _as_usage_error(self._build, state.loss, state.args.epochs)
+        state.loss = self.loss
+        self.loss.to(state.args.device)
+        if state.args.save_logs:
+            self.codebook.to_json(Path(state.args.checkpoint_path).parent / "fair_codebook.json")
+        if state.start_epoch > 0:
+            self._resume(state)
+        log.info("Fair loss: %s", self.loss)
+
+    def on_epoch_start(self, state: TrainState) -> None:
+        """Forget rows of a step that the last epoch did not complete."""
+        self._rows = deque(maxlen=state.args.accum_freq)
+
+    def on_batch_start(self, state: TrainState) -> None:
+        """Take the row numbers off the batch; the host gets its pair."""
+        *pair, rows = state.batch
+        self._rows.append(rows)
+        state.batch = tuple(pair)
+
+    def on_loss_start(self, state: TrainState) -> None:
+        """Give the loss the ids and groups of the pairs it sees, in their order."""
+        rows = torch.cat(tuple(self._rows))
+        device = state.loss_inputs["image_features"].device
+        state.loss_inputs["pair_ids"] = self.ids[rows].to(device, non_blocking=True)
+        state.loss_inputs["groups"] = self.codes[rows].to(device, non_blocking=True)
+        # Under accumulation the loss sees the same pairs once a micro-batch: record them once.
+        state.loss_inputs["record"] = state.loss_call == 0
+
+    def on_batch_end(self, state: TrainState) -> None:
+        """Log beside the host's own line, at the host's own cadence."""
+        args = state.args
+        step_in_epoch = state.batch_index // args.accum_freq
+        steps = state.data["train"].dataloader.num_batches // args.accum_freq
+        completes_step = (state.batch_index + 1) % args.accum_freq == 0
+        due = step_in_epoch % args.log_every_n_steps == 0 or step_in_epoch + 1 == steps
+        if not (completes_step and due and self.loss is not None and args.rank == 0):
+            return
+        scalars = self._scalars()
+        step = steps * state.epoch + step_in_epoch
+        shown = " ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+        log.info("Fair Epoch: %d step %d/%d %s", state.epoch, step_in_epoch + 1, steps, shown)
+        log_scalars(state, {f"train/fair/{name}": v for name, v in scalars.items()}, step)
+
+    def on_epoch_end(self, state: TrainState) -> None:
+        """Refresh the flags, write the flagged pairs and save the state beside the checkpoints."""
+        assert self.loss is not None and self.table is not None  # both set before any epoch
+        self.summary = self.loss.end_epoch()
+        completed = state.epoch + 1
+        report = self._report()
+        if report is not None and self.summary is not None:
+            self.rates = flag_rates(report, self.ids, self.codes, self.codebook)
+            shown = " ".join(
+                f"{attribute}={label} {rate:.1%}"
+                for attribute, by_label in self.rates.items()
+                for label, rate in by_label.items()
+            )
+            log.info(
+                "Fair Epoch: %d flagged noisy %d faulty %d of %d pairs seen %s",
+                state.epoch, self.summary.noisy, self.summary.faulty, self.summary.seen,
+                f"| flag rate {shown}" if shown else "",
+            )  # fmt: skip
+        if not state.args.save_logs:
+            return
+        folder = Path(state.args.checkpoint_path)
+        if report is not None:
+            columns = (state.args.csv_img_key, state.args.csv_caption_key)
+            attributes = self.options.fair_attributes
+            write_pairs(
+                folder / f"flagged_epoch_{completed}.csv", report, self.ids, self.table,
+                columns, attributes, flagged_only=True,
+            )  # fmt: skip
+            if self.options.fair_save_pairs:
+                write_pairs(
+                    folder / f"pairs_epoch_{completed}.csv", report, self.ids, self.table,
+                    columns, attributes, flagged_only=False,
+                )  # fmt: skip
+        save_state(folder, completed, state.args, SavedState.of(self.loss, self.codebook))
+
+    def _build(self, base_loss: torch.nn.Module, epochs: int) -> FairLoss:
+        options = self.options
+        miner = {
+            "warmup_epochs": options.fair_warmup_epochs,
+            "noisy_sigma": options.fair_noisy_sigma,
+            "faulty_sigma": options.fair_faulty_sigma,
+        }
+        fairness = {
+            "p": options.fair_p,
+            "blur": options.fair_blur,
+            "queue_size": options.fair_queue,
+        }
+        return build_fair_loss(
+            base_loss,
+            preset=options.fair_preset,
+            mining="dbpm" in options.fair_loss,
+            fairness="sinkhorn" in options.fair_loss,
+            num_pairs=len(self.ids) if options.fair_id_key is None else None,
+            total_epochs=epochs,
+            num_groups=tuple(self.codebook.num_groups.values()) or None,
+            miner_options={k: v for k, v in miner.items() if v is not None},
+            fairness_options={k: v for k, v in fairness.items() if v is not None},
+            fairness_weight=options.fair_weight,
+            score=options.fair_score,  # type: ignore[arg-type]  # argparse has checked it
+        )
+
+    def _resume(self, state: TrainState) -> None:
+        assert self.loss is not None  # set by the caller
+        folder = Path(state.args.resume).parent
+        saved = load_state(folder, state.start_epoch)
+        if saved is None:
+            if self.options.fair_fresh_state:
+                log.warning("Fair loss: resuming with an empty memory")
+                return
+            raise UsageError(
+                f"{folder} has no saved fair-loss state of epoch {state.start_epoch}; "
+                "add --fair-fresh-state to resume with an empty memory"
+            )
+        saved.restore(self.loss, self.codebook)
+        log.info("Fair loss: resumed its state of epoch %d", state.start_epoch)
+
+    def _report(self) -> MinerReport | None:
+        """The miner's report by pair; the published unit has none."""
+        if self.loss is None or self.loss.miner is None or self.loss.mining_unit != "pair":
+            return None
+        return self.loss.miner.report()
+
+    def _scalars(self) -> dict[str, float]:
+        """What the log shows of the last step; reads values back, so only where the host does."""
+        assert self.loss is not None and self.loss.last is not None  # a step has been made
+        last = self.loss.last
+        scalars: dict[str, float] = {}
+        if self.summary is not None:
+            scalars["flagged_noisy"] = float(self.summary.noisy)
+            scalars["flagged_faulty"] = float(self.summary.faulty)
+        if self.loss.miner is not None:
+            scalars["batch_reweighted"] = float((last.weights != 1).sum())
+        for attribute, by_label in self.rates.items():
+            scalars |= {f"flag_rate/{attribute}={k}": rate for k, rate in by_label.items()}
+        if last.fairness is not None:
+            names = [
+                f"distance/{attribute}={label}"
+                for attribute, labels in self.codebook.labels.items()
+                for label in labels
+            ]
+            scalars |= zip(names, last.fairness.per_group.tolist(), strict=True)
+        return scalars
+
+
+def _as_usage_error(function: Any, *arguments: Any) -> Any:
+    """Call; a ValueError, which says what is wrong with the input, becomes a `UsageError`."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise UsageError(str(error)) from error

@@ -1,0 +1,155 @@
+"""The command-line flags that fair training adds to open_clip's own."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
+
+from ..errors import UsageError
+from ..presets import PRESETS
+from .events import Callback
+
+PARTS = ("dbpm", "sinkhorn")
+
+
+@dataclass(frozen=True)
+class FairOptions:
+    """The parsed ``--fair-*`` flags; None is "as the preset says"."""
+
+    fair_loss: tuple[str, ...]
+    fair_preset: str
+    fair_attributes: tuple[str, ...]
+    fair_weight: float | None
+    fair_blur: float | None
+    fair_p: int | None
+    fair_score: str | None
+    fair_warmup_epochs: int | None
+    fair_noisy_sigma: float | None
+    fair_faulty_sigma: float | None
+    fair_queue: int | None
+    fair_id_key: str | None
+    fair_eval_label: str | None
+    fair_eval_prompts: tuple[str, ...]
+    fair_callback: tuple[str, ...]
+    fair_save_pairs: bool
+    fair_fresh_state: bool
+
+    @property
+    def active(self) -> bool:
+        """Whether anything at all was asked for beyond upstream's training."""
+        return bool(self.fair_loss or self.fair_callback or self.fair_eval_label)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the flags added; it leaves the host's own flags alone."""
+    parser = _OneLineParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    group = parser.add_argument_group("fair loss (fairclip_losses)")
+    add = group.add_argument
+    add("--fair-loss", nargs="*", choices=PARTS, default=None, metavar="PART",
+        help="train with bad pair mining (dbpm), the fairness term (sinkhorn), or, bare, both")
+    add("--fair-preset", choices=sorted(PRESETS), default="aligned",
+        help="consistent set of options: aligned (default), paper, or official (the published "
+             "code's computation, for comparison only)")
+    add("--fair-attributes", nargs="+", default=(), metavar="NAME",
+        help="columns of the training CSV that hold protected attributes")
+    add("--fair-weight", type=float, metavar="LAMBDA", help="weight of the fairness term")
+    add("--fair-blur", type=float, metavar="BLUR",
+        help="length scale of the Sinkhorn divergence; 0 = exact distance")
+    add("--fair-p", type=int, choices=(1, 2), help="power of the distance's cost")
+    add("--fair-score", choices=("loss", "similarity", "official"),
+        help="what the fairness term compares between groups")
+    add("--fair-warmup-epochs", type=int, metavar="N",
+        help="epochs before the first pairs are flagged")
+    add("--fair-noisy-sigma", type=float, metavar="BETA",
+        help="flag pairs whose loss history lies this many std below the mean (inf = never)")
+    add("--fair-faulty-sigma", type=float, metavar="BETA",
+        help="flag pairs whose loss history lies this many std above the mean (inf = never)")
+    add("--fair-queue", type=int, metavar="K",
+        help="recent scores of each group that widen its distribution beyond the batch")
+    add("--fair-id-key", metavar="NAME",
+        help="column of unique integer pair ids (default: the row number)")
+    add("--fair-eval-label", metavar="NAME",
+        help="label column of --val-data: evaluate fairness zero-shot after each evaluation")
+    add("--fair-eval-prompts", nargs="+", default=(), metavar="PROMPT",
+        help="one prompt per class of the label, in the order of the sorted classes")
+    add("--fair-callback", action="append", default=[], metavar="MODULE:NAME",
+        help="a callback of your own (class or instance); may be given several times")
+    add("--fair-save-pairs", action="store_true",
+        help="write every pair's history after each epoch, not only the flagged ones")
+    add("--fair-fresh-state", action="store_true",
+        help="resume with an empty miner memory although the checkpoint has no saved one")
+    return parser  # fmt: skip
+
+
+def split_flags(argv: Sequence[str]) -> tuple[FairOptions, list[str]]:
+    """Return the fair options and the arguments that are the host's.
+
+    Raises:
+        UsageError: a value that a flag does not take, or flags that contradict each other.
+    """
+    parsed, rest = build_parser().parse_known_args(list(argv))
+    if parsed.fair_loss is not None:
+        parsed.fair_loss = parsed.fair_loss or list(PARTS)
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(parsed).items()
+    }
+    values["fair_loss"] = values["fair_loss"] or ()
+    values["fair_attributes"] = tuple(values["fair_attributes"])
+    options = FairOptions(**values)
+    _check_combination(options)
+    return options, rest
+
+
+def _check_combination(options: FairOptions) -> None:
+    if not options.fair_loss:
+        with_loss_only = {
+            "fair_weight", "fair_blur", "fair_p", "fair_score", "fair_warmup_epochs",
+            "fair_noisy_sigma", "fair_faulty_sigma", "fair_queue", "fair_id_key",
+            "fair_save_pairs", "fair_fresh_state",
+        }  # fmt: skip
+        for option in fields(options):
+            if option.name in with_loss_only and getattr(options, option.name) not in (None, False):
+                flag = "--" + option.name.replace("_", "-")
+                raise UsageError(f"{flag} has no effect without --fair-loss; add it or drop {flag}")
+    if "sinkhorn" in options.fair_loss and not options.fair_attributes:
+        raise UsageError(
+            "--fair-loss sinkhorn needs --fair-attributes NAME... (columns of the training CSV); "
+            "--fair-loss dbpm goes without"
+        )
+    if len(set(options.fair_attributes)) != len(options.fair_attributes):
+        raise UsageError(f"--fair-attributes names a column twice: {options.fair_attributes}")
+    if bool(options.fair_eval_label) != bool(options.fair_eval_prompts):
+        raise UsageError("--fair-eval-label and --fair-eval-prompts go together")
+    if options.fair_eval_label and not options.fair_attributes:
+        raise UsageError("--fair-eval-label needs --fair-attributes NAME...")
+
+
+def load_callback(spec: str) -> Callback:
+    """Import ``module:name`` and return the callback; a class is called without arguments.
+
+    Raises:
+        UsageError: the spec is malformed, cannot be imported, or is no `Callback`.
+    """
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
+        raise UsageError(f"--fair-callback expects MODULE:NAME, got {spec!r}")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"--fair-callback {spec} cannot be imported: {error}") from error
+    callback = found() if isinstance(found, type) else found
+    if not isinstance(callback, Callback):
+        raise UsageError(
+            f"--fair-callback {spec} must be a fairclip_losses Callback, "
+            f"got {type(callback).__name__}"
+        )
+    return callback

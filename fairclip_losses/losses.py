@@ -1,0 +1,447 @@
+"""The fairness term as a module, and `FairLoss`, which puts mining and fairness round a CLIP loss."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .functional import (
+    Detach,
+    FairnessTerms,
+    GroupReduction,
+    Normalization,
+    group_membership,
+    official_scores,
+    pair_logits,
+    reweighting,
+    sinkhorn_fairness,
+    stack_groups,
+)
+from .ops.checks import should_validate
+from .pair_terms import PairTerms, pair_terms
+
+if TYPE_CHECKING:
+    from .miners import BadPairMiner, EpochSummary
+
+Score = Literal["loss", "similarity", "official"]
+MiningUnit = Literal["pair", "batch"]
+
+
+class SinkhornFairnessLoss(nn.Module):
+    r"""Distance between each protected group's score distribution and the whole batch's.
+
+    The module form of `fairclip_losses.functional.sinkhorn_fairness`, with an optional queue.
+
+    .. math::
+        F = \sum_c w_c \frac{1}{|G_c|} \sum_{g \in G_c} S_\varepsilon(D_{batch}, D_g)
+
+    Args:
+        p: 1 or 2, the power of the cost ``|x - y|^p / p``.
+        blur: length scale of the Sinkhorn divergence, in units of the scores; 0 (the default, and
+            the fastest) is the exact distance on the line.
+        num_groups: number of groups of each attribute: an int for one attribute, a sequence, or a
+            mapping name -> int. None reads it off each batch, which on an accelerator waits for the
+            device once a call: pass it in training.
+        attribute_weights: w_c in the attributes' order, or name -> weight; default 1/C each.
+        group_reduction: ``"mean"`` over the groups present or ``"sum"``.
+        min_group_size: groups with fewer members in the batch (and queue) add 0.
+        queue_size: recent scores remembered for the batch and for each group, so that a rare group
+            has a distribution at all; 0 is none. Needs ``num_groups``. Queued scores are detached,
+            and are part of the state dict.
+        detach: ``"none"``, ``"groups"`` or ``"total"``: the side that gets no gradient.
+        divide_by_group_sum: the published code's scaling, for comparison only.
+        validate: look at values (finite scores, codes in range); None looks on the CPU only.
+
+    After each call `last` holds the detached `FairnessTerms` (per attribute, per group, counts).
+
+    Raises:
+        ValueError: options out of range, and in ``forward`` what `sinkhorn_fairness` refuses or a
+            group code >= num_groups or < -1.
+
+    Source: Bansal et al. (arXiv:2505.03153); FairCLIP (arXiv:2403.19949).
+    """
+
+    queue: Tensor
+    queue_next: Tensor
+
+    def __init__(
+        self,
+        *,
+        p: int = 2,
+        blur: float = 0.0,
+        num_groups: int | Sequence[int] | Mapping[str, int] | None = None,
+        attribute_weights: Sequence[float] | Mapping[str, float] | None = None,
+        group_reduction: GroupReduction = "mean",
+        min_group_size: int = 2,
+        queue_size: int = 0,
+        detach: Detach = "none",
+        divide_by_group_sum: bool = False,
+        validate: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if p not in (1, 2):
+            raise ValueError(f"p must be 1 or 2, got {p!r}")
+        if not 0 <= blur < float("inf"):
+            raise ValueError(f"blur must be a finite number >= 0, got {blur!r}")
+        if group_reduction not in ("mean", "sum"):
+            raise ValueError(f"group_reduction must be 'mean' or 'sum', got {group_reduction!r}")
+        if detach not in ("none", "groups", "total"):
+            raise ValueError(f"detach must be 'none', 'groups' or 'total', got {detach!r}")
+        if min_group_size < 1:
+            raise ValueError(f"min_group_size must be >= 1, got {min_group_size!r}")
+        if queue_size < 0 or (queue_size and num_groups is None):
+            raise ValueError(f"queue_size must be >= 0 and needs num_groups, got {queue_size!r}")
+        self.p = p
+        self.blur = float(blur)
+        self.group_reduction: GroupReduction = group_reduction
+        self.min_group_size = min_group_size
+        self.queue_size = queue_size
+        self.detach: Detach = detach
+        self.divide_by_group_sum = divide_by_group_sum
+        self.validate = validate
+        self.attribute_names, self.num_groups = _name_groups(num_groups)
+        self.attribute_weights = _order_weights(
+            attribute_weights, self.attribute_names, self.num_groups
+        )
+        rows = 1 + sum(self.num_groups or ())
+        self.register_buffer("queue", torch.full((rows, queue_size), float("nan")))
+        self.register_buffer("queue_next", torch.zeros(rows, dtype=torch.int64))
+        self.last: FairnessTerms | None = None
+
+    def forward(
+        self,
+        scores: Tensor,
+        groups: Tensor | Mapping[str, Tensor],
+        *,
+        valid: Tensor | None = None,
+        record: bool | None = None,
+    ) -> Tensor:
+        """Return the scalar fairness term.
+
+        Args:
+            scores: (B,), floating point.
+            groups: LongTensor (B,), (B, C), or name -> (B,); -1 is unknown.
+            valid: (B,) bool, the scores that count; None is all.
+            record: put the scores into the queue; None does so in training mode.
+        """
+        names, codes = self._codes(groups)
+        num_groups = self._num_groups(codes)
+        if scores.device != self.queue.device:
+            self.to(scores.device)
+        terms = sinkhorn_fairness(
+            scores,
+            codes,
+            num_groups,
+            p=self.p,
+            blur=self.blur,
+            attribute_weights=self._weights(names, codes.shape[1]),
+            group_reduction=self.group_reduction,
+            min_group_size=self.min_group_size,
+            detach=self.detach,
+            divide_by_group_sum=self.divide_by_group_sum,
+            valid=valid,
+            queue=self.queue if self.queue_size else None,
+            validate=self.validate,
+        )
+        if self.queue_size and (self.training if record is None else record):
+            self._enqueue(scores.detach(), codes, num_groups, valid)
+        self.last = FairnessTerms(*(part.detach() for part in terms))
+        return terms.total
+
+    def extra_repr(self) -> str:
+        return (
+            f"p={self.p}, blur={self.blur}, num_groups={self.num_groups}, "
+            f"queue_size={self.queue_size}"
+        )
+
+    def _codes(self, groups: Tensor | Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor]:
+        if not isinstance(groups, Mapping):
+            return self.attribute_names, stack_groups(groups)
+        if self.attribute_names:
+            if set(groups) != set(self.attribute_names):
+                raise ValueError(
+                    f"groups must name the attributes {list(self.attribute_names)}, "
+                    f"got {list(groups)}"
+                )
+            groups = {name: groups[name] for name in self.attribute_names}
+        return tuple(groups), stack_groups(groups)
+
+    def _num_groups(self, codes: Tensor) -> tuple[int, ...]:
+        look = should_validate(codes, self.validate) and codes.numel() > 0
+        if self.num_groups is None:
+            if codes.numel() == 0:
+                return (1,) * codes.shape[1]
+            if bool((codes < -1).any()):
+                raise ValueError(f"group codes must be >= -1, got {int(codes.min())}")
+            return tuple(max(int(top) + 1, 1) for top in codes.amax(0).tolist())
+        if codes.shape[1] != len(self.num_groups):
+            raise ValueError(
+                f"expected codes of {len(self.num_groups)} attributes, got {codes.shape[1]}"
+            )
+        if look:
+            top = torch.tensor(self.num_groups, device=codes.device)
+            if bool(((codes < -1) | (codes >= top)).any()):
+                raise ValueError(
+                    f"group codes must lie in -1..G-1 with G = {self.num_groups}, "
+                    f"got {codes.amin(0).tolist()}..{codes.amax(0).tolist()}"
+                )
+        return self.num_groups
+
+    def _weights(self, names: tuple[str, ...], count: int) -> tuple[float, ...] | None:
+        given = self.attribute_weights
+        # A mapping is still one where no names were known before this batch.
+        if isinstance(given, dict) and set(given) != set(names):
+            raise ValueError(f"attribute_weights names {list(given)}, the groups are {list(names)}")
+        weights = tuple(given[name] for name in names) if isinstance(given, dict) else given
+        if weights is not None and len(weights) != count:
+            raise ValueError(f"attribute_weights has {len(weights)} entries for {count} attributes")
+        return weights
+
+    def _enqueue(
+        self, scores: Tensor, codes: Tensor, num_groups: tuple[int, ...], valid: Tensor | None
+    ) -> None:
+        """Write each row's newest scores over its oldest, without reading anything back."""
+        members = group_membership(codes, num_groups)
+        members = torch.cat([torch.ones_like(members[:1]), members])
+        if valid is not None:
+            members = members & valid
+        rank = members.cumsum(1)
+        count = rank[:, -1:]
+        kept = members & (rank > count - self.queue_size)
+        slot = (self.queue_next[:, None] + rank - 1) % self.queue_size
+        # What is not kept goes to a column past the end, which is cut off again.
+        slot = torch.where(kept, slot, self.queue_size)
+        widened = torch.nn.functional.pad(self.queue, (0, 1))
+        widened.scatter_(1, slot, scores.to(widened.dtype).expand(slot.shape))
+        self.queue.copy_(widened[:, :-1])
+        self.queue_next.copy_((self.queue_next + count[:, 0]) % self.queue_size)
+
+
+def _name_groups(
+    num_groups: int | Sequence[int] | Mapping[str, int] | None,
+) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    if num_groups is None:
+        return (), None
+    names: tuple[str, ...] = ()
+    if isinstance(num_groups, Mapping):
+        names, counts = tuple(num_groups), tuple(num_groups.values())
+    else:
+        counts = (num_groups,) if isinstance(num_groups, int) else tuple(num_groups)
+    if not counts or any(not isinstance(n, int) or n < 1 for n in counts):
+        raise ValueError(f"num_groups must be integers >= 1, got {num_groups!r}")
+    return names, counts
+
+
+def _order_weights(
+    weights: Sequence[float] | Mapping[str, float] | None,
+    names: tuple[str, ...],
+    num_groups: tuple[int, ...] | None,
+) -> tuple[float, ...] | dict[str, float] | None:
+    """Return the weights in the attributes' order, or as they are while no names are known."""
+    if weights is None:
+        return None
+    values = tuple(weights.values()) if isinstance(weights, Mapping) else tuple(weights)
+    if any(not 0 <= w < float("inf") for w in values):
+        raise ValueError(f"attribute_weights must be finite and >= 0, got {weights!r}")
+    if isinstance(weights, Mapping):
+        if not names:
+            return dict(weights)
+        if set(weights) != set(names):
+            raise ValueError(f"attribute_weights must name {list(names)}, got {list(weights)}")
+        return tuple(weights[name] for name in names)
+    if num_groups is not None and len(values) != len(num_groups):
+        raise ValueError(
+            f"attribute_weights must have {len(num_groups)} entries, got {len(values)}"
+        )
+    return values
+
+
+class FairLossState(NamedTuple):
+    """What the last call of `FairLoss` saw, detached."""
+
+    pair_losses: Tensor  # (B,) raw, not re-weighted
+    weights: Tensor  # (B,) of the miner, ones without one
+    fairness: FairnessTerms | None
+
+
+class FairLoss(nn.Module):
+    r"""Put bad pair mining and the fairness term round an existing image-text loss.
+
+    .. math:: L = \frac{1}{B} \sum_i w_i l_i + \lambda F(s, g)
+
+    with per-pair losses l and weights w of the miner, and F the fairness term over the scores s.
+
+    Args:
+        base_loss: open_clip's ClipLoss, SigLipLoss, CoCaLoss or DistillClipLoss (one process), or
+            any module with a method ``pair_terms(**model_out)``; see `fairclip_losses.pair_terms`.
+        miner: a `BadPairMiner`, or None.
+        fairness: a `SinkhornFairnessLoss`, or None.
+        fairness_weight: lambda >= 0.
+        score: ``"loss"``: s_i is the raw per-pair contrastive loss; ``"similarity"``: the pair's
+            logit, tau v_i . t_i; ``"official"``: the published code's diag(L_I L_T^T).
+        normalization: ``"batch"`` divides the weighted losses by B (published), ``"weights"`` by
+            the sum of the weights.
+        mining_unit: ``"pair"``, or ``"batch"``: the published code's unit, the batch's mean loss by
+            its position in the epoch, for comparison only.
+
+    ``forward`` takes what ``base_loss`` takes, positional or by name, and besides ``pair_ids``
+    (B,) int64 (needed by the miner in training), ``groups`` (needed by the fairness term) and
+    ``record`` (None: record the visit in training mode; False: only read, as for the 2nd and later
+    passes over one accumulated batch). It returns what ``base_loss`` returns; in dict form
+    (``output_dict=True``) the fairness term is the entry ``fairness_loss``, otherwise it is added
+    to the first term. Where miner and fairness are None, or nothing is flagged and the weight is 0,
+    the result equals the base loss bit for bit. Scores that are not finite take no part in the
+    fairness term and are not recorded; the base loss then is what it is without this module.
+
+    Call `end_epoch` after each epoch. `last` holds the last call's `FairLossState`.
+
+    Raises:
+        ValueError: a base loss without known per-pair terms or over several processes, options out
+            of range; in ``forward`` missing ids or groups, and what miner and fairness refuse.
+
+    Source: Bansal et al. (arXiv:2505.03153).
+    """
+
+    batch_position: Tensor
+
+    def __init__(
+        self,
+        base_loss: nn.Module,
+        miner: BadPairMiner | None = None,
+        fairness: SinkhornFairnessLoss | None = None,
+        fairness_weight: float = 0.3,
+        score: Score = "loss",
+        *,
+        normalization: Normalization = "batch",
+        mining_unit: MiningUnit = "pair",
+    ) -> None:
+        super().__init__()
+        if not 0 <= fairness_weight < float("inf"):
+            raise ValueError(f"fairness_weight must be finite and >= 0, got {fairness_weight!r}")
+        for name, value, choices in (
+            ("score", score, ("loss", "similarity", "official")),
+            ("normalization", normalization, ("batch", "weights")),
+            ("mining_unit", mining_unit, ("pair", "batch")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        if getattr(base_loss, "world_size", 1) > 1:
+            raise ValueError(
+                "FairLoss works in one process so far, got a base loss with "
+                f"world_size={base_loss.world_size}"
+            )
+        self.base_loss = base_loss
+        self.miner = miner
+        self.fairness = fairness
+        self.fairness_weight = float(fairness_weight)
+        self.score: Score = score
+        self.normalization: Normalization = normalization
+        self.mining_unit: MiningUnit = mining_unit
+        self.register_buffer("batch_position", torch.zeros((), dtype=torch.int64))
+        self.last: FairLossState | None = None
+        self._base_parameters = [
+            name
+            for name in inspect.signature(base_loss.forward).parameters
+            if name not in ("self", "output_dict")
+        ]
+
+    def forward(
+        self,
+        *args: Any,
+        pair_ids: Tensor | None = None,
+        groups: Tensor | Mapping[str, Tensor] | None = None,
+        output_dict: bool = False,
+        record: bool | None = None,
+        **model_out: Any,
+    ) -> Any:
+        """Return the loss in the base loss's own form; see the class."""
+        if len(args) > len(self._base_parameters):
+            raise ValueError(
+                f"expected at most {len(self._base_parameters)} positional arguments "
+                f"({', '.join(self._base_parameters)}), got {len(args)}"
+            )
+        model_out |= zip(self._base_parameters, args, strict=False)
+        if self.miner is None and self.fairness is None:
+            return self.base_loss(**model_out, output_dict=output_dict)
+        recording = self.training if record is None else record
+        terms = pair_terms(self.base_loss, model_out)
+        weights = self._mine(terms, pair_ids, recording)
+        fairness = self._fairness(terms, groups, model_out, recording)
+        self.last = FairLossState(
+            terms.contrastive.detach(),
+            weights,
+            self.fairness.last if self.fairness is not None else None,
+        )
+        base = self.base_loss(**model_out, output_dict=output_dict)
+        return self._combine(base, terms, weights, fairness)
+
+    def end_epoch(self) -> EpochSummary | None:
+        """Refresh the miner's statistics and flags; return its summary, None without a miner."""
+        self.batch_position.zero_()
+        return None if self.miner is None else self.miner.end_epoch()
+
+    def _mine(self, terms: PairTerms, pair_ids: Tensor | None, recording: bool) -> Tensor:
+        losses = terms.contrastive.detach()
+        if self.miner is None:
+            return torch.ones_like(losses)
+        if self.mining_unit == "batch":
+            if losses.device != self.batch_position.device:
+                self.to(losses.device)
+            weight: Tensor = self.miner(losses.mean()[None], self.batch_position[None], record=recording)
+            if recording:
+                self.batch_position.add_(1)
+            return weight.expand_as(losses)
+        if pair_ids is None:
+            if recording:
+                raise ValueError("the miner needs pair_ids (B,), got None")
+            return torch.ones_like(losses)
+        weights: Tensor = self.miner(losses, pair_ids, record=recording)
+        return weights
+
+    def _fairness(
+        self,
+        terms: PairTerms,
+        groups: Tensor | Mapping[str, Tensor] | None,
+        model_out: dict[str, Any],
+        recording: bool,
+    ) -> Tensor | None:
+        if self.fairness is None:
+            return None
+        if groups is None:
+            raise ValueError("the fairness term needs groups (B,), (B, C) or name -> (B,), got None")
+        if self.score == "loss":
+            scores = terms.contrastive
+        else:
+            logits = pair_logits(
+                model_out["image_features"], model_out["text_features"],
+                model_out["logit_scale"], model_out.get("logit_bias"),
+            ).float()  # fmt: skip
+            scores = logits.diagonal() if self.score == "similarity" else official_scores(logits)
+        valid = torch.isfinite(scores)
+        term: Tensor = self.fairness(scores, groups, valid=valid, record=recording)
+        return self.fairness_weight * term
+
+    def _combine(
+        self, base: Any, terms: PairTerms, weights: Tensor, fairness: Tensor | None
+    ) -> Any:
+        changes = {
+            name: reweighting(values, weights, self.normalization)
+            for name, values in terms.named.items()
+        }
+        if isinstance(base, dict):
+            combined = {
+                name: value + changes[name] if name in changes else value
+                for name, value in base.items()
+            }
+            return combined if fairness is None else combined | {"fairness_loss": fairness}
+        # Positional forms list the terms in the order of `terms.named`.
+        parts = list(base) if isinstance(base, tuple) else [base]
+        for k, change in enumerate(changes.values()):
+            parts[k] = parts[k] + change
+        if fairness is not None:
+            parts[0] = parts[0] + fairness
+        return tuple(parts) if isinstance(base, tuple) else parts[0]

@@ -1,0 +1,112 @@
+"""Presets: consistent sets of options for mining and the fairness term."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .functional import Normalization
+from .losses import FairLoss, MiningUnit, Score, SinkhornFairnessLoss
+from .miners import BadPairMiner
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One set of options; see `BadPairMiner`, `SinkhornFairnessLoss` and `FairLoss`."""
+
+    description: str
+    fairness_weight: float
+    miner: Mapping[str, Any] = field(default_factory=dict)
+    fairness: Mapping[str, Any] = field(default_factory=dict)
+    score: Score = "loss"
+    normalization: Normalization = "batch"
+    mining_unit: MiningUnit = "pair"
+
+
+PRESETS: dict[str, Preset] = {
+    "aligned": Preset(
+        "this package's default: groups out of the batch, exact distance between per-pair losses, "
+        "memory by pair id, bounded weights",
+        fairness_weight=0.3,
+        miner={"warmup_epochs": 1, "noisy_sigma": 3.0, "faulty_sigma": 1.5},
+        fairness={"p": 1, "blur": 0.0},
+    ),
+    "paper": Preset(
+        "the paper's formulas and published constants, on correct pair ids",
+        fairness_weight=1e-7,
+        miner={
+            "warmup_epochs": 1, "noisy_sigma": 3.0, "faulty_sigma": 3.0, "weighting": "density",
+        },
+        fairness={"p": 2, "blur": 1e-4, "group_reduction": "sum"},
+    ),
+    "official": Preset(
+        "what the published code computes, defects included, with the groups taken from the batch "
+        "instead of from further forward passes; for comparison only",
+        fairness_weight=1e-7,
+        miner={
+            "warmup_epochs": 1, "noisy_sigma": 3.0, "faulty_sigma": 3.0, "weighting": "density",
+            "record": "weighted",
+        },
+        fairness={
+            "p": 2, "blur": 1e-4, "group_reduction": "sum", "detach": "groups",
+            "divide_by_group_sum": True, "min_group_size": 1,
+        },
+        score="official",
+        mining_unit="batch",
+    ),
+}  # fmt: skip
+
+
+def build_fair_loss(
+    base_loss: nn.Module,
+    *,
+    preset: str = "aligned",
+    mining: bool = True,
+    fairness: bool = True,
+    num_pairs: int | None = None,
+    total_epochs: int | None = None,
+    num_groups: int | Sequence[int] | Mapping[str, int] | None = None,
+    miner_options: Mapping[str, Any] | None = None,
+    fairness_options: Mapping[str, Any] | None = None,
+    fairness_weight: float | None = None,
+    score: Score | None = None,
+) -> FairLoss:
+    """Return a `FairLoss` set up by a preset, with single options put on top.
+
+    Args:
+        base_loss: the loss to wrap.
+        preset: ``"aligned"``, ``"paper"`` or ``"official"``.
+        mining, fairness: which of the two parts to use.
+        num_pairs: size of the training set if ids are row numbers, None for any int64 ids.
+        total_epochs: see `BadPairMiner`.
+        num_groups: see `SinkhornFairnessLoss`.
+        miner_options, fairness_options: keyword arguments that replace the preset's.
+        fairness_weight, score: replace the preset's where not None.
+
+    Raises:
+        ValueError: an unknown preset, or what the parts refuse.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
+    chosen = PRESETS[preset]
+    miner = term = None
+    if mining:
+        options = {**chosen.miner, **(miner_options or {})}
+        # The published unit counts batches, of which the data set's size says nothing.
+        pairs = num_pairs if chosen.mining_unit == "pair" else None
+        miner = BadPairMiner(pairs, total_epochs=total_epochs, **options)
+    if fairness:
+        options = {**chosen.fairness, **(fairness_options or {})}
+        term = SinkhornFairnessLoss(num_groups=num_groups, **options)
+    return FairLoss(
+        base_loss,
+        miner,
+        term,
+        chosen.fairness_weight if fairness_weight is None else fairness_weight,
+        chosen.score if score is None else score,
+        normalization=chosen.normalization,
+        mining_unit=chosen.mining_unit,
+    )

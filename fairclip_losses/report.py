@@ -1,0 +1,331 @@
+"""The fairness report: every group metric of one set of predictions, with bootstrap intervals.
+
+y_true, scores, groups -> fairness_report -> FairnessReport -> to_dict, to_rows, table
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fairclip_losses import _checks, _weighted
+from fairclip_losses._weighted import FloatArray, IntArray
+from fairclip_losses.data.tables import CodeBook
+
+__all__ = ["AttributeReport", "Estimate", "FairnessReport", "GroupReport", "fairness_report"]
+
+# Weights of one block of resamples: 32 MB, and as much for every temporary made of them.
+BLOCK_SIZE = 2**22
+
+Row = dict[str, str | int | float | None]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric's value on the sample and its bootstrap interval; NaN where there is none."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "  n/a"
+        if math.isnan(self.low):
+            return f"{self.value:.3f}"
+        return f"{self.value:.3f}  [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group of an attribute: its label, its number of samples, its AUC and accuracy."""
+
+    label: str
+    count: int
+    auc: Estimate
+    accuracy: Estimate
+
+
+@dataclass(frozen=True)
+class AttributeReport:
+    """One protected attribute: its groups, how many samples have none, and the gaps between them.
+
+    `auc_std_disparity` and `auc_range_disparity` are the two between-group disparities of the AUC.
+    """
+
+    groups: tuple[GroupReport, ...]
+    unknown: int
+    es_auc: Estimate
+    es_accuracy: Estimate
+    demographic_parity_difference: Estimate
+    equalized_odds_difference: Estimate
+    auc_std_disparity: Estimate
+    auc_range_disparity: Estimate
+
+
+_LEVELS = {"auc": "AUC", "accuracy": "accuracy"}
+_GAPS = {
+    "es_auc": "ES-AUC",
+    "es_accuracy": "ES-accuracy",
+    "demographic_parity_difference": "demographic parity diff.",
+    "equalized_odds_difference": "equalized odds diff.",
+    "auc_std_disparity": "AUC disparity (std)",
+    "auc_range_disparity": "AUC disparity (range)",
+}
+
+
+@dataclass(frozen=True)
+class FairnessReport:
+    """Overall metrics, and one `AttributeReport` for each protected attribute by name.
+
+    `num_samples` and `num_classes` say what was measured, `threshold` where a binary score counts
+    as positive (None with more classes, where the largest score decides); `num_bootstrap`,
+    `confidence` and `seed` how the intervals were drawn.
+    """
+
+    num_samples: int
+    num_classes: int
+    threshold: float | None
+    num_bootstrap: int
+    confidence: float
+    seed: int
+    auc: Estimate
+    accuracy: Estimate
+    attributes: Mapping[str, AttributeReport]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested dicts and lists as JSON takes them; NaN becomes None."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
+
+    def to_rows(self) -> list[Row]:
+        """Return one flat row per number: attribute, group, metric, value, low, high, count.
+
+        `attribute` and `group` are "" where the number is of all samples, or of all groups; `count`
+        is the number of samples behind it. NaN becomes None.
+        """
+        return [
+            {
+                "attribute": attribute,
+                "group": group,
+                "metric": metric,
+                "value": _plain(estimate.value),
+                "low": _plain(estimate.low),
+                "high": _plain(estimate.high),
+                "count": count,
+            }
+            for attribute, group, metric, estimate, count in self._numbers()
+        ]
+
+    def table(self) -> str:
+        """Return a text table for people, without a final line end."""
+        task = "binary" if self.num_classes == 2 else f"{self.num_classes} classes, one-vs-rest"
+        head = f"{self.num_samples} samples, {task}"
+        if self.num_bootstrap:
+            head += f"; [{100 * self.confidence:g} % interval, {self.num_bootstrap} resamples]"
+        lines: list[tuple[str, str, str]] = []
+        section = ""
+        for attribute, group, metric, estimate, count in self._numbers():
+            if attribute != section:
+                unknown = self.attributes[attribute].unknown
+                lines += [("", "", ""), (attribute, f"{unknown} unknown" if unknown else "", "")]
+                section = attribute
+            title = _GAPS.get(metric) or _LEVELS[metric]
+            name = f"{title}, {group}" if group else title
+            indent = "  " if attribute else ""
+            lines.append((indent + name, str(estimate), f"n={count}" if group else ""))
+        widths = [max(len(line[column]) for line in lines) for column in range(2)]
+        body = [
+            f"{name:<{widths[0]}}  {value:<{widths[1]}}  {note}".rstrip()
+            for name, value, note in lines
+        ]
+        return "\n".join([head, "", *body])
+
+    def _numbers(self) -> Iterator[tuple[str, str, str, Estimate, int]]:
+        """Yield attribute, group, metric, estimate and count of every number, in reading order."""
+        for metric in _LEVELS:
+            yield "", "", metric, getattr(self, metric), self.num_samples
+        for name, attribute in self.attributes.items():
+            known = self.num_samples - attribute.unknown
+            for metric in _GAPS:
+                yield name, "", metric, getattr(attribute, metric), known
+            for metric in _LEVELS:
+                for group in attribute.groups:
+                    yield name, group.label, metric, getattr(group, metric), group.count
+
+
+def fairness_report(
+    y_true: npt.ArrayLike,
+    scores: npt.ArrayLike,
+    groups: Mapping[str, npt.ArrayLike],
+    *,
+    labels: CodeBook | Mapping[str, Sequence[str]] | None = None,
+    threshold: float = 0.5,
+    n_bootstrap: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> FairnessReport:
+    """All metrics of this module for one set of predictions, with bootstrap intervals.
+
+    The predicted class is `scores >= threshold` with two classes, the largest score with more. An
+    interval is the percentile interval over `n_bootstrap` resamples of the N samples with
+    replacement; a resample in which a metric does not exist is left out of that metric's interval.
+    A gap between groups is never negative and resampling adds noise to it, so the intervals of the
+    gaps lie high: with small groups the value itself can fall below its interval.
+
+    Args:
+        y_true: class codes (N,).
+        scores: probabilities of class 1, (N,); or of every class, (N, K). (N, 2) is binary too:
+            its column 1 counts.
+        groups: attribute name -> group codes (N,), -1 for unknown: left out of that attribute's
+            numbers, kept in the overall ones.
+        labels: attribute name -> name of each group, as in `CodeBook`; None: the codes themselves.
+            A group that is named but has no samples is reported with count 0.
+        threshold: from which score on a binary sample is predicted positive.
+        n_bootstrap: number of resamples; 0 for no intervals (NaN).
+        confidence: coverage of the intervals, between 0 and 1.
+        seed: of the resampling; the same seed gives the same intervals.
+
+    Returns:
+        A `FairnessReport`. A group that has samples of one class only has AUC NaN, with a
+        UserWarning, and is left out of the equity-scaled AUC and the disparities; a group without
+        positives (negatives) is left out of the true (false) positive rates' gap.
+
+    Raises:
+        ValueError: lengths that differ, no samples, scores that are not finite, class or group
+            codes out of range, an attribute without labels, or a setting out of range.
+    """
+    y, s, num_classes = _checks.check_samples(y_true, scores)
+    s = s[:, 1] if s.ndim == 2 and num_classes == 2 else s
+    if not 0 < confidence < 1:
+        raise ValueError(f"expected a confidence between 0 and 1, got {confidence}")
+    if n_bootstrap < 0:
+        raise ValueError(f"expected n_bootstrap of 0 or more, got {n_bootstrap}")
+    if not np.isfinite(threshold):
+        raise ValueError(f"expected a finite threshold, got {threshold}")
+    predicted = _weighted.decide(s, threshold)
+
+    named = labels.labels if isinstance(labels, CodeBook) else labels
+    coded: dict[str, tuple[IntArray, tuple[str, ...]]] = {}
+    for name, values in groups.items():
+        if named is not None and name not in named:
+            raise ValueError(f"expected labels for attribute {name!r}, got {sorted(named)}")
+        try:
+            codes, size = _checks.check_groups(
+                values, len(y), None if named is None else len(named[name])
+            )
+        except ValueError as error:
+            raise ValueError(f"attribute {name!r}: {error}") from error
+        coded[name] = codes, tuple(map(str, range(size)) if named is None else named[name])
+
+    blocks = [
+        _all_metrics(weights, y, s, predicted, num_classes, coded)
+        for weights in _resamples(len(y), n_bootstrap, seed)
+    ]
+    tail = (1 - confidence) / 2
+
+    def estimate(*key: str | int) -> Estimate:
+        sample = float(blocks[0][key][0])
+        resamples = np.concatenate([block[key][1:] for block in blocks])
+        resamples = resamples[~np.isnan(resamples)]
+        if np.isnan(sample) or not len(resamples):
+            return Estimate(sample, np.nan, np.nan)
+        low, high = np.quantile(resamples, [tail, 1 - tail])
+        return Estimate(sample, float(low), float(high))
+
+    attributes = {}
+    for name, (codes, names) in coded.items():
+        counts = np.bincount(codes[codes >= 0], minlength=len(names))
+        members = tuple(
+            GroupReport(label, int(count), estimate(name, "auc", g), estimate(name, "accuracy", g))
+            for g, (label, count) in enumerate(zip(names, counts, strict=True))
+        )
+        for group in members:
+            if group.count and np.isnan(group.auc.value):
+                warnings.warn(
+                    f"attribute {name!r}: group {group.label!r} holds one class only: "
+                    f"its AUC is NaN",
+                    UserWarning,
+                    stacklevel=2,
+                )
+        attributes[name] = AttributeReport(
+            groups=members,
+            unknown=int((codes < 0).sum()),
+            **{metric: estimate(name, metric) for metric in _GAPS},
+        )
+    overall = estimate("auc")
+    if np.isnan(overall.value):
+        warnings.warn("one class only: the AUC is NaN", UserWarning, stacklevel=2)
+    return FairnessReport(
+        num_samples=len(y),
+        num_classes=num_classes,
+        threshold=threshold if num_classes == 2 else None,
+        num_bootstrap=n_bootstrap,
+        confidence=confidence,
+        seed=seed,
+        auc=overall,
+        accuracy=estimate("accuracy"),
+        attributes=attributes,
+    )
+
+
+def _all_metrics(
+    weights: FloatArray,
+    y: IntArray,
+    scores: FloatArray,
+    predicted: IntArray,
+    num_classes: int,
+    groups: Mapping[str, tuple[IntArray, tuple[str, ...]]],
+) -> dict[tuple[str | int, ...], FloatArray]:
+    """Compute every number of the report for each row of the weights: key -> (R,)."""
+    auc = _weighted.macro_auc(weights, y, scores)
+    everyone = np.zeros_like(y)
+    right = _weighted.group_rates(weights, y, predicted, everyone, 1, num_classes).accuracy[:, 0]
+    out: dict[tuple[str | int, ...], FloatArray] = {("auc",): auc, ("accuracy",): right}
+    for name, (codes, labels) in groups.items():
+        size = len(labels)
+        aucs = _weighted.group_macro_auc(weights, y, scores, codes, size)
+        rates = _weighted.group_rates(weights, y, predicted, codes, size, num_classes)
+        std, spread = _weighted.disparities(auc, aucs)
+        odds = _weighted.odds_gap(rates.true_positive, rates.false_positive)
+        values = (
+            _weighted.equity_scaled(auc, aucs),
+            _weighted.equity_scaled(right, rates.accuracy),
+            _weighted.mean_gap(_weighted.gap(rates.selection)),
+            _weighted.mean_gap(odds),
+            std,
+            spread,
+        )
+        out.update({(name, metric): value for metric, value in zip(_GAPS, values, strict=True)})
+        for group in range(size):
+            out[name, "auc", group] = aucs[:, group]
+            out[name, "accuracy", group] = rates.accuracy[:, group]
+    return out
+
+
+def _resamples(size: int, number: int, seed: int) -> Iterator[FloatArray]:
+    """Yield weight blocks: the sample itself (ones) in row 0, bootstrap counts in the others."""
+    generator = np.random.default_rng(seed)
+    rows = max(1, BLOCK_SIZE // size)
+    for start in range(0, max(number, 1), rows):
+        block = min(rows, number - start)
+        draws = generator.integers(size, size=(block, size)) + size * np.arange(block)[:, None]
+        counts = np.bincount(draws.ravel(), minlength=block * size).reshape(block, size)
+        yield np.concatenate([np.ones((1, size)), counts])
+
+
+def _plain(value: Any) -> Any:
+    """Turn tuples into lists and NaN into None, all the way down."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value

@@ -1,0 +1,515 @@
+"""Zero-shot evaluation of a tiny open_clip model, and its command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from fairclip_losses import evaluate, zero_shot
+from fairclip_losses.data import UNKNOWN, CodeBook, read_table, write_table
+from fairclip_losses.evaluate import load_model, load_weights, main, read_run_settings
+from fairclip_losses.metrics import fairness_report
+from fairclip_losses.zero_shot import (
+    ZeroShotTask,
+    class_text_features,
+    evaluate_task,
+    evaluate_zero_shot,
+    zero_shot_probabilities,
+)
+
+PROMPTS = ("a dark picture", "a bright picture")
+CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+def write_config(folder):
+    folder.mkdir()
+    content = {"model_cfg": CONFIG, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder as a training leaves it, with 24 images and their table."""
+    folder = tmp_path_factory.mktemp("run")
+    name = write_config(folder / "tiny")
+    (folder / "checkpoints").mkdir()
+    (folder / "params.txt").write_text(
+        f"force_image_size: None\nimage_mean: None\nlr: 1e-05\nmodel: {name}\nname: a: b\n"
+    )
+    torch.manual_seed(0)
+    model = open_clip.create_model(name)
+    with torch.no_grad():
+        # An untrained model tells images apart poorly: spread its outputs.
+        model.visual.proj.mul_(5)
+    checkpoint = {
+        "epoch": 3,
+        "name": "run",
+        "state_dict": {f"module.{key}": value for key, value in model.state_dict().items()},
+        "optimizer": {"state": {}, "param_groups": [{"lr": 1e-5}]},
+    }
+    torch.save(checkpoint, folder / "checkpoints" / "epoch_3.pt")
+
+    rng = np.random.default_rng(0)
+    rows = []
+    for row in range(24):
+        bright = row % 2
+        pixels = rng.integers(100 * bright, 100 * bright + 156, (32, 32, 3), dtype=np.uint8)
+        file = folder / f"image {row}.png"
+        Image.fromarray(pixels if row % 3 else pixels[:, :, 0]).save(file)
+        sex = ["f", "m", "unknown"][0 if row < 10 else 1 if row < 20 else 2]
+        rows.append(
+            [file, "some caption", bright, sex, row % 5 % 2, "bright" if bright else "dark"]
+        )
+    header = ["filepath", "title", "bright", "sex", "site", "name"]
+    write_table(folder / "val.csv", header, rows, "\t")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    settings = read_run_settings(run / "checkpoints" / "epoch_3.pt")
+    return load_model(settings["model"], run / "checkpoints" / "epoch_3.pt", settings=settings)
+
+
+@pytest.fixture(scope="module")
+def task(run):
+    return ZeroShotTask.from_table(
+        read_table(run / "val.csv"), label="bright", prompts=PROMPTS, attributes=["sex", "site"]
+    )
+
+
+def command(run, output, *more):
+    return [
+        *("--checkpoint", str(run / "checkpoints" / "epoch_3.pt")),
+        *("--data", str(run / "val.csv")),
+        *("--label", "bright", "--prompts", *PROMPTS, "--attributes", "sex", "site"),
+        *("--device", "cpu", "--bootstrap", "20", "--output", str(output), *more),
+    ]
+
+
+# The functions
+
+
+def by_hand(model, preprocess, tokenizer, files, prompts):
+    """Probabilities one image at a time, by the model's own forward pass."""
+    model.eval()
+    rows = []
+    with torch.no_grad():
+        for file in files:
+            out = model(preprocess(Image.open(file))[None], tokenizer(list(prompts)))
+            logits = out["logit_scale"] * out["image_features"] @ out["text_features"].T
+            rows.append(logits.double().softmax(-1)[0].numpy())
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(5, 0), (100, 0), (7, 2)])
+def test_probabilities_are_those_of_the_models_forward(loaded, task, batch_size, workers):
+    report, predictions = evaluate_task(
+        *loaded, task, batch_size=batch_size, workers=workers, n_bootstrap=10
+    )
+    expected = by_hand(*loaded, task.files, PROMPTS)
+    np.testing.assert_allclose(predictions.probabilities, expected, atol=1e-5)
+    assert predictions.probabilities.dtype == np.float64
+    np.testing.assert_allclose(predictions.probabilities.sum(axis=1), 1, atol=1e-12)
+    assert np.ptp(expected[:, 1]) > 0.01
+    assert report.auc.value == roc_auc_score(task.labels, predictions.probabilities[:, 1])
+    groups = {"sex": task.groups[:, 0], "site": task.groups[:, 1]}
+    assert report == fairness_report(
+        task.labels, predictions.probabilities, groups, labels=task.codebook, n_bootstrap=10
+    )
+    np.testing.assert_array_equal(predictions.predicted, predictions.probabilities[:, 1] >= 0.5)
+
+
+def test_text_features_are_normalised(loaded):
+    model, _, tokenizer = loaded
+    features = class_text_features(model, tokenizer, PROMPTS, "cpu")
+    assert features.shape == (2, 16) and features.dtype == torch.float32
+    assert not features.requires_grad
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
+
+
+def test_a_table_is_evaluated_in_one_call(loaded, run, task):
+    table = read_table(run / "val.csv")
+    book = CodeBook({"sex": ("d", "f", "m")})
+    report, predictions = evaluate_zero_shot(
+        *loaded,
+        table,
+        label="name",
+        prompts=["bright", "dark"],
+        attributes=["sex"],
+        codebook=book,
+        n_bootstrap=0,
+        batch_size=8,
+    )
+    assert predictions.task.classes == ("bright", "dark")
+    assert [group.count for group in report.attributes["sex"].groups] == [0, 10, 10]
+    assert report.attributes["sex"].unknown == 4
+
+
+def test_evaluating_leaves_modes_gradients_and_random_numbers_alone(loaded, task):
+    model, preprocess, tokenizer = loaded
+    model.train()
+    model.visual.eval()
+    before = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    numpy_state = np.random.get_state()[1].copy()
+    evaluate_task(model, preprocess, tokenizer, task, n_bootstrap=2)
+    assert [module.training for module in model.modules()] == before
+    assert torch.is_grad_enabled()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch.testing.assert_close(torch.get_rng_state(), state)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
+
+
+def test_modes_come_back_after_an_error(loaded):
+    model, _, _ = loaded
+    model.train()
+    with pytest.raises(ValueError, match="expected images, got none"):
+        zero_shot_probabilities(model, [], torch.ones(2, 16), "cpu")
+    assert model.training and torch.is_grad_enabled()
+
+
+def test_output_that_is_not_finite_is_refused(loaded):
+    model, _, _ = loaded
+    images = torch.zeros(3, 3, 32, 32)
+    images[1] = math.nan
+    with pytest.raises(ValueError, match="output for row 2 is not finite"):
+        zero_shot_probabilities(model, [images], torch.ones(2, 16), "cpu")
+
+
+def test_an_image_that_cannot_be_read_is_named(loaded, task, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    files = [*task.files[:3], str(broken), *task.files[4:]]
+    bad = ZeroShotTask(files, task.labels, task.classes, task.prompts, task.groups, task.codebook)
+    with pytest.raises(
+        ValueError, match=r"row 4: cannot read image '.*broken.png': cannot identif"
+    ):
+        evaluate_task(*loaded, bad)
+    # A file that breaks off in the middle opens well and fails at the pixels.
+    with open(task.files[0], "rb") as whole:
+        broken.write_bytes(whole.read()[:-100])
+    with pytest.raises(ValueError, match=r"row 4: cannot read image '.*broken.png': "):
+        evaluate_task(*loaded, bad)
+    with pytest.raises(ValueError, match="batch_size >= 1 and workers >= 0, got 0, 0"):
+        evaluate_task(*loaded, task, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": "titel"}, "no column 'titel'; the columns are 'filepath', 'title'"),
+        ({"prompts": ["one"]}, "a prompt for each of two or more classes, got"),
+        ({"prompts": ["a", "b", "c"], "label": "name"}, "expected 3 classes, got 2 distinct"),
+        ({"attributes": ["race"]}, "no column 'race'"),
+        ({"attributes": []}, "expected attribute names"),
+        ({"image_key": "title"}, "val.csv: row 1: no image file 'some caption'"),
+        ({"codebook": CodeBook({"sex": ("f", "x")})}, "expected one of 'f', 'x', got 'm' in 10"),
+    ],
+)
+def test_bad_tasks(run, change, message):
+    options = {"label": "bright", "prompts": PROMPTS, "attributes": ["sex"], **change}
+    with pytest.raises(ValueError, match=message):
+        ZeroShotTask.from_table(read_table(run / "val.csv"), **options)
+
+
+def test_an_attribute_may_not_take_the_name_of_a_prediction_column(run, tmp_path):
+    file = run / "image 0.png"
+    write_table(tmp_path / "t.csv", ["filepath", "y", "id"], [[file, 0, "a"], [file, 1, "b"]])
+    with pytest.raises(ValueError, match=r"attributes named \['id'\]: taken"):
+        ZeroShotTask.from_table(
+            read_table(tmp_path / "t.csv", ","), label="y", prompts=PROMPTS, attributes=["id"]
+        )
+
+
+# Checkpoints and models
+
+
+def test_weights_lose_the_prefix_of_distributed_training(run):
+    weights = load_weights(run / "checkpoints" / "epoch_3.pt")
+    assert "logit_scale" in weights
+    assert not any(key.startswith("module.") for key in weights)
+
+
+def test_bare_weights_are_a_checkpoint_too(run, tmp_path):
+    weights = load_weights(run / "checkpoints" / "epoch_3.pt")
+    torch.save({**weights, "logit_scale": weights["logit_scale"].reshape(1)}, tmp_path / "bare.pt")
+    model, _, _ = load_model(f"local-dir:{run / 'tiny'}", tmp_path / "bare.pt")
+    torch.testing.assert_close(model.state_dict()["logit_scale"], weights["logit_scale"])
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("trap",)
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(ValueError, match="text.pt: not a checkpoint that torch.load can read"):
+        load_weights("text.pt")
+    torch.save({"state_dict": Trap()}, "trap.pt")
+    with pytest.raises(ValueError, match="trap.pt: not a checkpoint"):
+        load_weights("trap.pt")
+    assert not (tmp_path / "trap").exists()
+    for content in ({"epoch": 1}, {"state_dict": {}}, torch.ones(2), {"state_dict": 3}):
+        torch.save(content, "other.pt")
+        with pytest.raises(ValueError, match='expected model weights under "state_dict", got none'):
+            load_weights("other.pt")
+    with pytest.raises(ValueError, match="no checkpoint file 'missing.pt'"):
+        load_weights("missing.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("text_projection"), "got 1 missing, such as 'text_projection'"),
+        (lambda w: w.update(extra=torch.ones(1)), "got 1 unknown, such as 'extra'"),
+        (
+            lambda w: w.update(text_projection=torch.ones(2, 2)),
+            "got 1 of other shape, such as 'text_projection'",
+        ),
+    ],
+)
+def test_weights_of_another_model(run, tmp_path, change, message):
+    weights = load_weights(run / "checkpoints" / "epoch_3.pt")
+    change(weights)
+    torch.save(weights, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="w.pt: expected the weights of 'local-dir:.*" + message):
+        load_model(f"local-dir:{run / 'tiny'}", tmp_path / "w.pt")
+
+
+def test_a_siglip_checkpoint_brings_its_bias(run, tmp_path):
+    weights = load_weights(run / "checkpoints" / "epoch_3.pt")
+    torch.save({**weights, "logit_bias": torch.tensor(-10.0)}, tmp_path / "siglip.pt")
+    model, _, _ = load_model(f"local-dir:{run / 'tiny'}", tmp_path / "siglip.pt")
+    assert model.logit_bias.item() == -10
+
+
+def test_the_settings_of_the_run_decide_the_transform(run):
+    checkpoint = run / "checkpoints" / "epoch_3.pt"
+    settings = {"image_mean": (0.1, 0.2, 0.3), "force_image_size": [32], "image_std": None}
+    _, preprocess, _ = load_model(f"local-dir:{run / 'tiny'}", checkpoint, settings=settings)
+    assert tuple(preprocess.transforms[-1].mean) == (0.1, 0.2, 0.3)
+    assert tuple(preprocess.transforms[-1].std) == (0.5, 0.5, 0.5)
+    # The image size is not that of the position embedding in the weights.
+    with pytest.raises(ValueError, match="of other shape, such as 'visual.positional_embedding'"):
+        load_model(f"local-dir:{run / 'tiny'}", checkpoint, settings={"force_image_size": [64]})
+
+
+def test_run_settings(run, tmp_path):
+    settings = read_run_settings(run / "checkpoints" / "epoch_3.pt")
+    assert settings["model"] == f"local-dir:{run / 'tiny'}"
+    assert settings["lr"] == 1e-5 and settings["image_mean"] is None and settings["name"] == "a: b"
+    assert read_run_settings(tmp_path / "none" / "epoch_1.pt") == {}
+
+
+# The command
+
+
+def test_command_prints_a_table_and_writes_three_files(run, tmp_path, capsys, loaded, task):
+    assert main(command(run, tmp_path / "out")) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.startswith(f"local-dir:{run / 'tiny'}, ")
+    for text in ("24 samples, binary", "20 resamples", "ES-AUC", "AUC, f", "4 unknown"):
+        assert text in captured.out
+
+    out = tmp_path / "out"
+    assert {file.name for file in out.iterdir()} == {
+        "fairness.json",
+        "fairness.csv",
+        "predictions.csv",
+    }
+    report, predictions = evaluate_task(*loaded, task, n_bootstrap=20)
+    content = json.loads((out / "fairness.json").read_text())
+    assert content["prompts"] == list(PROMPTS) and content["classes"] == ["0", "1"]
+    assert {key: content[key] for key in report.to_dict()} == report.to_dict()
+
+    with open(out / "fairness.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(report.to_rows())
+    assert float(rows[0]["value"]) == report.auc.value
+
+    written = read_table(out / "predictions.csv", ",").columns
+    assert list(written) == [
+        *("id", "file", "label", "prediction", "prob_0", "prob_1", "sex", "site"),
+    ]
+    assert written["id"] == [str(row) for row in range(24)]
+    assert written["file"] == task.files
+    assert written["label"] == [str(label) for label in task.labels]
+    assert written["prediction"] == [str(label) for label in predictions.predicted]
+    np.testing.assert_allclose(
+        np.array(written["prob_1"], float), predictions.probabilities[:, 1], rtol=1e-8
+    )
+    assert written["sex"] == ["f"] * 10 + ["m"] * 10 + [""] * 4
+    assert (task.groups[20:, 0] == UNKNOWN).all()
+
+
+def test_command_writes_beside_the_checkpoint_unless_told(run, tmp_path, capsys):
+    arguments = command(run, "")
+    at = arguments.index("--output")
+    assert main([*arguments[:at], *arguments[at + 2 :]]) == 0
+    assert (run / "checkpoints" / "fairness.json").is_file()
+    for name in ("fairness.json", "fairness.csv", "predictions.csv"):
+        (run / "checkpoints" / name).unlink()
+
+
+def test_command_takes_a_model_name_and_low_precision(run, tmp_path, capsys, loaded, task):
+    weights = load_weights(run / "checkpoints" / "epoch_3.pt")
+    torch.save({"state_dict": weights}, tmp_path / "alone.pt")
+    name = f"local-dir:{run / 'tiny'}"
+    arguments = command(run, tmp_path / "out", "--model", name, "--precision", "bf16")
+    arguments[1] = str(tmp_path / "alone.pt")
+    assert main(arguments) == 0
+    _, predictions = evaluate_task(*loaded, task, n_bootstrap=0)
+    written = read_table(tmp_path / "out" / "predictions.csv", ",").columns
+    np.testing.assert_allclose(
+        np.array(written["prob_1"], float), predictions.probabilities[:, 1], atol=0.1
+    )
+
+
+def replaced(arguments, option, *values):
+    """Give an option other values; no values: take the option away."""
+    at = arguments.index(option)
+    end = next(
+        (i for i in range(at + 1, len(arguments)) if arguments[i].startswith("--")), len(arguments)
+    )
+    return [*arguments[:at], *([option, *values] if values else []), *arguments[end:]]
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "message"),
+    [
+        ("--checkpoint", ["missing.pt"], "no checkpoint file 'missing.pt'"),
+        (
+            "--data",
+            ["missing.csv"],
+            "missing.csv: cannot read the table: No such file or directory",
+        ),
+        ("--label", ["y"], "no column 'y'"),
+        ("--label", [], "the following arguments are required: --label"),
+        ("--prompts", ["one"], "expected a prompt for each of two or more classes"),
+        ("--attributes", ["race"], "no column 'race'"),
+        ("--device", ["nonsense"], "cannot use device 'nonsense'"),
+        ("--bootstrap", ["-1"], "expected n_bootstrap of 0 or more, got -1"),
+        ("--bootstrap", ["many"], "argument --bootstrap: invalid int value: 'many'"),
+        ("--output", ["{run}/val.csv"], "val.csv: File exists"),
+    ],
+)
+def test_every_mistake_is_one_line(run, tmp_path, capsys, option, values, message):
+    arguments = command(run, tmp_path / "out")
+    arguments = replaced(arguments, option, *(v.format(run=run) for v in values))
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("fairclip_losses.evaluate: error: ")
+    assert message in captured.err
+    assert captured.out == ""
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_mistakes_about_models_are_one_line(run, tmp_path, capsys):
+    def error(*arguments):
+        assert main(arguments) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1
+        return captured.err
+
+    out = tmp_path / "out"
+    assert "open_clip cannot build model 'ViT-Z': " in error(*command(run, out, "--model", "ViT-Z"))
+    name = f"local-dir:{tmp_path / 'nowhere'}"
+    assert f"cannot build model '{name}'" in error(*command(run, out, "--model", name))
+    (tmp_path / "text.pt").write_text("hello")
+    no_run = replaced(command(run, out), "--checkpoint", str(tmp_path / "text.pt"))
+    assert "say which model this is with --model" in error(*no_run)
+    message = error(*no_run, "--model", f"local-dir:{run / 'tiny'}")
+    assert "text.pt: not a checkpoint" in message
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_image_error_is_one_line_from_a_worker_too(run, tmp_path, capsys, workers):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    rows = [[broken, 0, "f"], [run / "image 1.png", 1, "f"]]
+    write_table(tmp_path / "t.csv", ["filepath", "bright", "sex"], rows)
+    arguments = command(run, tmp_path / "out", "--workers", workers, "--csv-separator", ",")
+    arguments = replaced(arguments, "--data", str(tmp_path / "t.csv"))
+    assert main(replaced(arguments, "--attributes", "sex")) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(
+        f"fairclip_losses.evaluate: error: row 1: cannot read image '{broken}': cannot identify"
+    )
+    assert message.count("\n") == 1
+
+
+def test_an_unexpected_error_is_one_line_unless_debugged(run, tmp_path, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("out of luck\nmore")
+
+    monkeypatch.setattr(evaluate, "evaluate_task", broken)
+    assert main(command(run, tmp_path)) == 1
+    assert capsys.readouterr().err == (
+        "fairclip_losses.evaluate: error: unexpected RuntimeError: out of luck "
+        "(--debug shows the traceback)\n"
+    )
+    with pytest.raises(RuntimeError, match="out of luck"):
+        main(command(run, tmp_path, "--debug"))
+
+
+def test_as_a_module_with_a_warning(run, tmp_path):
+    """In a process of its own: exit code, output, a warning in one line, open_clip kept quiet."""
+    files = [run / f"image {row}.png" for row in range(4)]
+    rows = [[file, row % 2, "ffmm"[row]] for row, file in enumerate(files)]
+    rows[3][1] = 0
+    write_table(tmp_path / "t.csv", ["filepath", "bright", "sex"], rows, ",")
+    arguments = command(run, tmp_path / "out", "--csv-separator", ",")
+    arguments = replaced(arguments, "--data", str(tmp_path / "t.csv"))
+    arguments = replaced(arguments, "--attributes", "sex")
+    result = subprocess.run(
+        [sys.executable, "-m", "fairclip_losses.evaluate", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == (
+        "fairclip_losses.evaluate: warning: attribute 'sex': group 'm' holds one class only: "
+        "its AUC is NaN\n"
+    )
+    assert "AUC, m" in result.stdout and "n/a" in result.stdout
+    text = (tmp_path / "out" / "fairness.json").read_text()
+    assert "NaN" not in text
+
+
+def test_importing_does_not_import_open_clip():
+    code = (
+        "import sys, fairclip_losses.evaluate, fairclip_losses.metrics; "
+        "sys.exit('open_clip' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_public_names():
+    for module in (evaluate, zero_shot):
+        assert all(hasattr(module, name) for name in module.__all__)

@@ -1,0 +1,545 @@
+"""Metrics against scikit-learn, fairlearn and plain loops."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from fairlearn import metrics as fairlearn_metrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, roc_auc_score
+
+from fairclip_losses import metrics
+from fairclip_losses.data import CodeBook
+from fairclip_losses.metrics import (
+    accuracy,
+    between_group_disparity,
+    demographic_parity_difference,
+    equalized_odds_difference,
+    equity_scaled,
+    fairness_report,
+    group_roc_auc,
+    roc_auc,
+)
+
+EXACT = {"rel": 0, "abs": 1e-12}
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def sample(seed, classes=2, groups=3, size=None, ties=True):
+    """Random classes, scores, predictions, groups (with unknowns) and weights (with zeros)."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(8, 60)) if size is None else size
+    y = rng.integers(0, classes, n)
+    scores = rng.random(n if classes == 2 else (n, classes))
+    if ties:
+        scores = np.round(scores, 1)
+    predicted = rng.integers(0, classes, n)
+    group = rng.integers(-1, groups, n)
+    group[0] = groups - 1
+    weights = np.where(rng.random(n) < 0.2, 0.0, rng.random(n) * 10 ** rng.uniform(-3, 3, n))
+    weights[0] = 1.0
+    return y, scores, predicted, group, weights
+
+
+def one_vs_rest_loop(y, scores, weights=None):
+    """Macro AUC over the classes that have both sides, by scikit-learn."""
+    columns = (
+        [(y == 1, scores)] if scores.ndim == 1 else [(y == k, s) for k, s in enumerate(scores.T)]
+    )
+    weights = np.ones(len(y)) if weights is None else weights
+    values = [
+        roc_auc_score(positive, score, sample_weight=weights)
+        for positive, score in columns
+        if weights[positive].sum() > 0 and weights[~positive].sum() > 0
+    ]
+    return np.mean(values) if values else np.nan
+
+
+# AUC
+
+
+@settings(deadline=None)
+@given(SEEDS, st.sampled_from([2, 3, 6]), st.booleans())
+def test_roc_auc_is_scikit_learns(seed, classes, weighted):
+    y, scores, _, _, weights = sample(seed, classes)
+    weights = weights if weighted else None
+    expected = one_vs_rest_loop(y, scores, weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        assert roc_auc(y, scores, weights) == pytest.approx(expected, nan_ok=True, **EXACT)
+
+
+@settings(deadline=None)
+@given(SEEDS, st.sampled_from([3, 5]))
+def test_multi_class_auc_is_scikit_learns_own_macro_average(seed, classes):
+    y, scores, *_ = sample(seed, classes, size=50)
+    y[:classes] = np.arange(classes)
+    scores = (scores + 0.1) / (scores + 0.1).sum(axis=1, keepdims=True)
+    expected = roc_auc_score(y, scores, multi_class="ovr", average="macro")
+    assert roc_auc(y, scores) == pytest.approx(expected, **EXACT)
+
+
+@given(SEEDS)
+def test_roc_auc_counts_pairs(seed):
+    y, scores, *_ = sample(seed)
+    positive, negative = scores[y == 1], scores[y == 0]
+    if len(positive) and len(negative):
+        wins = [1.0 if p > n else 0.5 if p == n else 0.0 for p in positive for n in negative]
+        assert roc_auc(y, scores) == pytest.approx(np.mean(wins), **EXACT)
+        assert roc_auc(1 - y, scores) == pytest.approx(1 - np.mean(wins), **EXACT)
+        assert roc_auc(y, np.exp(3 * scores)) == pytest.approx(np.mean(wins), **EXACT)
+
+
+@given(SEEDS)
+def test_an_integer_weight_is_a_repetition(seed):
+    y, scores, predicted, group, _ = sample(seed)
+    y[:2], scores[:2] = [0, 1], [0.3, 0.7]
+    count = np.random.default_rng(seed).integers(0, 4, len(y))
+    count[:2] = 1
+    many = np.repeat(np.arange(len(y)), count)
+    assert roc_auc(y, scores, count) == pytest.approx(roc_auc(y[many], scores[many]), **EXACT)
+    assert accuracy(y, predicted, count) == pytest.approx(
+        accuracy(y[many], predicted[many]), **EXACT
+    )
+    assert equalized_odds_difference(y, predicted, group, sample_weight=count) == pytest.approx(
+        equalized_odds_difference(y[many], predicted[many], group[many]), nan_ok=True, **EXACT
+    )
+
+
+def test_two_score_columns_are_two_one_vs_rest_tasks():
+    assert roc_auc([0, 1, 1], [[0.9, 0.1], [0.2, 0.8], [0.95, 0.05]]) == 0.5
+
+
+@pytest.mark.parametrize("y", [[0, 0, 0], [1, 1, 1]])
+def test_one_class_has_no_auc(y):
+    with pytest.warns(UserWarning, match="one class only"):
+        assert math.isnan(roc_auc(y, [0.1, 0.2, 0.3]))
+    with pytest.warns(UserWarning, match="one class only"):
+        assert math.isnan(roc_auc([0, 0, 1], [0.1, 0.2, 0.3], [1, 1, 0]))
+
+
+# AUC of groups
+
+
+@settings(deadline=None)
+@given(SEEDS, st.sampled_from([2, 4]), st.booleans())
+def test_group_roc_auc_is_a_loop_over_groups(seed, classes, weighted):
+    y, scores, _, group, weights = sample(seed, classes)
+    weights = weights if weighted else np.ones(len(y))
+    expected = [
+        one_vs_rest_loop(y[group == g], scores[group == g], weights[group == g]) for g in range(4)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        values = group_roc_auc(y, scores, group, num_groups=4, sample_weight=weights)
+    np.testing.assert_allclose(values, expected, rtol=0, atol=1e-12)
+
+
+def test_a_batch_of_group_1_alone_is_not_filed_under_group_0():
+    values = group_roc_auc([0, 1, 1], [0.1, 0.9, 0.05], [1, 1, 1], num_groups=2)
+    assert math.isnan(values[0]) and values[1] == 0.5
+    report = fairness_report(
+        [0, 1, 1],
+        [0.1, 0.9, 0.05],
+        {"sex": [1, 1, 1]},
+        labels={"sex": ("f", "m")},
+        n_bootstrap=0,
+    )
+    women, men = report.attributes["sex"].groups
+    assert (women.count, men.count) == (0, 3)
+    assert math.isnan(women.auc.value) and math.isnan(women.accuracy.value)
+    assert men.auc.value == 0.5
+    assert men.accuracy.value == pytest.approx(2 / 3, **EXACT)
+
+
+@pytest.mark.parametrize("code", [2, -2, 2**40])
+def test_a_group_code_out_of_range_is_refused(code):
+    y, scores, groups = [0, 1, 1], [0.1, 0.9, 0.05], [0, 1, code]
+    with pytest.raises(ValueError, match=rf"expected groups in -1\.\.1, got {code}"):
+        group_roc_auc(y, scores, groups, num_groups=2)
+    with pytest.raises(ValueError, match=rf"attribute 'sex': expected groups in -1.*, got {code}"):
+        fairness_report(y, scores, {"sex": groups}, labels={"sex": ("f", "m")})
+
+
+def test_a_group_of_one_class_warns():
+    with pytest.warns(UserWarning, match="group 1 holds one class only"):
+        values = group_roc_auc([0, 1, 1], [0.1, 0.9, 0.5], [0, 0, 1])
+    np.testing.assert_array_equal(values, [1.0, np.nan])
+
+
+# Accuracy and gaps
+
+
+@given(SEEDS, st.sampled_from([2, 5]))
+def test_accuracy_is_scikit_learns(seed, classes):
+    y, _, predicted, _, weights = sample(seed, classes)
+    assert accuracy(y, predicted) == pytest.approx(accuracy_score(y, predicted), **EXACT)
+    expected = accuracy_score(y, predicted, sample_weight=weights)
+    assert accuracy(y, predicted, weights) == pytest.approx(expected, **EXACT)
+
+
+def one_vs_rest_fairlearn(function, classes, y, predicted, **options):
+    if classes == 2:
+        return function(y, predicted, **options)
+    return np.mean([function(y == k, predicted == k, **options) for k in range(classes)])
+
+
+@settings(deadline=None, max_examples=50)
+@given(SEEDS, st.sampled_from([2, 4]), st.booleans())
+def test_gaps_are_fairlearns(seed, classes, weighted):
+    # With few samples in a group, classes are often missing from it.
+    y, _, predicted, group, weights = sample(seed, classes)
+    # fairlearn divides by a group's total weight and fails where that is 0.
+    weights = weights + 0.01 if weighted else None
+    known = group >= 0
+    options = {
+        "sensitive_features": group[known],
+        "sample_weight": None if weights is None else weights[known],
+    }
+    ours = {"num_classes": classes, "sample_weight": weights}
+    expected = one_vs_rest_fairlearn(
+        fairlearn_metrics.demographic_parity_difference,
+        classes,
+        y[known],
+        predicted[known],
+        **options,
+    )
+    value = demographic_parity_difference(predicted, group, **ours)
+    assert value == pytest.approx(expected, **EXACT)
+    expected = one_vs_rest_fairlearn(
+        fairlearn_metrics.equalized_odds_difference, classes, y[known], predicted[known], **options
+    )
+    value = equalized_odds_difference(y, predicted, group, **ours)
+    assert value == pytest.approx(expected, **EXACT)
+
+
+def test_a_rate_that_does_not_exist_counts_as_zero_or_not_at_all():
+    # Group 1 has no positives; false positive rates 1/2 and 1/2, true positive rate of group 0: 1.
+    y, predicted, group = [1, 0, 0, 0, 0], [1, 1, 0, 1, 0], [0, 0, 0, 1, 1]
+    assert equalized_odds_difference(y, predicted, group) == 1.0
+    assert equalized_odds_difference(y, predicted, group, undefined_rate="skip") == 0.0
+    with pytest.raises(ValueError, match='expected undefined_rate "zero" or "skip", got \'none\''):
+        equalized_odds_difference(y, predicted, group, undefined_rate="none")
+
+
+def test_one_group_or_none():
+    y, predicted = [0, 1, 1], [0, 1, 0]
+    assert demographic_parity_difference(predicted, [2, 2, 2]) == 0
+    assert equalized_odds_difference(y, predicted, [2, -1, 2]) == 0
+    assert math.isnan(demographic_parity_difference(predicted, [-1, -1, -1]))
+    assert math.isnan(equalized_odds_difference(y, predicted, [-1, -1, -1]))
+
+
+@given(st.floats(0.01, 1), st.lists(st.floats(0, 1) | st.just(math.nan), min_size=1, max_size=6))
+def test_equity_scaled_and_disparity_are_their_formulas(overall, values):
+    known = [value for value in values if not math.isnan(value)]
+    scaled = equity_scaled(overall, values)
+    std, spread = between_group_disparity(overall, values)
+    if not known:
+        assert all(map(math.isnan, (scaled, std, spread)))
+        return
+    expected = overall / (1 + sum(abs(overall - value) for value in known))
+    assert scaled == pytest.approx(expected, **EXACT)
+    assert scaled <= overall
+    assert std == pytest.approx(np.std(known) / overall, **EXACT)
+    assert spread == pytest.approx((max(known) - min(known)) / overall, **EXACT)
+
+
+def test_nothing_to_scale():
+    assert math.isnan(equity_scaled(math.nan, [0.5, 0.6]))
+    assert between_group_disparity(0.5, [0.5, 0.5]) == (0, 0)
+    assert all(map(math.isnan, between_group_disparity(0.0, [0.0, 0.0])))
+    assert math.isnan(equity_scaled(0.5, []))
+    with pytest.raises(ValueError, match=r"expected group values \(G,\), got shape \(1, 1\)"):
+        equity_scaled(0.5, [[0.5]])
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("y", "scores", "message"),
+    [
+        ([], [], r"got shape \(0,\)"),
+        ([0, 1], [[[0.1]], [[0.2]]], r"got shape \(2, 1, 1\)"),
+        ([0, 1], [[0.1], [0.2]], r"got shape \(2, 1\)"),
+        ([0, 1, 1], [0.1, 0.2], r"expected y_true of shape \(2,\), got \(3,\)"),
+        ([0, 2], [0.1, 0.2], r"expected y_true in 0\.\.1, got 2"),
+        ([-1, 1], [0.1, 0.2], r"expected y_true in 0\.\.1, got -1"),
+        ([0, 3], [[0.1, 0.2, 0.7]] * 2, r"expected y_true in 0\.\.2, got 3"),
+        ([0.0, 1.0], [0.1, 0.2], "expected y_true as integer codes, got dtype float64"),
+        ([0, 1], [0.1, math.nan], "expected finite scores, got nan"),
+        ([0, 1], [0.1, -math.inf], "expected finite scores, got -inf"),
+    ],
+)
+def test_bad_samples(y, scores, message):
+    with pytest.raises(ValueError, match=message):
+        roc_auc(y, scores)
+    with pytest.raises(ValueError, match=message):
+        fairness_report(y, scores, {})
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0], r"sample_weight of shape \(2,\), got \(1,\)"),
+        ([1.0, -1.0], "not negative"),
+        ([1.0, math.nan], "finite"),
+        ([0.0, 0.0], "not all 0"),
+    ],
+)
+def test_bad_weights(weights, message):
+    with pytest.raises(ValueError, match=message):
+        roc_auc([0, 1], [0.1, 0.2], weights)
+    with pytest.raises(ValueError, match=message):
+        demographic_parity_difference([0, 1], [0, 0], sample_weight=weights)
+
+
+def test_bad_codes():
+    with pytest.raises(ValueError, match=r"y_pred in 0\.\.1, got 2"):
+        demographic_parity_difference([0, 2], [0, 1])
+    with pytest.raises(ValueError, match=r"y_true in 0\.\.1, got 2"):
+        equalized_odds_difference([0, 2], [0, 1], [0, 1])
+    with pytest.raises(ValueError, match=r"groups of shape \(2,\), got \(3,\)"):
+        equalized_odds_difference([0, 1], [0, 1], [0, 1, 1])
+    with pytest.raises(ValueError, match="groups as integer codes, got dtype <U1"):
+        demographic_parity_difference([0, 1], ["f", "m"])
+    with pytest.raises(ValueError, match="num_classes of 2 or more, got 1"):
+        demographic_parity_difference([0, 0], [0, 1], num_classes=1)
+    with pytest.raises(ValueError, match=r"expected y_true of shape \(2,\), got \(1,\)"):
+        accuracy([0], [0, 1])
+    with pytest.raises(ValueError, match=r"y_pred of shape \(N,\), N >= 1, got \(0,\)"):
+        accuracy([], [])
+
+
+def test_tensors_and_booleans_are_taken():
+    assert roc_auc(torch.tensor([0, 1, 1]), torch.tensor([0.1, 0.9, 0.05])) == 0.5
+    assert accuracy(np.array([True, False]), [1, 1]) == 0.5
+
+
+# The report
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_report_values_are_those_of_the_functions(classes):
+    y, scores, _, group, _ = sample(7, classes, size=300)
+    other = (np.arange(300) % 2).astype(np.int64)
+    report = fairness_report(y, scores, {"race": group, "sex": other}, n_bootstrap=20)
+    predicted = (scores >= 0.5).astype(int) if classes == 2 else scores.argmax(axis=1)
+    assert report.auc.value == pytest.approx(roc_auc(y, scores), **EXACT)
+    assert report.accuracy.value == pytest.approx(accuracy(y, predicted), **EXACT)
+    assert report.num_samples == 300 and report.num_classes == classes
+    assert report.threshold == (0.5 if classes == 2 else None)
+    for name, codes in {"race": group, "sex": other}.items():
+        attribute = report.attributes[name]
+        aucs = group_roc_auc(y, scores, codes)
+        accuracies = [
+            accuracy(y[codes == g], predicted[codes == g]) for g in range(codes.max() + 1)
+        ]
+        assert attribute.unknown == (codes == -1).sum()
+        assert [g.label for g in attribute.groups] == [str(g) for g in range(codes.max() + 1)]
+        assert [g.count for g in attribute.groups] == np.bincount(codes[codes >= 0]).tolist()
+        expected = {
+            "es_auc": equity_scaled(report.auc.value, aucs),
+            "es_accuracy": equity_scaled(report.accuracy.value, accuracies),
+            "demographic_parity_difference": demographic_parity_difference(
+                predicted, codes, num_classes=classes
+            ),
+            "equalized_odds_difference": equalized_odds_difference(
+                y, predicted, codes, num_classes=classes
+            ),
+            "auc_std_disparity": between_group_disparity(report.auc.value, aucs).std,
+            "auc_range_disparity": between_group_disparity(report.auc.value, aucs).range,
+        }
+        for metric, value in expected.items():
+            assert getattr(attribute, metric).value == pytest.approx(value, **EXACT), metric
+        np.testing.assert_allclose([g.auc.value for g in attribute.groups], aucs, atol=1e-12)
+        np.testing.assert_allclose(
+            [g.accuracy.value for g in attribute.groups], accuracies, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_intervals_are_those_of_a_loop_over_resamples(classes):
+    y, scores, _, group, _ = sample(3, classes, size=80)
+    seed, rounds = 11, 40
+    report = fairness_report(
+        y, scores, {"race": group}, n_bootstrap=rounds, confidence=0.9, seed=seed
+    )
+    draws = np.random.default_rng(seed).integers(80, size=(rounds, 80))
+    loop = [fairness_report(y[i], scores[i], {"race": group[i]}, n_bootstrap=0) for i in draws]
+    race = report.attributes["race"]
+
+    def check(estimate, values):
+        expected = np.nanquantile(values, [0.05, 0.95])
+        np.testing.assert_allclose([estimate.low, estimate.high], expected, rtol=0, atol=1e-12)
+
+    check(report.auc, [r.auc.value for r in loop])
+    check(report.accuracy, [r.accuracy.value for r in loop])
+    for g in range(3):
+        check(race.groups[g].auc, [r.attributes["race"].groups[g].auc.value for r in loop])
+        check(
+            race.groups[g].accuracy, [r.attributes["race"].groups[g].accuracy.value for r in loop]
+        )
+    for metric in (
+        "es_auc",
+        "es_accuracy",
+        "demographic_parity_difference",
+        "equalized_odds_difference",
+        "auc_std_disparity",
+        "auc_range_disparity",
+    ):
+        check(getattr(race, metric), [getattr(r.attributes["race"], metric).value for r in loop])
+
+
+def test_intervals_do_not_depend_on_how_the_resamples_are_cut_into_blocks(monkeypatch):
+    y, scores, _, group, _ = sample(5, size=63)
+    whole = fairness_report(y, scores, {"race": group}, n_bootstrap=50)
+    again = fairness_report(y, scores, {"race": group}, n_bootstrap=50)
+    assert whole == again
+    assert whole != fairness_report(y, scores, {"race": group}, n_bootstrap=50, seed=1)
+    monkeypatch.setattr("fairclip_losses.report.BLOCK_SIZE", 63 * 7)
+    assert fairness_report(y, scores, {"race": group}, n_bootstrap=50) == whole
+
+
+def test_intervals_cover_about_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    truth, hits = 0.7602499389065233, 0  # P(N(1, 1) > N(0, 1)) = Phi(1 / sqrt 2)
+    for seed in range(60):
+        y = np.repeat([0, 1], 60)
+        auc = fairness_report(y, y + rng.normal(size=120), {}, n_bootstrap=200, seed=seed).auc
+        hits += auc.low <= truth <= auc.high
+    assert 50 <= hits <= 60
+
+
+def test_a_resample_without_a_value_is_left_out():
+    # Group 1 has a single positive: about a third of the resamples lose it.
+    y = np.array([0, 1] * 20 + [0, 0, 0, 1])
+    scores = np.linspace(0, 1, 44)
+    group = np.repeat([0, 1], [40, 4])
+    report = fairness_report(y, scores, {"race": group}, n_bootstrap=200)
+    rare = report.attributes["race"].groups[1]
+    assert rare.auc.value == 1.0 and rare.auc.low == 1.0
+    assert math.isfinite(report.attributes["race"].es_auc.low)
+
+
+def test_a_class_missing_from_a_group_leaves_only_that_groups_mean():
+    y = np.array([0, 1, 2, 0, 1, 0, 1])
+    scores = np.random.default_rng(0).random((7, 3))
+    group = np.array([0, 0, 0, 1, 1, 1, 1])
+    values = group_roc_auc(y, scores, group)
+    rest = group == 1
+    expected = np.mean([roc_auc_score(y[rest] == k, scores[rest, k]) for k in (0, 1)])
+    assert values[1] == pytest.approx(expected, **EXACT)
+
+
+def test_a_group_of_one_class_is_nan_left_out_and_warned_of():
+    y = [0, 1, 0, 1, 1, 1]
+    scores = [0.1, 0.8, 0.6, 0.4, 0.9, 0.2]
+    with pytest.warns(UserWarning, match="attribute 'sex': group 'm' holds one class only"):
+        report = fairness_report(
+            y,
+            scores,
+            {"sex": [0, 0, 0, 0, 1, 1]},
+            labels=CodeBook({"sex": ("f", "m", "x"), "more": ("a",)}),
+            n_bootstrap=10,
+        )
+    sex = report.attributes["sex"]
+    assert math.isnan(sex.groups[1].auc.value) and math.isnan(sex.groups[1].auc.low)
+    assert sex.es_auc.value == equity_scaled(report.auc.value, [sex.groups[0].auc.value])
+    # Group m has no negatives: the gap of the false positive rates is that of group f alone.
+    assert sex.equalized_odds_difference.value == equalized_odds_difference(
+        y, np.array(scores) >= 0.5, [0, 0, 0, 0, 1, 1], undefined_rate="skip"
+    )
+    rows = {(row["group"], row["metric"]): row for row in report.to_rows()}
+    assert rows["m", "auc"]["value"] is None and rows["m", "auc"]["count"] == 2
+    assert rows["x", "auc"]["value"] is None and rows["x", "auc"]["count"] == 0
+    assert "n/a" in report.table()
+
+
+def test_overall_of_one_class():
+    with pytest.warns(UserWarning, match="one class only: the AUC is NaN"):
+        report = fairness_report([1, 1], [0.1, 0.9], {}, n_bootstrap=5)
+    assert math.isnan(report.auc.value)
+    assert report.accuracy.value == 0.5
+
+
+def test_nothing_known_of_an_attribute():
+    report = fairness_report([0, 1], [0.2, 0.9], {"sex": [-1, -1]}, n_bootstrap=5)
+    sex = report.attributes["sex"]
+    assert sex.groups == () and sex.unknown == 2
+    assert math.isnan(sex.es_auc.value) and math.isnan(sex.demographic_parity_difference.value)
+    assert report.auc.value == 1.0
+
+
+def test_two_columns_of_probabilities_are_binary():
+    y, scores, _, group, _ = sample(2, size=50)
+    columns = np.stack([1 - scores, scores], axis=1)
+    one = fairness_report(y, scores, {"race": group}, n_bootstrap=10, threshold=0.3)
+    two = fairness_report(y, columns, {"race": group}, n_bootstrap=10, threshold=0.3)
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"confidence": 1.0}, "confidence between 0 and 1, got 1.0"),
+        ({"confidence": math.nan}, "confidence between 0 and 1, got nan"),
+        ({"n_bootstrap": -1}, "n_bootstrap of 0 or more, got -1"),
+        ({"threshold": math.nan}, "finite threshold, got nan"),
+        ({"labels": {"race": ("a",)}}, r"labels for attribute 'sex', got \['race'\]"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        fairness_report([0, 1], [0.1, 0.9], {"sex": [0, 0]}, **options)
+
+
+def test_report_as_dict_rows_and_table():
+    y, scores, _, group, _ = sample(1, size=60)
+    report = fairness_report(
+        y, scores, {"race": group}, labels={"race": ("a", "b", "c", "d")}, n_bootstrap=10
+    )
+    content = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert content["auc"]["value"] == report.auc.value
+    assert content["attributes"]["race"]["groups"][3] == {
+        "label": "d",
+        "count": 0,
+        "auc": {"value": None, "low": None, "high": None},
+        "accuracy": {"value": None, "low": None, "high": None},
+    }
+    rows = report.to_rows()
+    assert len(rows) == 2 + 6 + 2 * 4
+    assert rows[0] == {
+        "attribute": "",
+        "group": "",
+        "metric": "auc",
+        "value": report.auc.value,
+        "low": report.auc.low,
+        "high": report.auc.high,
+        "count": 60,
+    }
+    assert sum(row["count"] for row in rows if row["metric"] == "auc" and row["group"]) == (
+        60 - report.attributes["race"].unknown
+    )
+    table = report.table()
+    assert table.startswith("60 samples, binary; [95 % interval, 10 resamples]")
+    for text in ("ES-AUC", "AUC, a", "accuracy, d", "n=0", f"{report.auc.value:.3f}", "unknown"):
+        assert text in table
+    assert all(line == line.rstrip() for line in table.splitlines())
+
+
+def test_report_without_intervals():
+    report = fairness_report([0, 1, 1], [0.2, 0.9, 0.1], {"sex": [0, 0, 0]}, n_bootstrap=0)
+    assert math.isnan(report.auc.low) and math.isnan(report.auc.high)
+    assert "[" not in report.table()
+
+
+def test_public_names():
+    assert all(hasattr(metrics, name) for name in metrics.__all__)

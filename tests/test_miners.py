@@ -1,0 +1,999 @@
+"""BadPairMiner and its functions against plain loops, scikit-learn and their own limits."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.mixture import GaussianMixture
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fairclip_losses import functional as F
+from fairclip_losses import miners
+from fairclip_losses.miners import BadPairMiner, EpochSummary, MinerReport
+
+# ------------------------------ the reference
+
+
+class LoopMiner:
+    """The same method with dictionaries and Python floats, one pair at a time."""
+
+    def __init__(
+        self,
+        *,
+        total_epochs=None,
+        warmup_epochs=1,
+        noisy_sigma=3.0,
+        faulty_sigma=3.0,
+        history="mean",
+        weighting="relative",
+        renormalize=True,
+        record="raw",
+    ):
+        self.total_epochs, self.warmup_epochs = total_epochs, warmup_epochs
+        self.noisy_sigma, self.faulty_sigma = noisy_sigma, faulty_sigma
+        self.history, self.weighting = history, weighting
+        self.renormalize, self.record = renormalize, record
+        self.log = {}  # id -> [(epoch, loss)]
+        self.kinds, self.near = {}, set()
+        self.epoch, self.mean, self.std = 0, 0.0, 0.0
+
+    def weight(self, pair, loss):
+        if self.kinds.get(pair, "clean") == "clean" or not math.isfinite(loss):
+            return 1.0
+        weight = math.exp(-0.5 * ((loss - self.mean) / self.std) ** 2)
+        if self.weighting == "density":
+            weight /= self.std * math.sqrt(2 * math.pi)
+        return max(weight, 2.0**-126)
+
+    def visit(self, ids, losses):
+        weights = [self.weight(pair, loss) for pair, loss in zip(ids, losses, strict=True)]
+        for pair, loss, weight in zip(ids, losses, weights, strict=True):
+            if math.isfinite(loss):
+                stored = loss * weight if self.record == "weighted" else loss
+                self.log.setdefault(pair, []).append((self.epoch, stored))
+        return weights
+
+    def histories(self):
+        result = {}
+        for pair, visits in self.log.items():
+            if self.history == "mean":
+                result[pair] = sum(loss for _, loss in visits) / len(visits)
+            elif self.renormalize:
+                total = sum((1 + epoch) * loss for epoch, loss in visits)
+                result[pair] = total / sum(1 + epoch for epoch, _ in visits)
+            else:
+                total = sum((1 + epoch) / self.total_epochs * loss for epoch, loss in visits)
+                result[pair] = total / len(visits)
+        return result
+
+    def end_epoch(self):
+        histories = self.histories()
+        self.epoch += 1
+        self.kinds, self.near = {}, set()
+        if not histories:
+            return
+        values = list(histories.values())
+        self.mean = sum(values) / len(values)
+        self.std = math.sqrt(sum((m - self.mean) ** 2 for m in values) / len(values))
+        if self.epoch < self.warmup_epochs or self.std <= 2.0**-20 * abs(self.mean):
+            return
+        low = self.mean - self.noisy_sigma * self.std
+        high = self.mean + self.faulty_sigma * self.std
+        for pair, m in histories.items():
+            if m >= high:
+                self.kinds[pair] = "faulty"
+            elif m <= low:
+                self.kinds[pair] = "noisy"
+            if min(abs(m - low), abs(m - high)) < 1e-5:
+                self.near.add(pair)
+
+
+def random_run(seed, pairs=40, epochs=3, batch=8, bad=4, missing=0.2, duplicates=True):
+    """Shuffled epochs of (ids, losses) batches: some pairs missing, some there twice, a bad few."""
+    generator = np.random.default_rng(seed)
+    level = generator.normal(2.0, 0.3, pairs)
+    level[:bad] = 5.0
+    level[bad : 2 * bad] = 0.5
+    run = []
+    for _ in range(epochs):
+        ids = np.flatnonzero(generator.random(pairs) >= missing)
+        if duplicates:
+            ids = np.concatenate([ids, generator.choice(pairs, 5)])
+        generator.shuffle(ids)
+        losses = np.float32(level[ids] + generator.normal(0, 0.1, len(ids)))
+        run.append(
+            [
+                (torch.from_numpy(ids[i : i + batch]), torch.from_numpy(losses[i : i + batch]))
+                for i in range(0, len(ids), batch)
+            ]
+        )
+    return run
+
+
+def play(miner, run, rename=None):
+    """All weights of a run, one tensor."""
+    weights = []
+    for epoch in run:
+        for ids, losses in epoch:
+            weights.append(miner(losses, ids if rename is None else rename[ids]))
+        miner.end_epoch()
+    return torch.cat(weights)
+
+
+def assert_same_report(left, right):
+    for name in MinerReport.__dataclass_fields__:
+        np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name)
+
+
+def small_logs(monkeypatch, size=4):
+    """Make streaming miners join their log to the table every few visits."""
+    monkeypatch.setattr(miners, "_LOG_MINIMUM", size)
+
+
+# ------------------------------ module against the loop
+
+losses_drawn = st.one_of(
+    st.floats(0.0, 8.0, width=32),
+    st.sampled_from([0.0, 0.5, 6.0, math.inf, -math.inf, math.nan]),
+)
+visits_drawn = st.lists(st.tuples(st.integers(0, 11), losses_drawn), max_size=9)
+run_drawn = st.lists(st.lists(visits_drawn, min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    run=run_drawn,
+    streaming=st.booleans(),
+    history=st.sampled_from([("mean", True), ("linear", True), ("linear", False)]),
+    weighting=st.sampled_from(["relative", "density"]),
+    record=st.sampled_from(["raw", "weighted"]),
+    warmup_epochs=st.integers(0, 3),
+    sigmas=st.tuples(*[st.sampled_from([0.5, 1.0, 1.7, math.inf])] * 2),
+)
+def test_module_equals_the_double_loop(
+    run, streaming, history, weighting, record, warmup_epochs, sigmas
+):
+    arguments = {
+        "total_epochs": 4,
+        "warmup_epochs": warmup_epochs,
+        "noisy_sigma": sigmas[0],
+        "faulty_sigma": sigmas[1],
+        "history": history[0],
+        "renormalize": history[1],
+        "weighting": weighting,
+        "record": record,
+    }
+    loop = LoopMiner(**arguments)
+    miner = BadPairMiner(None if streaming else 12, **arguments)
+    # Names far apart, in another order than the numbers, negative ones and the extremes among them.
+    names = torch.arange(12)
+    if streaming:
+        names = (names * 5 % 12 - 6) * 2**60
+        names[3], names[4] = 2**63 - 1, -(2**63)
+    for epoch in run:
+        for batch in epoch:
+            ids = [pair for pair, _ in batch]
+            values = [loss for _, loss in batch]
+            weights = miner(
+                torch.tensor(values, dtype=torch.float32),
+                names[torch.tensor(ids, dtype=torch.int64)],
+            )
+            expected = loop.visit(ids, values)
+            np.testing.assert_allclose(weights.numpy(), expected, rtol=2e-3, atol=1e-12)
+        summary = miner.end_epoch()
+        loop.end_epoch()
+        report = miner.report()
+        pairs = sorted(loop.log, key=lambda pair: int(names[pair]))
+        kinds = [loop.kinds.get(pair, "clean") for pair in pairs]
+        if loop.near or (0 < loop.std < 1e-2):
+            return  # float32 sums decide on which side of a threshold such a history falls
+        assert report.ids.tolist() == [int(names[pair]) for pair in pairs]
+        assert report.visits.tolist() == [len(loop.log[pair]) for pair in pairs]
+        histories = loop.histories()
+        np.testing.assert_allclose(
+            report.history, [histories[pair] for pair in pairs], rtol=1e-5, atol=1e-6
+        )
+        assert report.kind.tolist() == kinds
+        last = [loop.weight(pair, loop.log[pair][-1][1]) for pair in pairs]
+        np.testing.assert_allclose(report.weight, last, rtol=2e-3, atol=1e-12)
+        if loop.std:
+            z = [(histories[pair] - loop.mean) / loop.std for pair in pairs]
+            np.testing.assert_allclose(report.z_score, z, rtol=1e-3, atol=1e-3)
+        assert summary.epoch == loop.epoch
+        assert (summary.seen, summary.noisy, summary.faulty) == (
+            len(pairs),
+            kinds.count("noisy"),
+            kinds.count("faulty"),
+        )
+        assert summary.mean == pytest.approx(loop.mean, abs=1e-5)
+        assert summary.std == pytest.approx(loop.std, abs=1e-5)
+
+
+@pytest.mark.parametrize("history", ["mean", "linear"])
+@pytest.mark.parametrize("weighting", ["relative", "density"])
+def test_module_equals_the_functions(history, weighting):
+    run = random_run(0)
+    miner = BadPairMiner(
+        40, noisy_sigma=1.2, faulty_sigma=1.5, history=history, weighting=weighting
+    )
+    total, weight_total = torch.zeros(40, dtype=torch.float64), torch.zeros(40)
+    visits = torch.zeros(40, dtype=torch.int64)
+    kinds, mean, std = torch.zeros(40, dtype=torch.int8), 0.0, 0.0
+    for number, epoch in enumerate(run):
+        for ids, losses in epoch:
+            expected = F.bad_pair_weights(losses, kinds[ids], mean, std, weighting)
+            torch.testing.assert_close(miner(losses, ids), expected, rtol=1e-5, atol=1e-12)
+            weight = F.visit_weight(number, history)
+            total.index_add_(0, ids, losses.double() * weight)
+            weight_total.index_add_(0, ids, torch.full(ids.shape, weight))
+            visits.index_add_(0, ids, torch.ones_like(ids))
+        miner.end_epoch()
+        m = F.pair_history(total, visits, weight_total if history == "linear" else None)
+        mean, std = F.history_statistics(m)
+        kinds = F.bad_pair_kinds(m, mean, std, 1.2, 1.5)
+        report, seen = miner.report(), visits > 0
+        np.testing.assert_allclose(report.history, m[seen], rtol=1e-6)
+        np.testing.assert_allclose(report.z_score, F.history_z_score(m, mean, std)[seen], atol=1e-5)
+        assert report.kind.tolist() == [F.KIND_NAMES[kind] for kind in kinds[seen]]
+        assert report.counts()["faulty"] > 0 and report.counts()["noisy"] > 0
+    assert report.weight.min() < 0.5
+
+
+def test_planted_bad_pairs_are_found():
+    miner = BadPairMiner(200, noisy_sigma=1.2, faulty_sigma=2.5)
+    play(miner, random_run(3, pairs=200, epochs=5, bad=6))
+    report = miner.report()
+    assert set(range(6)) == set(report.ids[report.kind == "faulty"])
+    assert set(range(6, 12)) <= set(report.ids[report.kind == "noisy"])
+    flagged = report.flagged()
+    assert len(flagged) == sum(report.counts().values()) - report.counts()["clean"]
+    assert set(flagged.kind) == {"noisy", "faulty"}
+    assert (flagged.ids == report.ids[report.kind != "clean"]).all()
+
+
+@pytest.mark.parametrize("num_pairs", [40, None])
+def test_order_and_batches_do_not_matter(num_pairs):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.arange(40).repeat(2)
+    # Dyadic losses: every order of summation is exact.
+    losses = torch.randint(0, 400, (80,), generator=generator) / 64
+    reports = []
+    for size in (7, 16, 80):
+        miner = BadPairMiner(num_pairs, noisy_sigma=1.0, faulty_sigma=1.0)
+        order = torch.randperm(80, generator=generator)
+        for part in order.split(size):
+            miner(losses[part], ids[part])
+        miner.end_epoch()
+        reports.append(miner.report())
+    for other in reports[1:]:
+        for name in ("ids", "visits", "history", "z_score", "kind"):
+            np.testing.assert_array_equal(getattr(reports[0], name), getattr(other, name))
+
+
+# ------------------------------ warm-up
+
+
+@pytest.mark.parametrize("warmup_epochs,first", [(0, 1), (1, 1), (2, 2), (3, 3)])
+def test_flags_begin_with_the_warmup_th_end_epoch(warmup_epochs, first):
+    miner = BadPairMiner(10, warmup_epochs=warmup_epochs, faulty_sigma=2.0)
+    losses = torch.tensor([1.0] * 9 + [9.0])
+    for epoch in range(1, 5):
+        weights = miner(losses, torch.arange(10))
+        assert bool((weights == 1).all()) == (epoch <= first)
+        summary = miner.end_epoch()
+        assert summary.faulty == (1 if epoch >= first else 0)
+        assert summary.epoch == epoch and summary.mean > 0 and summary.std > 0
+
+
+def test_a_pair_may_lose_its_flag():
+    miner = BadPairMiner(4, faulty_sigma=1.5, noisy_sigma=math.inf)
+    ids = torch.arange(4)
+    miner(torch.tensor([1.0, 1.0, 1.0, 5.0]), ids)
+    assert miner.end_epoch().faulty == 1
+    for _ in range(3):
+        miner(torch.tensor([5.0, 5.0, 1.0, 1.0]), ids)
+    assert miner.end_epoch().faulty == 0
+    assert bool((miner(torch.ones(4), ids) == 1).all())
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5])
+def test_equal_histories_are_never_flagged(sigma):
+    miner = BadPairMiner(5, noisy_sigma=sigma, faulty_sigma=sigma)
+    # 0.1 has no exact float32 sum: the histories differ by rounding alone.
+    for repeat in range(3):
+        for _ in range(repeat):
+            miner(torch.full((3,), 0.1), torch.arange(3) + repeat - 1)
+        miner(torch.full((5,), 0.1), torch.arange(5))
+    summary = miner.end_epoch()
+    assert (summary.noisy, summary.faulty) == (0, 0)
+    assert summary.std < 1e-6
+    assert miner.report().z_score.tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("detector", ["threshold", "mixture"])
+def test_no_pair_or_one_pair(detector):
+    for num_pairs in (3, None):
+        miner = BadPairMiner(num_pairs, noisy_sigma=0.0, faulty_sigma=0.0, detector=detector)
+        assert miner.end_epoch() == EpochSummary(1, 0, 0, 0, 0.0, 0.0)
+        report = miner.report()
+        assert len(report) == 0 and report.counts() == {"clean": 0, "noisy": 0, "faulty": 0}
+        assert report.ids.dtype == report.visits.dtype == np.int64
+        assert report.history.dtype == report.z_score.dtype == report.weight.dtype == np.float64
+        miner(torch.tensor([2.0]), torch.tensor([1]))
+        assert miner.end_epoch() == EpochSummary(2, 1, 0, 0, 2.0, 0.0)
+        assert miner(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+def test_report_before_the_first_end_epoch():
+    for num_pairs in (9, None):
+        miner = BadPairMiner(num_pairs)
+        miner(torch.tensor([2.0, 4.0]), torch.tensor([7, 7]))
+        report = miner.report()
+        assert (report.ids.tolist(), report.visits.tolist()) == ([7], [2])
+        assert report.history.tolist() == [3.0]
+        assert np.isnan(report.z_score).all()
+        assert (report.kind.tolist(), report.weight.tolist()) == (["clean"], [1.0])
+        miner(torch.tensor([6.0]), torch.tensor([7]))
+        assert report.history.tolist() == [3.0]  # a report is a copy
+
+
+# ------------------------------ the weights
+
+
+def test_relative_weight_is_in_zero_one_and_density_may_exceed_one():
+    kinds = torch.tensor([F.CLEAN, F.NOISY, F.FAULTY, F.FAULTY])
+    losses = torch.tensor([1.0, 1.0, 1.1, 1e6])
+    relative = F.bad_pair_weights(losses, kinds, 1.0, 0.1)
+    assert relative[:2].tolist() == [1.0, 1.0]
+    assert relative[2].item() == pytest.approx(math.exp(-0.5))
+    assert relative[3].item() == torch.finfo(torch.float32).tiny  # exp underflows
+    density = F.bad_pair_weights(losses, kinds, 1.0, 0.1, "density")
+    assert density[1].item() == pytest.approx(3.98942, rel=1e-5)
+    double = F.bad_pair_weights(losses.double(), kinds, torch.tensor(1.0), torch.tensor(0.1))
+    assert double.dtype == torch.float64 and double[3] > 0
+    assert F.bad_pair_weights(losses, kinds, 1.0, 0.0).tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    "dtype,result",
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+@pytest.mark.parametrize("num_pairs", [5, None])
+def test_dtypes(dtype, result, num_pairs):
+    miner = BadPairMiner(num_pairs, faulty_sigma=1.5)
+    losses = torch.tensor([1.0, 1.0, 1.0, 1.0, 4.0], dtype=dtype, requires_grad=True)
+    for ids in (torch.arange(5), torch.arange(5, dtype=torch.int32)):
+        weights = miner(losses, ids)
+        assert weights.dtype == result and not weights.requires_grad
+        miner.end_epoch()
+    assert weights[4] < 1 and bool((weights[:4] == 1).all())
+    assert miner.loss_sum.dtype == torch.float32 and miner.mean.dtype == torch.float64
+    (weights * losses).sum().backward()
+    torch.testing.assert_close(losses.grad, weights.to(dtype))
+
+
+def test_default_dtype_and_casts_leave_the_memory_alone():
+    run = random_run(1)
+    expected = BadPairMiner(40, faulty_sigma=1.5)
+    play(expected, run)
+    torch.set_default_dtype(torch.float64)
+    try:
+        cast = BadPairMiner(40, faulty_sigma=1.5)
+        play(nn.Sequential(cast).half()[0], run[:1])
+        cast.bfloat16().double()
+        play(cast, run[1:])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(buffer, cast.get_buffer(name))
+        assert buffer.dtype == cast.get_buffer(name).dtype
+
+
+# ------------------------------ what is recorded
+
+
+@pytest.mark.parametrize("num_pairs", [6, None])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300])
+def test_a_loss_that_is_not_finite_leaves_no_trace(num_pairs, bad):
+    clean = BadPairMiner(num_pairs, faulty_sigma=1.2, noisy_sigma=1.2, history="linear")
+    dirty = copy.deepcopy(clean)
+    ids = torch.tensor([0, 1, 2, 3, 4, 4])
+    losses = torch.tensor([1.0, 2.0, 3.0, 9.0, 2.0, 2.5], dtype=torch.float64)
+    for _ in range(2):
+        expected = clean(losses, ids)
+        weights = dirty(torch.cat([losses, torch.tensor([bad, bad])]), torch.tensor([*ids, 5, 3]))
+        assert torch.equal(weights[:6], expected)
+        assert weights[6] == 1
+        assert math.isfinite(weights[7])
+        dirty(torch.tensor([bad, bad], dtype=torch.float64), torch.tensor([2, 5]))
+        assert clean.end_epoch() == dirty.end_epoch()
+        assert_same_report(clean.report(), dirty.report())
+    assert clean.report().counts()["faulty"] == 1
+
+
+def test_eval_and_the_record_argument():
+    for num_pairs in (2, None):
+        miner = BadPairMiner(num_pairs)
+        ids, losses = torch.arange(2), torch.tensor([1.0, 2.0])
+        miner(losses, ids, record=False)
+        miner.eval()
+        miner(losses, ids)
+        assert len(miner.report()) == 0
+        miner(losses, ids, record=True)
+        miner.train()
+        miner(losses, ids)
+        assert miner.report().visits.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("num_pairs", [3, None])
+def test_the_last_loss_is_that_of_the_last_visit(num_pairs):
+    miner = BadPairMiner(num_pairs, faulty_sigma=1.2, noisy_sigma=math.inf)
+    miner(torch.tensor([1.0, 1.0, 9.0]), torch.arange(3))
+    miner.end_epoch()
+    mean, std = float(miner.mean), float(miner.std)
+    miner(torch.tensor([8.0, 7.0, math.nan, 6.5, 1.0]), torch.tensor([2, 2, 2, 2, 0]))
+    last = miner.report().weight[2]
+    assert last == pytest.approx(math.exp(-0.5 * ((6.5 - mean) / std) ** 2), rel=1e-5)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_inference_mode(streaming, monkeypatch):
+    small_logs(monkeypatch)
+    run = random_run(2)
+    expected = BadPairMiner(None if streaming else 40, faulty_sigma=1.5)
+    weights = play(expected, run)
+    mixed = BadPairMiner(None if streaming else 40, faulty_sigma=1.5)
+    with torch.inference_mode():
+        first = play(mixed, run[:1])
+        mixed.report()
+    second = play(mixed, run[1:])
+    assert torch.equal(torch.cat([first, second]), weights)
+
+
+# ------------------------------ streaming
+
+
+@pytest.mark.parametrize("history", ["mean", "linear"])
+@pytest.mark.parametrize("log", [4, 30, 1 << 16])
+def test_streaming_equals_dense_bit_for_bit(history, log, monkeypatch):
+    small_logs(monkeypatch, log)
+    run = random_run(4, epochs=4)
+    dense = BadPairMiner(40, faulty_sigma=1.5, noisy_sigma=1.5, history=history)
+    stream = BadPairMiner(faulty_sigma=1.5, noisy_sigma=1.5, history=history)
+    names = torch.arange(40) * 10**15 - 7 * 10**15
+    assert torch.equal(play(dense, run), play(stream, run, names))
+    left, right = dense.report(), stream.report()
+    np.testing.assert_array_equal(names.numpy()[left.ids], right.ids)
+    for name in ("visits", "history", "z_score", "kind", "weight"):
+        np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name)
+
+
+def test_streaming_takes_ids_of_any_layout():
+    miner = BadPairMiner()
+    table = torch.arange(20).reshape(10, 2)
+    for _ in range(2):
+        miner(torch.ones(20)[::2], table[:, 1])  # not contiguous
+        miner.end_epoch()
+    assert miner.report().ids.tolist() == list(range(1, 20, 2))
+
+
+@pytest.mark.parametrize(
+    "num_pairs,history,limit", [(10_000, "mean", 13), (None, "mean", 23), (None, "linear", 27)]
+)
+def test_bytes_for_each_pair(num_pairs, history, limit, monkeypatch):
+    small_logs(monkeypatch, 64)
+    miner = BadPairMiner(num_pairs, history=history)
+    for part in torch.arange(10_000).split(500):
+        miner(torch.rand(500), part)
+        miner.end_epoch()
+    size = sum(buffer.nbytes for buffer in miner.buffers()) - 5 * 8  # less the five scalars
+    assert size <= limit * 10_000
+
+
+# ------------------------------ save and resume
+
+
+def saved_and_loaded(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("num_pairs", [40, None])
+@pytest.mark.parametrize("history", ["mean", "linear"])
+@pytest.mark.parametrize("epoch,batch", [(0, 0), (0, 2), (1, 0), (1, 3), (2, 1)])
+def test_a_resumed_run_equals_the_uninterrupted_one(num_pairs, history, epoch, batch):
+    run = random_run(5, epochs=4)
+    arguments = {"faulty_sigma": 1.5, "noisy_sigma": 1.5, "history": history}
+    whole = BadPairMiner(num_pairs, **arguments)
+    weights = play(whole, run)
+
+    first = nn.ModuleDict({"miner": BadPairMiner(num_pairs, **arguments)})
+    parts = [play(first["miner"], run[:epoch])] if epoch else []
+    parts += [first["miner"](losses, ids) for ids, losses in run[epoch][:batch]]
+    state = saved_and_loaded(first.state_dict())
+    before = first["miner"].report()
+    second = nn.ModuleDict({"miner": BadPairMiner(num_pairs, **arguments)})
+    second["miner"](torch.tensor([3.0]), torch.tensor([1]))  # what it held is gone once it loads
+    second.load_state_dict(state)
+    assert_same_report(second["miner"].report(), before)
+    parts.append(play(second["miner"], [run[epoch][batch:], *run[epoch + 1 :]]))
+    assert torch.equal(torch.cat(parts), weights)
+    assert_same_report(second["miner"].report(), whole.report())
+    for name, buffer in whole.state_dict().items():
+        other = second["miner"].state_dict()[name]
+        assert torch.equal(buffer, other) if isinstance(buffer, Tensor) else buffer == other
+
+
+@pytest.mark.parametrize("num_pairs", [40, None])
+def test_a_copy_is_independent(num_pairs):
+    run = random_run(6)
+    miner = BadPairMiner(num_pairs, faulty_sigma=1.5)
+    play(miner, run[:1])
+    miner(*reversed(run[1][0]))
+    twin = copy.deepcopy(miner)
+    before = miner.report()
+    play(twin, run[1:])
+    assert_same_report(miner.report(), before)
+
+
+def test_thresholds_may_change_on_resuming():
+    run = random_run(7)
+    miner = BadPairMiner(40)
+    play(miner, run)
+    other = BadPairMiner(
+        40,
+        faulty_sigma=1.0,
+        noisy_sigma=math.inf,
+        weighting="density",
+        warmup_epochs=2,
+        detector="mixture",
+    )
+    other.load_state_dict(miner.state_dict())
+    np.testing.assert_array_equal(other.report().history, miner.report().history)
+
+
+@pytest.mark.parametrize(
+    "saved,mine,message",
+    [
+        ({"num_pairs": 5}, {"num_pairs": 6}, "num_pairs=5"),
+        ({"num_pairs": 5}, {}, "num_pairs=5"),
+        ({}, {"num_pairs": 5}, "num_pairs=None"),
+        ({"history": "linear"}, {}, "history='linear'"),
+        ({"num_pairs": 5, "record": "weighted"}, {"num_pairs": 5}, "record='weighted'"),
+    ],
+)
+def test_another_kind_of_memory_is_refused_whole(saved, mine, message):
+    source, target = BadPairMiner(**saved), BadPairMiner(**mine)
+    source(torch.tensor([1.0, 5.0]), torch.tensor([0, 1]))
+    source.end_epoch()
+    target(torch.tensor([2.0]), torch.tensor([3]))
+    before = target.report()
+    with pytest.raises(RuntimeError, match=message):
+        target.load_state_dict(source.state_dict())
+    assert_same_report(target.report(), before)
+    assert int(target.epoch) == 0
+    with pytest.raises(ValueError, match=message):
+        target.set_extra_state(source.get_extra_state())
+
+
+def test_a_state_without_its_settings_or_of_another_shape():
+    miner = BadPairMiner(5)
+    state = miner.state_dict()
+    del state["_extra_state"]
+    with pytest.raises(RuntimeError, match="_extra_state"):
+        miner.load_state_dict(state)
+    miner.load_state_dict(state, strict=False)
+    with pytest.raises(RuntimeError, match=r"loss_sum.*\[6\]"):
+        miner.load_state_dict(
+            {k: v for k, v in BadPairMiner(6).state_dict().items() if k != "_extra_state"},
+            strict=False,
+        )
+
+
+# ------------------------------ no wait for the device, no blow-up
+
+
+class Watch(TorchDispatchMode):
+    """Fail on operations that wait for a device; note how many there are and how large."""
+
+    waiting = (
+        "_local_scalar_dense",
+        "item",
+        "nonzero",
+        "masked_select",
+        "is_nonzero",
+        "unique",
+        "_unique2",
+        "equal",
+        "_to_copy",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.largest = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        kwargs = kwargs or {}
+        # A copy waits only where it changes the device.
+        if name in self.waiting and not (name == "_to_copy" and kwargs.get("device") is None):
+            raise AssertionError(f"{name} waits for the device")
+        if name == "index" and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        ):
+            raise AssertionError("indexing by a mask waits for the device")
+        result = func(*args, **kwargs)
+        self.operations.append(name)
+        # An operation in place returns its buffer: that is no new memory.
+        if isinstance(result, Tensor) and not name.endswith("_"):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def warmed(num_pairs, **arguments):
+    miner = BadPairMiner(num_pairs, faulty_sigma=1.0, validate=False, **arguments)
+    miner(torch.tensor([1.0, 1.0, 1.0, 9.0]), torch.arange(4))
+    miner.end_epoch()
+    return miner
+
+
+@pytest.mark.parametrize("num_pairs", [1000, None])
+@pytest.mark.parametrize("history", ["mean", "linear"])
+@pytest.mark.parametrize("weighting", ["relative", "density"])
+@pytest.mark.parametrize("record", ["raw", "weighted"])
+def test_forward_never_waits_for_the_device(num_pairs, history, weighting, record):
+    miner = warmed(num_pairs, history=history, weighting=weighting, record=record)
+    with Watch() as watch:
+        miner(torch.rand(64, dtype=torch.float64), torch.arange(64, dtype=torch.int32))
+        miner(torch.full((3,), math.nan), torch.tensor([-5, 10**9, 3]))
+    assert watch.operations
+
+
+@pytest.mark.parametrize("num_pairs", [1000, None])
+def test_the_watch_sees_a_wait(num_pairs):
+    miner = warmed(num_pairs)
+    with Watch(), pytest.raises(AssertionError, match="waits"):
+        miner.end_epoch()
+    miner = BadPairMiner(4, validate=True)
+    with Watch(), pytest.raises(AssertionError, match="waits"):
+        miner(torch.rand(1), torch.tensor([1]))
+
+
+def test_forward_costs_nothing_for_more_pairs_or_samples():
+    seen = set()
+    for num_pairs, batch in itertools.product((100, 1_000_000), (8, 50)):
+        miner = warmed(num_pairs)
+        with Watch() as watch:
+            miner(torch.rand(batch), torch.arange(batch))
+        seen.add(tuple(watch.operations))
+        assert watch.largest <= batch + 1  # nothing of the memory's size is made
+    assert len(seen) == 1  # the same operations, whatever the sizes
+
+
+@pytest.mark.parametrize("history", ["mean", "linear"])
+def test_forward_has_no_value_dependent_step(history):
+    with FakeTensorMode():
+        miner = BadPairMiner(100, history=history, validate=False)
+        assert miner(torch.rand(8), torch.arange(8)).shape == (8,)
+
+
+@pytest.mark.parametrize("num_pairs", [6, None])
+def test_the_memory_follows_the_losses(num_pairs):
+    miner = warmed(num_pairs)
+    module = nn.Sequential(miner)
+    weights = miner(torch.rand(4, device="meta"), torch.arange(4))
+    assert weights.device.type == "meta"
+    assert {buffer.device.type for buffer in module.buffers()} == {"meta"}
+    assert miner.mean.dtype == torch.float64 and miner.loss_sum.dtype == torch.float32
+
+
+@pytest.mark.parametrize("detector", ["threshold", "mixture"])
+def test_a_device_without_float64(detector, monkeypatch):
+    run = random_run(8)
+    arguments = {"faulty_sigma": 1.5, "noisy_sigma": 1.5, "detector": detector}
+    expected = BadPairMiner(40, **arguments)
+    weights = play(expected, run)
+    monkeypatch.setattr(miners, "_NO_FLOAT64", frozenset({"cpu"}))
+    miner = BadPairMiner(40, **arguments).to("cpu")
+    assert miner.mean.dtype == miner.std.dtype == torch.float32
+    torch.testing.assert_close(play(miner, run), weights, rtol=1e-5, atol=1e-6)
+    assert miner.report().kind.tolist() == expected.report().kind.tolist()
+    monkeypatch.undo()
+    assert miner.to("cpu").mean.dtype == torch.float64
+
+
+@pytest.mark.parametrize("history", ["mean", "linear"])
+@pytest.mark.parametrize("record", ["raw", "weighted"])
+def test_compiles_into_one_graph(history, record):
+    run = random_run(9)
+    arguments = {"faulty_sigma": 1.5, "history": history, "record": record}
+    plain = BadPairMiner(40, **arguments)
+    miner = BadPairMiner(40, **arguments)
+    compiled = torch.compile(miner, fullgraph=True, backend="eager")
+    for epoch in run:
+        for ids, losses in epoch:
+            assert torch.equal(compiled(losses, ids), plain(losses, ids))
+        assert miner.end_epoch() == plain.end_epoch()
+    # A graph cannot raise on a value: the ids are counted.
+    compiled(torch.ones(8), torch.full((8,), 40))
+    with pytest.raises(ValueError, match="got 8 outside"):
+        miner.end_epoch()
+
+
+def test_streaming_works_under_compile():
+    run = random_run(10, epochs=2)
+    plain, miner = BadPairMiner(faulty_sigma=1.5), BadPairMiner(faulty_sigma=1.5)
+    compiled = torch.compile(miner, backend="eager")
+    for epoch in run:
+        for ids, losses in epoch:
+            assert torch.equal(compiled(losses, ids), plain(losses, ids))
+        assert miner.end_epoch() == plain.end_epoch()
+
+
+# ------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"num_pairs": 0}, "num_pairs must be an integer of 1 or more, got 0"),
+        ({"num_pairs": -3}, "num_pairs"),
+        ({"num_pairs": 2.0}, "num_pairs"),
+        ({"num_pairs": True}, "num_pairs"),
+        ({"total_epochs": 0}, "total_epochs must be an integer of 1 or more, got 0"),
+        ({"warmup_epochs": -1}, "warmup_epochs must be an integer of 0 or more, got -1"),
+        ({"warmup_epochs": 1.5}, "warmup_epochs"),
+        ({"noisy_sigma": -0.1}, "noisy_sigma must be 0 or more .*, got -0.1"),
+        ({"faulty_sigma": -2}, "faulty_sigma"),
+        ({"faulty_sigma": math.nan}, "faulty_sigma"),
+        ({"history": "median"}, "history must be one of mean, linear, got 'median'"),
+        ({"weighting": "hard"}, "weighting must be one of relative, density"),
+        ({"record": "none"}, "record must be one of raw, weighted"),
+        ({"detector": "svm"}, "detector must be one of threshold, mixture"),
+        ({"mixture_threshold": 0.0}, r"mixture_threshold must be in \(0, 1\], got 0.0"),
+        ({"mixture_threshold": 1.1}, "mixture_threshold"),
+        ({"history": "linear", "renormalize": False}, "needs total_epochs"),
+    ],
+)
+def test_constructor_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        BadPairMiner(**arguments)
+
+
+def test_constructor_takes_numpy_integers_and_infinite_thresholds():
+    miner = BadPairMiner(np.int64(5), noisy_sigma=math.inf, faulty_sigma=math.inf)
+    assert type(miner.num_pairs) is int
+    miner(torch.tensor([1.0, 1.0, 100.0]), torch.arange(3))
+    assert miner.end_epoch().faulty == 0
+    assert "num_pairs=5" in repr(miner) and "faulty_sigma=inf" in repr(miner)
+    assert "mixture_threshold=0.5" in repr(BadPairMiner(detector="mixture"))
+
+
+@pytest.mark.parametrize("num_pairs", [4, None])
+@pytest.mark.parametrize(
+    "losses,ids,message",
+    [
+        (torch.rand(2), torch.tensor([0.0, 1.0]), "pair_ids must be integers .* torch.float32"),
+        (torch.rand(2), torch.tensor([True, False]), "pair_ids must be integers .* torch.bool"),
+        (torch.rand(2), torch.tensor([0j, 1j]), "pair_ids must be integers .* torch.complex64"),
+        (torch.rand(2), [0, 1], "pair_ids must be a tensor, got list"),
+        ([0.5], torch.tensor([0]), "pair_losses must be a tensor, got list"),
+        (torch.tensor([1, 2]), torch.tensor([0, 1]), "pair_losses must be floating point"),
+        (torch.rand(2), torch.tensor([0, 1, 2]), r"\(2,\) and \(3,\)"),
+        (torch.rand(2, 1), torch.tensor([0, 1]), r"\(2, 1\) and \(2,\)"),
+        (torch.rand(2), torch.tensor([[0], [1]]), r"\(2,\) and \(2, 1\)"),
+        (torch.tensor(0.5), torch.tensor(1), r"\(\) and \(\)"),
+    ],
+)
+def test_forward_errors(num_pairs, losses, ids, message):
+    miner = BadPairMiner(num_pairs)
+    with pytest.raises(ValueError, match=message):
+        miner(losses, ids)
+    assert len(miner.report()) == 0
+
+
+@pytest.mark.parametrize("bad", [-1, 4, 2**62, -(2**63)])
+def test_ids_out_of_range_on_the_cpu(bad):
+    miner = BadPairMiner(4)
+    with pytest.raises(ValueError, match=rf"0\.\.3, got {bad} at position 2"):
+        miner(torch.rand(4), torch.tensor([0, 3, bad, 99]))
+    assert len(miner.report()) == 0
+    assert miner.end_epoch().seen == 0
+
+
+def test_ids_out_of_range_where_they_are_not_checked():
+    expected, miner = BadPairMiner(4, faulty_sigma=1.0), warmed(4)
+    expected(torch.tensor([1.0, 1.0, 1.0, 9.0]), torch.arange(4))
+    expected.end_epoch()
+    for ids in ([0, 3, -7, 4], [3, 1, -2, -(2**63)]):
+        losses = torch.tensor([1.0, 8.0, 50.0, 60.0])
+        weights = miner(losses, torch.tensor(ids))
+        assert torch.equal(weights[:2], expected(losses[:2], torch.tensor(ids[:2])))
+        assert weights[2:].tolist() == [1.0, 1.0]
+    before = miner.report()
+    with pytest.raises(ValueError, match=r"0\.\.3, got 4 outside .* \(the largest is 4\)"):
+        miner.end_epoch()
+    assert int(miner.epoch) == 1
+    assert_same_report(miner.report(), before)
+    assert miner.end_epoch() == expected.end_epoch()  # the second call goes on without them
+    assert_same_report(miner.report(), expected.report())
+    miner(torch.ones(1), torch.tensor([-3]), record=False)  # weighed, not recorded: no error
+    miner.end_epoch()
+    miner(torch.ones(2), torch.tensor([-3, -9]))
+    with pytest.raises(ValueError, match="the largest is -3"):
+        miner.end_epoch()
+
+
+# ------------------------------ functions
+
+
+def test_linear_history_without_normalisation_is_the_published_one():
+    epochs, constant = 10, 2.0
+    miner = BadPairMiner(2, history="linear", renormalize=False, total_epochs=epochs)
+    for e in range(1, epochs + 1):
+        miner(torch.full((2,), constant), torch.arange(2))
+        summary = miner.end_epoch()
+        assert summary.mean == pytest.approx(constant * (e + 1) / (2 * epochs))
+
+
+def test_pair_history_of_an_unseen_pair_is_nan():
+    history = F.pair_history(torch.tensor([4.0, 0.0]), torch.tensor([2, 0]))
+    assert history[0] == 2 and torch.isnan(history[1])
+    assert history.dtype == torch.float64
+    weighted = F.pair_history(torch.tensor([4.0]), torch.tensor([2]), torch.tensor([8.0]))
+    assert weighted.tolist() == [0.5]
+
+
+def test_visit_weight():
+    assert F.visit_weight(3) == 1.0
+    assert F.visit_weight(3, "linear") == 4.0
+    assert torch.equal(F.visit_weight(torch.tensor([0, 2]), "linear"), torch.tensor([1, 3]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    values=st.lists(st.floats(-50, 50), max_size=30),
+    mask=st.lists(st.booleans(), min_size=30, max_size=30),
+    noisy=st.sampled_from([0.0, 0.7, 1.5, math.inf]),
+    faulty=st.sampled_from([0.0, 0.7, 1.5, math.inf]),
+)
+def test_statistics_and_kinds_equal_numpy(values, mask, noisy, faulty):
+    history = torch.tensor([*values, math.nan, math.inf], dtype=torch.float64)
+    seen = torch.tensor([*mask[: len(values)], True, True])
+    used = np.array([v for v, keep in zip(values, mask, strict=False) if keep])
+    mean, std = F.history_statistics(history, seen)
+    assert float(mean) == pytest.approx(used.mean() if len(used) else 0.0, abs=1e-12)
+    assert float(std) == pytest.approx(used.std() if len(used) else 0.0, abs=1e-12)
+    kinds = F.bad_pair_kinds(history, float(mean), float(std), noisy, faulty, seen)
+    assert kinds.dtype == torch.int8
+    assert torch.equal(kinds, F.bad_pair_kinds(history, mean, std, noisy, faulty, seen))
+    spread = std > 2.0**-20 * abs(mean)
+    for m, keep, kind in zip(history.tolist(), seen.tolist(), kinds.tolist(), strict=True):
+        expected = F.CLEAN
+        if keep and spread and math.isfinite(m):
+            if m <= float(mean) - noisy * float(std):
+                expected = F.NOISY
+            if m >= float(mean) + faulty * float(std):
+                expected = F.FAULTY
+        assert kind == expected
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda: F.visit_weight(0, "last"), "history"),
+        (lambda: F.pair_history(torch.zeros(2), torch.zeros(3)), r"\(2,\) and \(3,\)"),
+        (lambda: F.pair_history(torch.zeros(2), torch.zeros(2), torch.zeros(1)), "weight_sum"),
+        (lambda: F.pair_history(torch.zeros(2), torch.zeros(2), total_epochs=0), "total_epochs"),
+        (lambda: F.history_statistics(torch.zeros(2), torch.ones(3, dtype=torch.bool)), "seen"),
+        (lambda: F.bad_pair_kinds(torch.zeros(2), 0.0, 1.0, -1.0), "noisy_sigma"),
+        (lambda: F.bad_pair_kinds(torch.zeros(2), 0.0, 1.0, 1.0, math.nan), "faulty_sigma"),
+        (lambda: F.mixture_pair_kinds(torch.zeros(2), 0.0, 1.0, 1.0, 0.0), "mixture_threshold"),
+        (lambda: F.bad_pair_weights(torch.zeros(2), torch.zeros(2), 0.0, 1.0, "x"), "weighting"),
+        (lambda: F.bad_pair_weights(torch.zeros(2), torch.zeros(3), 0.0, 1.0), "kinds"),
+        (lambda: F.gaussian_mixture_posterior(torch.zeros(2, 2)), r"\(N,\), got \(2, 2\)"),
+        (lambda: F.gaussian_mixture_posterior(torch.tensor([1.0, math.nan])), "finite"),
+        (lambda: F.gaussian_mixture_posterior(torch.zeros(2), variance_floor=0.0), "floor"),
+        (lambda: F.gaussian_mixture_posterior(torch.zeros(2), max_iterations=0), "iterations"),
+        (lambda: F.gaussian_mixture_posterior(torch.zeros(2), max_points=1), "max_points"),
+    ],
+)
+def test_function_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# ------------------------------ the mixture
+
+
+def two_modes(seed, size, share, gap, width):
+    generator = np.random.default_rng(seed)
+    upper = generator.random(size) < share
+    values = np.where(upper, generator.normal(gap, width, size), generator.normal(0, 1, size))
+    return 5.0 + 0.3 * values, upper
+
+
+@pytest.mark.parametrize("size", [60, 3000])
+@pytest.mark.parametrize(
+    "share,gap,width", [(0.5, 6, 1), (0.3, 5, 0.5), (0.1, 7, 1.5), (0.04, 9, 1)]
+)
+def test_mixture_equals_scikit_learn(size, share, gap, width):
+    values, upper = two_modes(0, size, share, gap, width)
+    posterior = F.gaussian_mixture_posterior(torch.from_numpy(values), tolerance=1e-10).numpy()
+    z = ((values - values.mean()) / values.std())[:, None]
+    model = GaussianMixture(2, reg_covar=1e-3, tol=1e-10, max_iter=2000, n_init=5, random_state=0)
+    expected = model.fit(z).predict_proba(z)[:, np.argmax(model.means_)]
+    np.testing.assert_allclose(posterior, expected, atol=2e-3)
+    assert ((posterior >= 0.5) == upper).mean() > 0.97
+
+
+def test_mixture_fits_many_values_on_a_part_of_them():
+    values, upper = two_modes(1, 20_000, 0.1, 6, 1)
+    whole = F.gaussian_mixture_posterior(torch.from_numpy(values))
+    part = F.gaussian_mixture_posterior(torch.from_numpy(values), max_points=2000)
+    assert part.shape == whole.shape
+    torch.testing.assert_close(part, whole, atol=0.02, rtol=0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    values=st.lists(
+        st.one_of(st.floats(-1e6, 1e6, width=32), st.sampled_from([0.0, 1.0])), max_size=25
+    ),
+    scale=st.sampled_from([1.0, 2.0**-30, 2.0**40]),
+)
+def test_mixture_posterior_is_a_probability_for_any_values(values, scale):
+    values = torch.tensor(values, dtype=torch.float64)
+    posterior = F.gaussian_mixture_posterior(values * scale)
+    assert posterior.shape == values.shape and posterior.dtype == torch.float64
+    assert bool(((posterior >= 0) & (posterior <= 1)).all())
+    torch.testing.assert_close(posterior, F.gaussian_mixture_posterior(values), atol=1e-6, rtol=0)
+    # The order of the pairs does not matter, nor does a second call differ.
+    torch.testing.assert_close(
+        F.gaussian_mixture_posterior(values.flip(0) * scale).flip(0), posterior, atol=1e-6, rtol=0
+    )
+    assert torch.equal(F.gaussian_mixture_posterior(values * scale), posterior)
+
+
+def test_mixture_detector():
+    values, upper = two_modes(2, 400, 0.1, 8, 1)
+    ids = torch.arange(400)
+    for num_pairs in (500, None):
+        miner = BadPairMiner(num_pairs, detector="mixture", noisy_sigma=1.2)
+        miner(torch.from_numpy(values), ids)
+        summary = miner.end_epoch()
+        report = miner.report()
+        assert ((report.kind == "faulty") == upper).mean() > 0.99
+        assert summary.faulty == report.counts()["faulty"] > 0
+        history = torch.from_numpy(report.history)
+        mean, std = F.history_statistics(history)
+        kinds = F.mixture_pair_kinds(history, mean, std, 1.2)
+        assert report.kind.tolist() == [F.KIND_NAMES[kind] for kind in kinds]
+
+
+def test_a_wide_upper_component_does_not_make_low_histories_faulty():
+    generator = np.random.default_rng(0)
+    values = np.concatenate([generator.normal(0, 0.1, 300), generator.normal(0.5, 3.0, 60)])
+    history = torch.from_numpy(values)
+    mean, std = F.history_statistics(history)
+    assert bool((F.gaussian_mixture_posterior(history)[history < -2] > 0.9).any())
+    kinds = F.mixture_pair_kinds(history, mean, std, math.inf)
+    assert bool((history[kinds == F.FAULTY] > mean).all())
+    assert bool((kinds == F.FAULTY).any())

@@ -1,0 +1,384 @@
+"""Tables, group codes, ids and labels; pandas is the oracle for what a row is."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairclip_losses.data import (
+    UNKNOWN,
+    CodeBook,
+    Table,
+    encode_attributes,
+    encode_labels,
+    pair_ids,
+    read_table,
+    write_table,
+    write_text,
+)
+
+
+def table_of(**columns):
+    return Table("table.csv", {name: list(cells) for name, cells in columns.items()})
+
+
+def written(tmp_path, text, encoding="utf-8"):
+    path = tmp_path / "table.csv"
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+# Reading
+
+
+def test_reads_cells_as_stripped_strings(tmp_path):
+    table = read_table(written(tmp_path, "file\tsex \n a.png \tf\n b.png\t 1\n"))
+    assert table.columns == {"file": ["a.png", "b.png"], "sex": ["f", "1"]}
+    assert len(table) == 2
+    assert table.column("sex") == ["f", "1"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("last", [True, False])
+def test_any_line_end_with_or_without_the_last(tmp_path, end, last):
+    text = end.join(["a,b", "1,2", "3,4"]) + (end if last else "")
+    assert read_table(written(tmp_path, text), ",").columns == {"a": ["1", "3"], "b": ["2", "4"]}
+
+
+def test_byte_order_mark_is_not_part_of_the_first_name(tmp_path):
+    assert list(read_table(written(tmp_path, "a,b\n1,2\n", "utf-8-sig"), ",").columns) == ["a", "b"]
+
+
+def test_quotes_hold_separators_line_ends_and_quotes(tmp_path):
+    table = read_table(written(tmp_path, 'a,b\n"x, ""y""\nz",5" pipe\n'), ",")
+    assert table.columns == {"a": ['x, "y"\nz'], "b": ['5" pipe']}
+
+
+def test_a_shells_backslash_t_is_a_tab(tmp_path):
+    assert read_table(written(tmp_path, "a\tb\n1\t2\n"), "\\t").column("b") == ["2"]
+
+
+def test_separator_may_be_any_character(tmp_path):
+    for separator in ";| e":
+        path = written(tmp_path, f"a{separator}b\n1{separator}2\n")
+        assert read_table(path, separator).columns == {"a": ["1"], "b": ["2"]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a,b\n\n1,2\n\n\n3,4\n\n",
+        "\n\na,b\n1,2\n",
+        "a,b\n   \n1,2\n",
+        "a\n1\n\n  \n2\n",
+        'a\n1\n""\n2\n',
+        "a,b\n1,2\n,\n",
+    ],
+)
+def test_blank_lines_are_rows_exactly_where_pandas_says(tmp_path, text):
+    expected = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+    table = read_table(written(tmp_path, text), ",")
+    assert table.columns == expected.to_dict("list")
+
+
+CELL = st.text(
+    st.characters(codec="utf-8", exclude_characters="\0\uffff\ufeff", exclude_categories=["Cs"]),
+    max_size=8,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.lists(st.tuples(CELL, CELL), min_size=1, max_size=6), separator=st.sampled_from(",\t;")
+)
+def test_written_table_reads_back(tmp_path_factory, rows, separator):
+    path = tmp_path_factory.mktemp("round") / "table.csv"
+    write_table(path, ["first", "second"], rows, separator)
+    stripped = [tuple(cell.strip() for cell in row) for row in rows]
+    columns = read_table(path, separator).columns
+    assert list(zip(columns["first"], columns["second"], strict=True)) == stripped
+    by_pandas = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
+    assert len(by_pandas) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "got an empty file"),
+        ("\n \n", "got an empty file"),
+        ("a,b\n", "got the header alone"),
+        ("a,b,a\n1,2,3\n", r"each column name once, got \['a'\]"),
+        ("a,b\n1,2\n\n1,2,3\n", r"row 2 \(line 4\): expected 2 cells separated by ',' .* got 3"),
+        ("a,b\n1\n", r"row 1 \(line 2\): expected 2 cells .* got 1"),
+        ('a,b\n1,"2\n3,4\n5,6\n', "opened in the row that starts at line 2 is never closed"),
+        ('a,"b', "opened in the row that starts at line 1 is never closed"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=r"table\.csv: .*" + message):
+        read_table(written(tmp_path, text), ",")
+
+
+def test_row_error_names_the_line_on_which_the_row_starts(tmp_path):
+    with pytest.raises(ValueError, match=r"row 2 \(line 4\)"):
+        read_table(written(tmp_path, 'a,b\n"1\n1",2\n"3\n3"\n'), ",")
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(ValueError, match="missing.csv: cannot read the table: No such file"):
+        read_table(tmp_path / "missing.csv")
+    with pytest.raises(ValueError, match="cannot read the table: Is a directory"):
+        read_table(tmp_path)
+    with pytest.raises(ValueError, match="cannot read the table: .*utf-8"):
+        read_table(written(tmp_path, "ä\n1\n", "latin-1"))
+    with pytest.raises(ValueError, match="cannot read the table: field larger than"):
+        read_table(written(tmp_path, "a\n" + "x" * 200_000 + "\n"))
+
+
+@pytest.mark.parametrize("separator", ["", ",,", '"', "\n", "\r"])
+def test_bad_separator(tmp_path, separator):
+    with pytest.raises(ValueError, match="separator of one character"):
+        read_table(written(tmp_path, "a,b\n1,2\n"), separator)
+
+
+def test_unknown_column_names_those_there_are():
+    with pytest.raises(ValueError, match=r"table.csv: no column 'sx'; the columns are 'sex', 'id'"):
+        table_of(sex=["f"], id=["1"]).column("sx")
+
+
+# Writing
+
+
+def test_write_table_formats_cells(tmp_path):
+    path = tmp_path / "new" / "out.csv"
+    write_table(path, ["id", "x"], [(1, None), (np.int64(2), 0.5), (3, "a,b")])
+    assert path.read_text() == 'id,x\n1,\n2,0.5\n3,"a,b"\n'
+
+
+def test_write_table_refuses_ragged_rows(tmp_path):
+    with pytest.raises(ValueError, match="row 2: expected 1 cells, got 2"):
+        write_table(tmp_path / "out.csv", ["id"], [(1,), (2, 3)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_text_replaces_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    path = tmp_path / "out.txt"
+    write_text(path, "old")
+    write_text(path, "new")
+    assert path.read_text() == "new"
+    plain = tmp_path / "plain.txt"
+    plain.write_text("")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write_text(path, "newer")
+    assert path.read_text() == "new"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"out.txt", "plain.txt"}
+
+
+# Attributes
+
+
+def test_strings_are_coded_alphabetically_and_integers_numerically():
+    table = table_of(sex=["m", "f", "m"], site=["10", "9", "2"])
+    codes, book = encode_attributes(table, ["site", "sex"])
+    np.testing.assert_array_equal(codes, [[2, 1], [1, 0], [0, 1]])
+    assert codes.dtype == np.int64
+    assert book.labels == {"site": ("2", "9", "10"), "sex": ("f", "m")}
+    assert book.num_groups == {"site": 3, "sex": 2}
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["", "NA", "na", "n/a", "N/A", "NaN", "None", "null", "Unknown", "UNKNOWN", "-1", "-1.0"],
+)
+@pytest.mark.parametrize("known", [["a", "b"], ["0", "1"]])
+def test_missing_values_are_unknown(missing, known):
+    codes, book = encode_attributes(table_of(g=[known[0], missing, known[1]]), ["g"])
+    assert codes[:, 0].tolist() == [0, UNKNOWN, 1]
+    assert book.labels == {"g": tuple(known)}
+
+
+def test_whole_numbers_are_one_label_however_written():
+    # A data frame turns integers into floats where a cell is missing.
+    codes, book = encode_attributes(table_of(g=["1.0", "", "1", "01", "+2", "2."]), ["g"])
+    assert codes[:, 0].tolist() == [0, -1, 0, 0, 1, 1]
+    assert book.labels == {"g": ("1", "2")}
+
+
+def test_numbers_among_names_are_names():
+    _, book = encode_attributes(table_of(g=["1.5", "a", "01", "1"]), ["g"])
+    assert book.labels == {"g": ("01", "1", "1.5", "a")}
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "B", "", "na", "10", "9"]), min_size=1).filter(
+        lambda cells: set(cells) - {"", "na"}
+    )
+)
+def test_codes_and_labels_are_inverse(cells):
+    codes, book = encode_attributes(table_of(g=cells), ["g"])
+    labels = book.labels["g"]
+    decoded = [labels[code] if code >= 0 else None for code in codes[:, 0]]
+    assert decoded == [None if cell in ("", "na") else cell for cell in cells]
+    assert set(codes[:, 0].tolist()) - {UNKNOWN} == set(range(len(labels)))
+    again, same = encode_attributes(table_of(g=cells), ["g"], book)
+    np.testing.assert_array_equal(codes, again)
+    assert same == book
+
+
+def test_a_given_code_book_decides_and_keeps_absent_groups():
+    book = CodeBook({"sex": ("f", "m", "x"), "site": ("1", "2")})
+    codes, used = encode_attributes(table_of(sex=["x", "f"]), ["sex"], book)
+    assert codes[:, 0].tolist() == [2, 0]
+    assert used.labels == {"sex": ("f", "m", "x")}
+    codes, _ = encode_attributes(table_of(site=["2.0", "nan"]), ["site"], book)
+    assert codes[:, 0].tolist() == [1, UNKNOWN]
+
+
+def test_a_value_or_attribute_outside_the_code_book():
+    book = CodeBook({"sex": ("f", "m")})
+    with pytest.raises(ValueError, match=r"column 'sex': expected one of 'f', 'm', got 'y' in 2 r"):
+        encode_attributes(table_of(sex=["f", "x", "y", "y"]), ["sex"], book)
+    with pytest.raises(ValueError, match=r"the code book holds only \['sex'\]"):
+        encode_attributes(table_of(race=["a"]), ["race"], book)
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (["1.5", "2"], "got the number 1.5; bin it first"),
+        (["1e3", "2"], "got the number 1e3; bin it first"),
+        (["inf", "2"], "got the number inf; bin it first"),
+        (["", "na", "-1"], "got no known value in 3 rows"),
+        (["+" + str(i) for i in range(65)], "at most 64 groups, got 65"),
+        ([f"id{i}" for i in range(65)], "at most 64 groups, got 65 distinct values: an id"),
+    ],
+)
+def test_columns_that_are_no_groups(cells, message):
+    with pytest.raises(ValueError, match=r"table.csv: attribute column 'g': .*" + message):
+        encode_attributes(table_of(g=cells), ["g"])
+
+
+def test_64_groups_are_accepted():
+    _, book = encode_attributes(table_of(g=map(str, range(64))), ["g"])
+    assert book.num_groups == {"g": 64}
+
+
+@pytest.mark.parametrize("names", [[], ["g", "g"]])
+def test_attribute_names_must_be_given_once(names):
+    with pytest.raises(ValueError, match="expected attribute names, each once"):
+        encode_attributes(table_of(g=["1"]), names)
+    with pytest.raises(ValueError, match="no column 'h'"):
+        encode_attributes(table_of(g=["1"]), ["h"])
+
+
+# Code books
+
+
+def test_code_book_round_trip(tmp_path):
+    book = CodeBook({"sex": ("f", "m"), "größe": ("s", "l")})
+    path = tmp_path / "run" / "book.json"
+    book.to_json(path)
+    assert CodeBook.from_json(path) == book
+    assert json.loads(path.read_text()) == {"sex": ["f", "m"], "größe": ["s", "l"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot read the code book"),
+        ("[1]", "expected a JSON object"),
+        ('{"sex": "f"}', "expected a JSON object"),
+        ('{"sex": [1]}', "expected a JSON object"),
+        ('{"sex": ["f", "f"]}', "each label once"),
+        ('{"sex": []}', "at least one label"),
+    ],
+)
+def test_bad_code_book(tmp_path, text, message):
+    path = tmp_path / "book.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"book.json: .*" + message):
+        CodeBook.from_json(path)
+    with pytest.raises(ValueError, match="cannot read the code book: No such file"):
+        CodeBook.from_json(tmp_path / "missing.json")
+
+
+# Ids
+
+
+def test_ids_are_row_numbers_or_a_column():
+    table = table_of(id=["7", "-3", str(2**63 - 1), str(-(2**63))])
+    assert pair_ids(table).tolist() == [0, 1, 2, 3]
+    ids = pair_ids(table, "id")
+    assert ids.tolist() == [7, -3, 2**63 - 1, -(2**63)]
+    assert ids.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (["1", "a7", "b"], "expected integers, got 'a7' in row 2"),
+        (["1", "2.0"], "expected integers, got '2.0' in row 2"),
+        (["1", ""], "expected integers, got '' in row 2"),
+        (["1", "٣"], "expected integers, got '٣' in row 2"),
+        ([str(2**63)], "expected 64-bit integers, got 9223372036854775808 in row 1"),
+        (["5", "6", "5", "06", "7"], r"expected each id once, got 2 of them more than once \(5, 6"),
+    ],
+)
+def test_bad_ids(cells, message):
+    with pytest.raises(ValueError, match=r"table.csv: id column 'id': .*" + message):
+        pair_ids(table_of(id=cells), "id")
+    with pytest.raises(ValueError, match="no column 'key'"):
+        pair_ids(table_of(id=cells), "key")
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("cells", "classes", "codes", "labels"),
+    [
+        (["yes", "no", "yes"], 2, [1, 0, 1], ("no", "yes")),
+        (["1", "0"], 2, [1, 0], ("0", "1")),
+        (["1", "1"], 2, [1, 1], ("0", "1")),
+        (["2", "1.0"], 4, [2, 1], ("0", "1", "2", "3")),
+        (["0", "2"], 3, [0, 2], ("0", "1", "2")),
+        (["2", "1"], 2, [1, 0], ("1", "2")),
+        (["10", "9", "8"], 3, [2, 1, 0], ("8", "9", "10")),
+    ],
+)
+def test_labels(cells, classes, codes, labels):
+    encoded, names = encode_labels(table_of(y=cells), "y", classes)
+    assert encoded.tolist() == codes
+    assert encoded.dtype == np.int64
+    assert names == labels
+
+
+@pytest.mark.parametrize(
+    ("cells", "classes", "message"),
+    [
+        (["a", "b", "c"], 2, "expected 2 classes, got 3 distinct values: 'a', 'b', 'c'"),
+        (["a", "a"], 2, "expected 2 classes, got 1 distinct values"),
+        (["1", "2", "3"], 2, "expected 2 classes, got 3"),
+        (["a", ""], 2, "expected a label in every row, got '' in row 2"),
+        (["1", "-1"], 2, "expected a label in every row, got '-1' in row 2"),
+        (["0.5", "1"], 2, "got the number 0.5"),
+        (["a", "b"], 1, "at least 2 classes, got 1"),
+    ],
+)
+def test_bad_labels(cells, classes, message):
+    with pytest.raises(ValueError, match=message):
+        encode_labels(table_of(y=cells), "y", classes)
