@@ -146,8 +146,7 @@ def _check_groups(
 ) -> Tensor:
     if scores.dim() != 1 or not scores.is_floating_point():
         raise ValueError(
-            "scores must be floating point of shape (B,), "
-            f"got {scores.dtype} {tuple(scores.shape)}"
+            f"scores must be floating point of shape (B,), got {scores.dtype} {tuple(scores.shape)}"
         )
     codes = stack_groups(groups)
     if codes.shape[0] != scores.shape[0]:
@@ -185,7 +184,9 @@ def _reduce(
 ) -> FairnessTerms:
     per_attribute = []
     for divergences, there in zip(
-        torch.split(per_group, list(num_groups)), torch.split(present, list(num_groups)), strict=True
+        torch.split(per_group, list(num_groups)),
+        torch.split(present, list(num_groups)),
+        strict=True,
     ):
         value = divergences.sum()
         per_attribute.append(

@@ -64,9 +64,7 @@ def caption_pair_losses(logits: Tensor, labels: Tensor, pad_id: int = 0) -> Tens
     Source: Yu et al. 2022 (arXiv:2205.01917), eq. 3.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    tokens = F.cross_entropy(
-        logits.transpose(1, 2), labels, ignore_index=pad_id, reduction="none"
-    )
+    tokens = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=pad_id, reduction="none")
     return tokens.sum(1) * (labels.shape[0] / (labels != pad_id).sum())
 
 
@@ -79,9 +77,7 @@ def distill_pair_losses(teacher_logits: Tensor, student_logits: Tensor) -> Tenso
     return 0.5 * (rows + columns)
 
 
-def reweighting(
-    terms: Tensor, weights: Tensor, normalization: Normalization = "batch"
-) -> Tensor:
+def reweighting(terms: Tensor, weights: Tensor, normalization: Normalization = "batch") -> Tensor:
     """Return what weights change in the mean of ``terms`` (B,): ``mean((u - 1) * terms)``.
 
     ``"batch"``: u = w, so that mean(terms) + this = mean(w * terms) (published).

@@ -341,8 +341,7 @@ def gaussian_mixture_posterior(
         rank = torch.linspace(0, points.numel() - 1, max_points, dtype=torch.float64)
         points = points[rank.round().long().to(values.device)]
     cuts = torch.tensor([0.5, 0.75, 0.9, 0.97], dtype=values.dtype, device=values.device)
-    # Each start keeps one point or more on either side.
-    cuts = (cuts * points.numel()).round().clamp(1, points.numel() - 1)
+    cuts = (cuts * points.numel()).round()
     rank = torch.arange(points.numel(), device=values.device)
     upper = (rank >= cuts[:, None]).double()  # (starts, points): posterior of component 1
     previous = torch.full_like(cuts, -torch.inf)
@@ -368,7 +367,7 @@ def _mixture_parameters(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shares, centres and variances (2, starts); `upper` is component 1's posterior."""
     part = torch.stack([1.0 - upper, upper])
-    # The tiny mass keeps a component that has lost every point from dividing by 0.
+    # The tiny mass keeps a component without a point (the cut at 97 % of a few) from dividing by 0.
     mass = part.sum(dim=-1) + 10 * torch.finfo(points.dtype).eps
     centre = (part @ points) / mass
     variance = (part * (points - centre[..., None]).square()).sum(dim=-1) / mass + variance_floor
@@ -411,6 +410,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def _check_sigma(name: str, value: float) -> None:
     if not value >= 0:
         raise ValueError(f"{name} must be 0 or more (infinity = never), got {value!r}")
+
 
 from ._f_fairness import *  # noqa: E402,F403
 from ._f_pairs import *  # noqa: E402,F403

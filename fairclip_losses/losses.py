@@ -391,7 +391,9 @@ class FairLoss(nn.Module):
         if self.mining_unit == "batch":
             if losses.device != self.batch_position.device:
                 self.to(losses.device)
-            weight: Tensor = self.miner(losses.mean()[None], self.batch_position[None], record=recording)
+            weight: Tensor = self.miner(
+                losses.mean()[None], self.batch_position[None], record=recording
+            )
             if recording:
                 self.batch_position.add_(1)
             return weight.expand_as(losses)
@@ -412,7 +414,9 @@ class FairLoss(nn.Module):
         if self.fairness is None:
             return None
         if groups is None:
-            raise ValueError("the fairness term needs groups (B,), (B, C) or name -> (B,), got None")
+            raise ValueError(
+                "the fairness term needs groups (B,), (B, C) or name -> (B,), got None"
+            )
         if self.score == "loss":
             scores = terms.contrastive
         else:

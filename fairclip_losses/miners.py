@@ -257,7 +257,6 @@ class BadPairMiner(nn.Module):
 
     # ---------------------------------------------------------------------------------------- use
 
-    @torch.no_grad()
     def forward(
         self, pair_losses: Tensor, pair_ids: Tensor, *, record: bool | None = None
     ) -> Tensor:
@@ -304,7 +303,6 @@ class BadPairMiner(nn.Module):
                 self._accumulate(slots, stored, known & torch.isfinite(stored))
         return weights
 
-    @torch.no_grad()
     def end_epoch(self) -> EpochSummary:
         """End the epoch: refresh the statistics and, after the warm-up, the flags.
 
@@ -349,7 +347,6 @@ class BadPairMiner(nn.Module):
             std=float(std),
         )
 
-    @torch.no_grad()
     def report(self) -> MinerReport:
         """Return the memory of the visited pairs as NumPy arrays (this waits for the device)."""
         self._consolidate()
@@ -460,7 +457,6 @@ class BadPairMiner(nn.Module):
 
     @_eager
     @torch.inference_mode(False)
-    @torch.no_grad()
     def _log(self, ids: Tensor, losses: Tensor) -> None:
         """Append the visits to the log; a full log joins the table first."""
         if self._log_count + len(ids) > len(self.log_ids):
@@ -474,7 +470,6 @@ class BadPairMiner(nn.Module):
         self._log_count = end
 
     @torch.inference_mode(False)
-    @torch.no_grad()
     def _consolidate(self) -> None:
         """Join the log to the table of pairs."""
         if self.num_pairs is not None or self._log_count == 0:

@@ -262,17 +262,17 @@ class Trap:
 def test_a_file_that_is_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(ValueError, match="text.pt: not a checkpoint that torch.load can read"):
+    with pytest.raises(ValueError, match=r"text\.pt: not a checkpoint that torch\.load can read"):
         load_weights("text.pt")
     torch.save({"state_dict": Trap()}, "trap.pt")
-    with pytest.raises(ValueError, match="trap.pt: not a checkpoint"):
+    with pytest.raises(ValueError, match=r"trap\.pt: not a checkpoint"):
         load_weights("trap.pt")
     assert not (tmp_path / "trap").exists()
     for content in ({"epoch": 1}, {"state_dict": {}}, torch.ones(2), {"state_dict": 3}):
         torch.save(content, "other.pt")
         with pytest.raises(ValueError, match='expected model weights under "state_dict", got none'):
             load_weights("other.pt")
-    with pytest.raises(ValueError, match="no checkpoint file 'missing.pt'"):
+    with pytest.raises(ValueError, match=r"no checkpoint file 'missing\.pt'"):
         load_weights("missing.pt")
 
 
@@ -309,7 +309,7 @@ def test_the_settings_of_the_run_decide_the_transform(run):
     assert tuple(preprocess.transforms[-1].mean) == (0.1, 0.2, 0.3)
     assert tuple(preprocess.transforms[-1].std) == (0.5, 0.5, 0.5)
     # The image size is not that of the position embedding in the weights.
-    with pytest.raises(ValueError, match="of other shape, such as 'visual.positional_embedding'"):
+    with pytest.raises(ValueError, match=r"of other shape, such as 'visual\.positional_embedding'"):
         load_model(f"local-dir:{run / 'tiny'}", checkpoint, settings={"force_image_size": [64]})
 
 

@@ -228,6 +228,24 @@ def test_a_rate_that_does_not_exist_counts_as_zero_or_not_at_all():
         equalized_odds_difference(y, predicted, group, undefined_rate="none")
 
 
+def test_a_class_that_never_occurs_has_a_false_positive_gap_alone():
+    y, predicted, group = [0, 1, 0, 1, 1], [0, 1, 2, 1, 1], [0, 0, 1, 1, 1]
+    # Class 0: true positive rates 1 and 0; class 1: no gap; class 2: false positive rates 0, 1/3.
+    value = equalized_odds_difference(y, predicted, group, num_classes=3, undefined_rate="skip")
+    assert value == pytest.approx((1 + 0 + 1 / 3) / 3, **EXACT)
+    # All positive: there is no false positive rate.
+    value = equalized_odds_difference(
+        [1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 1, 1], undefined_rate="skip"
+    )
+    assert value == 0.5
+
+
+def test_heavy_weights_do_not_swallow_light_ones():
+    y, predicted, group = [1, 0, 0, 1, 0], [1, 1, 0, 1, 0], [0, 0, 0, 1, 1]
+    weights = [1e17, 1, 1, 1, 1]
+    assert equalized_odds_difference(y, predicted, group, sample_weight=weights) == 0.5
+
+
 def test_one_group_or_none():
     y, predicted = [0, 1, 1], [0, 1, 0]
     assert demographic_parity_difference(predicted, [2, 2, 2]) == 0

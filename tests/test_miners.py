@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -345,6 +346,8 @@ def test_report_before_the_first_end_epoch():
         assert (report.kind.tolist(), report.weight.tolist()) == (["clean"], [1.0])
         miner(torch.tensor([6.0]), torch.tensor([7]))
         assert report.history.tolist() == [3.0]  # a report is a copy
+        report.ids[0] = report.visits[0] = 8
+        assert miner.report().ids.tolist() == [7]
 
 
 # ------------------------------ the weights
@@ -451,18 +454,24 @@ def test_the_last_loss_is_that_of_the_last_visit(num_pairs):
     assert last == pytest.approx(math.exp(-0.5 * ((6.5 - mean) / std) ** 2), rel=1e-5)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_inference_mode(streaming, monkeypatch):
-    small_logs(monkeypatch)
-    run = random_run(2)
-    expected = BadPairMiner(None if streaming else 40, faulty_sigma=1.5)
+@pytest.mark.parametrize("num_pairs", [40, None])
+@pytest.mark.parametrize("log", [4, 1 << 16])
+def test_inference_mode(num_pairs, log, monkeypatch):
+    small_logs(monkeypatch, log)
+    # Every pair comes in the first epoch, so that later ones write where inference mode allocated.
+    run = random_run(2, missing=0.0)
+    expected = BadPairMiner(num_pairs, faulty_sigma=1.5)
     weights = play(expected, run)
-    mixed = BadPairMiner(None if streaming else 40, faulty_sigma=1.5)
+    mixed = BadPairMiner(num_pairs, faulty_sigma=1.5)
     with torch.inference_mode():
         first = play(mixed, run[:1])
-        mixed.report()
     second = play(mixed, run[1:])
     assert torch.equal(torch.cat([first, second]), weights)
+
+    moved = warmed(40)
+    with torch.inference_mode():
+        moved(torch.rand(4, device="meta"), torch.arange(4), record=False)
+    moved(torch.rand(4, device="meta"), torch.arange(4))
 
 
 # ------------------------------ streaming
@@ -942,6 +951,29 @@ def test_mixture_equals_scikit_learn(size, share, gap, width):
     expected = model.fit(z).predict_proba(z)[:, np.argmax(model.means_)]
     np.testing.assert_allclose(posterior, expected, atol=2e-3)
     assert ((posterior >= 0.5) == upper).mean() > 0.97
+
+
+@pytest.mark.parametrize("family", ["normal", "exponential", "wide"])
+@pytest.mark.parametrize("size", [12, 40, 200])
+def test_mixture_is_as_likely_as_the_best_of_scikit_learn(family, size):
+    for seed in range(4):
+        generator = np.random.default_rng(seed)
+        if family == "wide":  # the upper start ends as the lower component
+            narrow, wide = generator.normal(0, 0.1, size), generator.normal(-0.2, 3, size // 3)
+            values = np.concatenate([narrow, wide, generator.normal(6, 1, size // 20)])
+        else:
+            values = getattr(generator, f"standard_{family}")(size)
+        z = (values - values.mean()) / values.std()
+        upper = F.gaussian_mixture_posterior(torch.from_numpy(values), tolerance=1e-9).numpy()
+        part = np.stack([1 - upper, upper])
+        mass = part.sum(1)
+        centre = part @ z / mass
+        assert centre[1] >= centre[0]
+        scale = np.sqrt((part * (z - centre[:, None]) ** 2).sum(1) / mass + 1e-3)
+        density = norm.pdf(z, centre[:, None], scale[:, None]) * (mass / len(z))[:, None]
+        model = GaussianMixture(2, reg_covar=1e-3, tol=1e-9, max_iter=1000, random_state=0)
+        expected = model.fit(z[:, None]).score(z[:, None])
+        assert np.log(density.sum(0)).mean() >= expected - 0.01
 
 
 def test_mixture_fits_many_values_on_a_part_of_them():

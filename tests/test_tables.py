@@ -133,11 +133,11 @@ def test_row_error_names_the_line_on_which_the_row_starts(tmp_path):
 
 
 def test_unreadable_files(tmp_path):
-    with pytest.raises(ValueError, match="missing.csv: cannot read the table: No such file"):
+    with pytest.raises(ValueError, match=r"missing\.csv: cannot read the table: No such file"):
         read_table(tmp_path / "missing.csv")
     with pytest.raises(ValueError, match="cannot read the table: Is a directory"):
         read_table(tmp_path)
-    with pytest.raises(ValueError, match="cannot read the table: .*utf-8"):
+    with pytest.raises(ValueError, match=r"cannot read the table: .*utf-8"):
         read_table(written(tmp_path, "ä\n1\n", "latin-1"))
     with pytest.raises(ValueError, match="cannot read the table: field larger than"):
         read_table(written(tmp_path, "a\n" + "x" * 200_000 + "\n"))

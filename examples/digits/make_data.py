@@ -48,13 +48,13 @@ class Recipe:
     split_shares: tuple[float, float, float] = (0.6, 0.15, 0.25)
     minority_share: float = 0.28
     wrong_captions: tuple[float, float] = (0.08, 0.30)  # majority, minority; training only
-    noise: tuple[float, float] = (0.05, 0.16)  # standard deviation, on a 0..1 grey scale
-    contrast: tuple[tuple[float, float], tuple[float, float]] = ((0.9, 1.0), (0.35, 0.65))
+    noise: tuple[float, float] = (0.05, 0.20)  # standard deviation, on a 0..1 grey scale
+    contrast: tuple[tuple[float, float], tuple[float, float]] = ((0.9, 1.0), (0.3, 0.6))
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """All the pairs of one planted data set, one row per image.
+    """All the pairs of one planted data set; row i is scikit-learn's image i.
 
     ``images`` is uint8 (N, 32, 32); the other arrays are (N,). ``digit`` is what the image shows,
     ``caption_digit`` what its caption says, and they differ exactly where ``wrong`` is true.
@@ -179,10 +179,11 @@ def write_data(folder: str | Path, seed: int, recipe: Recipe | None = None) -> D
         tables[name] = _write_table(folder / f"{name}.csv", header, rows)
     truth = _write_table(
         folder / "truth.csv",
-        ["id", "split", "group", "site", "digit", "caption_digit", "wrong"],
+        ["id", "source", "split", "group", "site", "digit", "caption_digit", "wrong"],
         [
             [
                 pairs.ids[i],
+                i,
                 SPLITS[pairs.split[i]],
                 GROUPS[pairs.group[i]],
                 SITES[pairs.site[i]],

@@ -2,14 +2,89 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import logging
+from pathlib import Path
 
+import torch
+
+from ..data import read_table
+from ..errors import UsageError, usage_errors
+from ..report import FairnessReport
+from ..zero_shot import ZeroShotTask, evaluate_task
 from .events import Callback, TrainState
 from .flags import FairOptions
+from .logs import log_scalars
+
+log = logging.getLogger(__name__)
 
 
 class FairEvaluationCallback(Callback):
-    """placeholder"""
+    """Classifies the validation images by the prompts and logs AUC, ES-AUC, DPD and DEOdds.
+
+    The validation table is checked before the model is built. Figures during training have no
+    intervals; ``python -m fairclip_losses.evaluate`` gives them. One JSON line an evaluation goes
+    to ``fair_results.jsonl`` beside the checkpoints. Training draws the same random numbers with
+    and without it.
+    """
 
     def __init__(self, options: FairOptions) -> None:
         self.options = options
+        self.task: ZeroShotTask | None = None
+
+    def on_args_parsed(self, state: TrainState) -> None:
+        """Read and check the validation table."""
+        args, options = state.args, self.options
+        if not args.val_data:
+            raise UsageError("--fair-eval-label needs --val-data FILE.csv")
+        assert options.fair_eval_label is not None  # the callback exists because of it
+        with usage_errors():
+            self.task = ZeroShotTask.from_table(
+                read_table(args.val_data, args.csv_separator),
+                label=options.fair_eval_label,
+                prompts=options.fair_eval_prompts,
+                attributes=options.fair_attributes,
+                image_key=args.csv_img_key,
+            )
+
+    def on_eval_end(self, state: TrainState) -> None:
+        """Evaluate the model that the host has just evaluated."""
+        args = state.args
+        if args.rank != 0 or self.task is None:
+            return
+        model = getattr(state.model, "_orig_mod", state.model)
+        model = getattr(model, "module", model)
+        weight = next(p for p in model.parameters() if p.is_floating_point())
+        report, _ = evaluate_task(
+            model,
+            state.preprocess[1],
+            state.tokenizer,
+            self.task,
+            batch_size=args.batch_size,
+            device=torch.device(args.device),
+            input_dtype=weight.dtype,
+            n_bootstrap=0,
+        )
+        scalars = _scalars(report)
+        shown = "\t".join(f"{name}: {value:.4f}" for name, value in scalars.items())
+        log.info("Fair Eval Epoch: %d %s", state.epoch, shown)
+        # The host counts its TensorBoard evaluations in epochs and its W&B ones in steps.
+        loader = state.data["train"].dataloader if "train" in state.data else None
+        steps = loader.num_batches // args.accum_freq * state.epoch if loader is not None else None
+        log_scalars(
+            state, {f"val/fair/{k}": v for k, v in scalars.items()}, state.epoch, wandb_step=steps
+        )
+        if args.save_logs:
+            line = json.dumps({"epoch": state.epoch, **scalars})
+            with open(Path(args.checkpoint_path) / "fair_results.jsonl", "a") as file:
+                file.write(line + "\n")
+
+
+def _scalars(report: FairnessReport) -> dict[str, float]:
+    """Return the report's defined figures by a name such as ``group=minority/auc``."""
+    scalars = {}
+    for row in report.to_rows():
+        where = f"{row['attribute']}={row['group']}" if row["group"] else row["attribute"]
+        if row["value"] is not None:
+            scalars[f"{where}/{row['metric']}" if where else str(row["metric"])] = row["value"]
+    return scalars

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data import CodeBook, Table, encode_attributes, pair_ids, read_table
-from ..errors import UsageError
+from ..errors import UsageError, usage_errors
 from ..losses import FairLoss
 from ..miners import EpochSummary, MinerReport
 from ..presets import build_fair_loss
@@ -70,23 +70,24 @@ class FairTrainingCallback(Callback):
             )
         if args.horovod:
             raise UsageError("--fair-loss does not support --horovod")
-        with_context = _as_usage_error
-        table = with_context(read_table, args.train_data, args.csv_separator)
-        for column in (args.csv_img_key, args.csv_caption_key):
-            with_context(table.column, column)
-        codes, self.codebook = with_context(
-            encode_attributes, table, list(self.options.fair_attributes)
-        )
-        self.ids = torch.from_numpy(with_context(pair_ids, table, self.options.fair_id_key))
-        self.codes = torch.from_numpy(codes)
-        self.table = table
+        with usage_errors():
+            table = read_table(args.train_data, args.csv_separator)
+            for column in (args.csv_img_key, args.csv_caption_key):
+                table.column(column)
+            if self.options.fair_attributes:  # bad pair mining alone goes without
+                codes, self.codebook = encode_attributes(table, self.options.fair_attributes)
+                self.codes = torch.from_numpy(codes)
+            else:
+                self.codes = torch.empty(len(table), 0, dtype=torch.int64)
+            self.ids = torch.from_numpy(pair_ids(table, self.options.fair_id_key))
+            self.table = table
+            # Built for its checks of the options alone; the real one wraps the host's loss.
+            self._build(torch.nn.Identity(), args.epochs)
         if len(table) < args.batch_size * args.accum_freq:
             raise UsageError(
                 f"{args.train_data} holds {len(table)} pairs, fewer than one step takes "
                 f"(--batch-size {args.batch_size} x --accum-freq {args.accum_freq})"
             )
-        # Build one loss now for its checks of the options; the real one wraps the host's loss.
-        with_context(self._build, torch.nn.Identity(), args.epochs)
 
     def on_data_ready(self, state: TrainState) -> None:
         """Make the training set give row numbers."""
@@ -104,7 +105,8 @@ class FairTrainingCallback(Callback):
 
     def on_loss_ready(self, state: TrainState) -> None:
         """Wrap the host's loss, and take the saved state up where a run is resumed."""
-        self.loss = _as_usage_error(self._build, state.loss, state.args.epochs)
+        with usage_errors():
+            self.loss = self._build(state.loss, state.args.epochs)
         state.loss = self.loss
         self.loss.to(state.args.device)
         if state.args.save_logs:
@@ -249,11 +251,3 @@ class FairTrainingCallback(Callback):
             ]
             scalars |= zip(names, last.fairness.per_group.tolist(), strict=True)
         return scalars
-
-
-def _as_usage_error(function: Any, *arguments: Any) -> Any:
-    """Call; a ValueError, which says what is wrong with the input, becomes a `UsageError`."""
-    try:
-        return function(*arguments)
-    except ValueError as error:
-        raise UsageError(str(error)) from error

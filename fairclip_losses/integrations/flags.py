@@ -53,39 +53,99 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _OneLineParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     group = parser.add_argument_group("fair loss (fairclip_losses)")
     add = group.add_argument
-    add("--fair-loss", nargs="*", choices=PARTS, default=None, metavar="PART",
-        help="train with bad pair mining (dbpm), the fairness term (sinkhorn), or, bare, both")
-    add("--fair-preset", choices=sorted(PRESETS), default="aligned",
+    add(
+        "--fair-loss",
+        nargs="*",
+        choices=PARTS,
+        default=None,
+        metavar="PART",
+        help="train with bad pair mining (dbpm), the fairness term (sinkhorn), or, bare, both",
+    )
+    add(
+        "--fair-preset",
+        choices=sorted(PRESETS),
+        default="aligned",
         help="consistent set of options: aligned (default), paper, or official (the published "
-             "code's computation, for comparison only)")
-    add("--fair-attributes", nargs="+", default=(), metavar="NAME",
-        help="columns of the training CSV that hold protected attributes")
+        "code's computation, for comparison only)",
+    )
+    add(
+        "--fair-attributes",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="columns of the training CSV that hold protected attributes",
+    )
     add("--fair-weight", type=float, metavar="LAMBDA", help="weight of the fairness term")
-    add("--fair-blur", type=float, metavar="BLUR",
-        help="length scale of the Sinkhorn divergence; 0 = exact distance")
+    add(
+        "--fair-blur",
+        type=float,
+        metavar="BLUR",
+        help="length scale of the Sinkhorn divergence; 0 = exact distance",
+    )
     add("--fair-p", type=int, choices=(1, 2), help="power of the distance's cost")
-    add("--fair-score", choices=("loss", "similarity", "official"),
-        help="what the fairness term compares between groups")
-    add("--fair-warmup-epochs", type=int, metavar="N",
-        help="epochs before the first pairs are flagged")
-    add("--fair-noisy-sigma", type=float, metavar="BETA",
-        help="flag pairs whose loss history lies this many std below the mean (inf = never)")
-    add("--fair-faulty-sigma", type=float, metavar="BETA",
-        help="flag pairs whose loss history lies this many std above the mean (inf = never)")
-    add("--fair-queue", type=int, metavar="K",
-        help="recent scores of each group that widen its distribution beyond the batch")
-    add("--fair-id-key", metavar="NAME",
-        help="column of unique integer pair ids (default: the row number)")
-    add("--fair-eval-label", metavar="NAME",
-        help="label column of --val-data: evaluate fairness zero-shot after each evaluation")
-    add("--fair-eval-prompts", nargs="+", default=(), metavar="PROMPT",
-        help="one prompt per class of the label, in the order of the sorted classes")
-    add("--fair-callback", action="append", default=[], metavar="MODULE:NAME",
-        help="a callback of your own (class or instance); may be given several times")
-    add("--fair-save-pairs", action="store_true",
-        help="write every pair's history after each epoch, not only the flagged ones")
-    add("--fair-fresh-state", action="store_true",
-        help="resume with an empty miner memory although the checkpoint has no saved one")
+    add(
+        "--fair-score",
+        choices=("loss", "similarity", "official"),
+        help="what the fairness term compares between groups",
+    )
+    add(
+        "--fair-warmup-epochs",
+        type=int,
+        metavar="N",
+        help="epochs before the first pairs are flagged",
+    )
+    add(
+        "--fair-noisy-sigma",
+        type=float,
+        metavar="BETA",
+        help="flag pairs whose loss history lies this many std below the mean (inf = never)",
+    )
+    add(
+        "--fair-faulty-sigma",
+        type=float,
+        metavar="BETA",
+        help="flag pairs whose loss history lies this many std above the mean (inf = never)",
+    )
+    add(
+        "--fair-queue",
+        type=int,
+        metavar="K",
+        help="recent scores of each group that widen its distribution beyond the batch",
+    )
+    add(
+        "--fair-id-key",
+        metavar="NAME",
+        help="column of unique integer pair ids (default: the row number)",
+    )
+    add(
+        "--fair-eval-label",
+        metavar="NAME",
+        help="label column of --val-data: evaluate fairness zero-shot after each evaluation",
+    )
+    add(
+        "--fair-eval-prompts",
+        nargs="+",
+        default=(),
+        metavar="PROMPT",
+        help="one prompt per class of the label, in the order of the sorted classes",
+    )
+    add(
+        "--fair-callback",
+        action="append",
+        default=[],
+        metavar="MODULE:NAME",
+        help="a callback of your own (class or instance); may be given several times",
+    )
+    add(
+        "--fair-save-pairs",
+        action="store_true",
+        help="write every pair's history after each epoch, not only the flagged ones",
+    )
+    add(
+        "--fair-fresh-state",
+        action="store_true",
+        help="resume with an empty miner memory although the checkpoint has no saved one",
+    )
     return parser  # fmt: skip
 
 

@@ -274,8 +274,7 @@ def _load_host() -> ModuleType:
         return importlib.import_module(HOST)
     except ImportError as error:
         raise ImportError(
-            f"cannot import {HOST} ({error}); install it with "
-            "pip install 'fairclip_losses[train]'"
+            f"cannot import {HOST} ({error}); install it with pip install 'fairclip_losses[train]'"
         ) from error
 
 

@@ -1,0 +1,87 @@
+"""The flags that fair training adds, and what stops a run before it begins."""
+
+from __future__ import annotations
+
+import pytest
+
+from fairclip_losses.errors import UsageError
+from fairclip_losses.integrations.events import Callback
+from fairclip_losses.integrations.flags import build_parser, load_callback, split_flags
+
+
+class Own(Callback):
+    """A callback as a user would write it."""
+
+
+OWN = Own()
+
+
+def test_bare_fair_loss_means_both_parts_and_the_rest_is_the_hosts():
+    options, rest = split_flags(["--lr", "1e-3", "--fair-loss", "--fair-attributes", "sex", "--x"])
+    assert options.fair_loss == ("dbpm", "sinkhorn")
+    assert options.fair_attributes == ("sex",)
+    assert rest == ["--lr", "1e-3", "--x"]
+
+
+def test_absent_flags_are_inactive():
+    options, rest = split_flags(["--epochs", "3"])
+    assert not options.active and options.fair_loss == ()
+    assert rest == ["--epochs", "3"]
+
+
+def test_one_part_alone():
+    assert split_flags(["--fair-loss", "dbpm"])[0].fair_loss == ("dbpm",)
+
+
+def test_evaluation_alone_is_active_without_the_loss():
+    options, _ = split_flags(
+        ["--fair-eval-label", "y", "--fair-eval-prompts", "a", "b", "--fair-attributes", "sex"]
+    )
+    assert options.active and not options.fair_loss
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--fair-loss"], "needs --fair-attributes"),
+        (["--fair-loss", "sinkhorn"], "needs --fair-attributes"),
+        (["--fair-loss", "both"], "invalid choice"),
+        (["--fair-weight", "0.1"], "--fair-weight has no effect without --fair-loss"),
+        (["--fair-save-pairs"], "--fair-save-pairs has no effect"),
+        (["--fair-loss", "dbpm", "--fair-weight", "much"], "invalid float"),
+        (["--fair-loss", "dbpm", "--fair-preset", "best"], "invalid choice"),
+        (["--fair-loss", "--fair-attributes", "a", "a"], "twice"),
+        (["--fair-eval-label", "y"], "go together"),
+        (["--fair-eval-prompts", "y"], "go together"),
+        (["--fair-eval-label", "y", "--fair-eval-prompts", "a"], "needs --fair-attributes"),
+    ],
+)
+def test_wrong_combinations_are_one_line(argv, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        split_flags(argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_flag_has_help():
+    for action in build_parser()._actions:
+        assert action.help
+
+
+@pytest.mark.parametrize("name", ["Own", "OWN"])
+def test_a_callback_is_loaded_as_class_or_instance(name):
+    assert isinstance(load_callback(f"{__name__}:{name}"), Own)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nothing", "MODULE:NAME"),
+        (":Own", "MODULE:NAME"),
+        ("no.such.module:Own", "cannot be imported"),
+        (f"{__name__}:Missing", "cannot be imported"),
+        (f"{__name__}:pytest", "must be a fairclip_losses Callback"),
+    ],
+)
+def test_a_wrong_callback_is_one_line(spec, message):
+    with pytest.raises(UsageError, match=message):
+        load_callback(spec)

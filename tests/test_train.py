@@ -1,0 +1,473 @@
+"""The training command on open_clip's real training program, end to end on a tiny model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tiny_clip import write_model, write_pairs
+
+from fairclip_losses import train
+from fairclip_losses.integrations import events
+from fairclip_losses.integrations.events import Callback
+
+host = pytest.importorskip("open_clip_train.main")
+
+# The host's own warnings (no accelerator to pin memory for, and such) are not ours to fix.
+pytestmark = pytest.mark.filterwarnings("default")
+
+PAIRS, BATCH, EPOCHS = 40, 8, 3
+STEPS = PAIRS // BATCH
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        "model": write_model(folder / "tiny"),
+        "train": str(write_pairs(folder, PAIRS, "train")),
+        "val": str(write_pairs(folder, 24, "val", seed=1)),
+    }
+
+
+@pytest.fixture(autouse=True)
+def quiet_logging():
+    """Take back what the host's setup_logging leaves on the root logger."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in list(root.handlers):
+        if handler not in handlers:
+            root.removeHandler(handler)
+            handler.close()
+    root.setLevel(level)
+
+
+def arguments(data, logs, name, *more, epochs=EPOCHS):
+    return [
+        *("--train-data", data["train"], "--model", data["model"], "--device", "cpu"),
+        *("--batch-size", str(BATCH), "--epochs", str(epochs), "--workers", "0"),
+        *("--warmup", "2", "--lr", "1e-3", "--logs", str(logs), "--name", name),
+        *("--log-every-n-steps", "2", *more),
+    ]
+
+
+def weights(logs, name, epoch=EPOCHS):
+    path = logs / name / "checkpoints" / f"epoch_{epoch}.pt"
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class StepRecorder(Callback):
+    """The loss terms of every step, and the raw losses by pair id as a plain double loop."""
+
+    def __init__(self):
+        self.steps, self.visits = [], {}
+
+    def on_loss_end(self, state):
+        self.steps.append({name: float(value.detach()) for name, value in state.losses.items()})
+        if "pair_ids" not in state.loss_inputs or state.loss_call:
+            return
+        for pair, loss in zip(
+            state.loss_inputs["pair_ids"].tolist(),
+            state.loss.last.pair_losses.tolist(),
+            strict=True,
+        ):
+            self.visits.setdefault(pair, []).append(loss)
+
+
+@pytest.fixture
+def record():
+    callback = events.register(StepRecorder())
+    yield callback
+    events.default_registry.unregister(callback)
+
+
+FAIR = ("--fair-loss", "--fair-attributes", "sex", "site")
+
+
+@pytest.fixture(scope="module")
+def fair_run(data, tmp_path_factory):
+    """One whole run with everything on, which several tests look at."""
+    logs = tmp_path_factory.mktemp("fair")
+    callback = events.register(StepRecorder())
+    try:
+        status = train.main(
+            arguments(
+                data, logs, "run", *FAIR, "--fair-faulty-sigma", "1", "--fair-noisy-sigma", "1.5",
+                "--fair-save-pairs", "--fair-queue", "4", "--report-to", "tensorboard",
+                "--val-data", data["val"], "--fair-eval-label", "bright",
+                "--fair-eval-prompts", "a dark picture", "a bright picture",
+            )
+        )  # fmt: skip
+    finally:
+        events.default_registry.unregister(callback)
+    assert status == 0
+    return logs, callback
+
+
+def test_without_the_flag_training_is_upstreams_bit_for_bit(data, tmp_path):
+    host.main(arguments(data, tmp_path, "upstream"))
+    assert train.main(arguments(data, tmp_path, "ours")) == 0
+    assert_same_weights(weights(tmp_path, "upstream"), weights(tmp_path, "ours"))
+    strip = [
+        line
+        for name in ("upstream", "ours")
+        for line in (tmp_path / name / "params.txt").read_text().splitlines()
+        if not line.startswith(("name", "log_path", "checkpoint_path"))
+    ]
+    assert strip[: len(strip) // 2] == strip[len(strip) // 2 :]
+
+
+def test_unpatched_equals_upstream_step_by_step_when_nothing_is_flagged(data, tmp_path, record):
+    assert train.main(arguments(data, tmp_path, "plain")) == 0
+    plain = [dict(step) for step in record.steps]
+    record.steps.clear()
+    idle = ("--fair-weight", "0", "--fair-faulty-sigma", "inf", "--fair-noisy-sigma", "inf")
+    assert train.main(arguments(data, tmp_path, "idle", *FAIR, *idle)) == 0
+    assert len(plain) == EPOCHS * STEPS
+    assert [step["contrastive_loss"] for step in record.steps] == [
+        step["contrastive_loss"] for step in plain
+    ]
+    assert {step["fairness_loss"] for step in record.steps} == {0.0}
+    assert_same_weights(weights(tmp_path, "plain"), weights(tmp_path, "idle"))
+
+
+def test_the_miner_remembers_each_pair_by_its_row_under_shuffling(fair_run):
+    logs, record = fair_run
+    rows = rows_of(logs / "run" / "checkpoints" / f"pairs_epoch_{EPOCHS}.csv")
+    assert sorted(int(row["id"]) for row in rows) == list(range(PAIRS))
+    for row in rows:
+        visits = record.visits[int(row["id"])]
+        assert int(row["visits"]) == len(visits) == EPOCHS
+        assert float(row["mean_loss"]) == pytest.approx(np.mean(visits), rel=1e-5)
+
+
+def test_flagged_pairs_are_written_every_epoch(fair_run, data):
+    logs, _ = fair_run
+    with open(data["train"], newline="") as file:
+        source = list(csv.DictReader(file, delimiter="\t"))
+    for epoch in range(1, EPOCHS + 1):
+        folder = logs / "run" / "checkpoints"
+        flagged = rows_of(folder / f"flagged_epoch_{epoch}.csv")
+        everything = rows_of(folder / f"pairs_epoch_{epoch}.csv")
+        assert flagged == [row for row in everything if row["kind"] != "clean"]
+        history = np.array([float(row["mean_loss"]) for row in everything])
+        z_score = (history - history.mean()) / history.std()
+        for row, z in zip(everything, z_score, strict=True):
+            assert float(row["z_score"]) == pytest.approx(z, abs=2e-3)
+            kind = "faulty" if z >= 1 else "noisy" if z <= -1.5 else "clean"
+            assert row["kind"] == kind
+            origin = source[int(row["id"])]
+            assert (row["file"], row["caption"]) == (origin["filepath"], origin["title"])
+            assert (row["sex"], row["site"]) == (origin["sex"], origin["site"])
+    assert flagged
+
+
+def test_the_code_book_is_saved_with_the_run(fair_run):
+    logs, _ = fair_run
+    book = json.loads((logs / "run" / "fair_codebook.json").read_text())
+    assert book == {"sex": ["f", "m"], "site": ["0", "1"]}
+
+
+def test_the_log_shows_terms_flags_and_rates(fair_run):
+    logs, record = fair_run
+    text = (logs / "run" / "out.log").read_text()
+    assert "Contrastive_loss:" in text and "Fairness_loss:" in text
+    last = rows_of(logs / "run" / "checkpoints" / f"flagged_epoch_{EPOCHS}.csv")
+    noisy = sum(row["kind"] == "noisy" for row in last)
+    faulty = sum(row["kind"] == "faulty" for row in last)
+    assert f"flagged noisy {noisy} faulty {faulty} of {PAIRS} pairs seen | flag rate sex=f" in text
+    assert "distance/sex=m" in text
+    assert all(step.keys() == {"contrastive_loss", "fairness_loss", "loss"} or
+               step.keys() == {"contrastive_loss", "fairness_loss"} for step in record.steps)  # fmt: skip
+    assert any(step["fairness_loss"] > 0 for step in record.steps)
+
+
+def test_tensorboard_shows_terms_flags_rates_and_metrics(fair_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logs, _ = fair_run
+    events_file = EventAccumulator(str(logs / "run" / "tensorboard"))
+    events_file.Reload()
+    tags = set(events_file.Tags()["scalars"])
+    assert tags >= {
+        "train/contrastive_loss",
+        "train/fairness_loss",
+        "train/fair/flagged_noisy",
+        "train/fair/flagged_faulty",
+        "train/fair/flag_rate/sex=f",
+        "train/fair/distance/site=1",
+        "val/fair/sex/es_auc",
+        "val/fair/auc",
+    }
+    assert [event.step for event in events_file.Scalars("val/fair/auc")] == [1, 2, 3]
+
+
+def test_wandb_gets_the_same_scalars(data, tmp_path, monkeypatch):
+    logged = []
+
+    class Wandb:
+        init = save = finish = staticmethod(lambda *args, **kwargs: None)
+
+        @staticmethod
+        def log(scalars, step=None):
+            logged.append((step, scalars))
+
+    fake = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(host, "wandb", fake)
+    monkeypatch.setattr("open_clip_train.train.wandb", fake)
+    assert train.main(arguments(data, tmp_path, "wandb", *FAIR, "--report-to", "wandb")) == 0
+    fair = [(step, scalars) for step, scalars in logged if "train/fair/distance/sex=f" in scalars]
+    plain = [step for step, scalars in logged if "train/contrastive_loss" in scalars]
+    assert [step for step, _ in fair] == plain
+    assert "train/fair/flagged_faulty" in fair[-1][1]
+
+
+def test_fairness_metrics_of_an_epoch_are_those_of_the_evaluate_command(fair_run, data, tmp_path):
+    from fairclip_losses import evaluate
+
+    logs, _ = fair_run
+    folder = logs / "run" / "checkpoints"
+    lines = [json.loads(line) for line in (folder / "fair_results.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    command = [
+        *("--checkpoint", str(folder / f"epoch_{EPOCHS}.pt"), "--data", data["val"]),
+        *("--label", "bright", "--prompts", "a dark picture", "a bright picture"),
+        *("--attributes", "sex", "site", "--device", "cpu", "--bootstrap", "10"),
+        *("--output", str(tmp_path)),
+    ]
+    assert evaluate.main(command) == 0
+    report = json.loads((tmp_path / "fairness.json").read_text())
+    found = report.get("report", report)
+    assert lines[-1]["auc"] == pytest.approx(found["auc"]["value"], abs=1e-12)
+
+
+def test_evaluating_fairness_does_not_change_the_training(data, tmp_path):
+    assert train.main(arguments(data, tmp_path, "plain", "--val-data", data["val"])) == 0
+    evaluation = (
+        *("--val-data", data["val"], "--fair-attributes", "sex", "--fair-eval-label", "bright"),
+        *("--fair-eval-prompts", "a dark picture", "a bright picture"),
+    )
+    assert train.main(arguments(data, tmp_path, "evaluated", *evaluation)) == 0
+    assert_same_weights(weights(tmp_path, "plain"), weights(tmp_path, "evaluated"))
+
+
+def test_an_id_column_names_the_pairs(data, tmp_path):
+    flags = ("--fair-loss", "dbpm", "--fair-id-key", "pair", "--fair-save-pairs")
+    assert train.main(arguments(data, tmp_path, "ids", *flags, epochs=1)) == 0
+    rows = rows_of(tmp_path / "ids" / "checkpoints" / "pairs_epoch_1.csv")
+    assert {int(row["id"]) for row in rows} == {1000 - 7 * k for k in range(PAIRS)}
+    assert all(row["caption"].endswith(f"number {(1000 - int(row['id'])) // 7}") for row in rows)
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_the_other_presets_train(data, tmp_path, preset):
+    flags = (*FAIR, "--fair-preset", preset)
+    assert train.main(arguments(data, tmp_path, preset, *flags, epochs=2)) == 0
+    assert (tmp_path / preset / "checkpoints" / "epoch_2.fair").exists()
+
+
+def test_accumulation_records_each_pair_once_a_step(data, tmp_path, record):
+    flags = (*FAIR, "--accum-freq", "2", "--fair-save-pairs")
+    assert train.main(arguments(data, tmp_path, "accum", *flags)) == 0
+    assert len(record.steps) == EPOCHS * (STEPS // 2) * 2
+    rows = rows_of(tmp_path / "accum" / "checkpoints" / f"pairs_epoch_{EPOCHS}.csv")
+    assert {int(row["id"]): int(row["visits"]) for row in rows} == {
+        pair: len(losses) for pair, losses in record.visits.items()
+    }
+    for row in rows:
+        expected = np.mean(record.visits[int(row["id"])])
+        assert float(row["mean_loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path):
+    flags = (*FAIR, "--fair-faulty-sigma", "1", "--fair-queue", "4", "--skip-scheduler")
+    assert train.main(arguments(data, tmp_path, "whole", *flags)) == 0
+
+    class Stop(Callback):
+        def on_epoch_start(self, state):
+            if state.epoch == 2:
+                raise KeyboardInterrupt
+            # The host does not restore the random state, so both runs shuffle epoch 2 alike here.
+
+    stop = events.register(Stop())
+    try:
+        assert train.main(arguments(data, tmp_path, "cut", *flags)) == 130
+    finally:
+        events.default_registry.unregister(stop)
+    assert train.main(arguments(data, tmp_path, "cut", *flags, "--resume", "latest")) == 0
+    before = torch.load(tmp_path / "whole" / "checkpoints" / "epoch_2.fair", weights_only=True)
+    cut = torch.load(tmp_path / "cut" / "checkpoints" / "epoch_2.fair", weights_only=True)
+    for key, value in before["loss"].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, cut["loss"][key]), key
+    after = torch.load(tmp_path / "cut" / "checkpoints" / "epoch_3.fair", weights_only=True)
+    rows = rows_of(tmp_path / "cut" / "checkpoints" / "flagged_epoch_3.csv")
+    assert all(int(row["visits"]) == 3 for row in rows)
+    assert int(after["loss"]["miner.epoch"]) == 3
+
+
+def test_resuming_without_the_saved_state_is_refused_with_the_way_on(data, tmp_path, capsys):
+    flags = ("--fair-loss", "dbpm", "--save-most-recent")
+    assert train.main(arguments(data, tmp_path, "run", *flags, epochs=1)) == 0
+    (tmp_path / "run" / "checkpoints" / "epoch_1.fair").unlink()
+    again = arguments(data, tmp_path, "run", *flags, "--resume", "latest", epochs=2)
+    assert train.main(again) == 2
+    assert "--fair-fresh-state" in one_line(capsys)
+    assert train.main([*again, "--fair-fresh-state"]) == 0
+
+
+def test_saved_states_follow_the_checkpoints(data, tmp_path):
+    flags = (*FAIR, "--save-frequency", "1", "--delete-previous-checkpoint")
+    assert train.main(arguments(data, tmp_path, "run", *flags, epochs=4)) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    kept = {path.stem for path in folder.glob("*.pt")}
+    assert kept == {"epoch_4"}
+    states = {path.stem for path in folder.glob("*.fair")}
+    assert kept <= states <= {"epoch_3", "epoch_4"}
+    assert not list(folder.glob("*.tmp"))
+
+
+def one_line(capsys):
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1 and lines[0].startswith("fairclip_losses.train: error: ")
+    return lines[0]
+
+
+def rewritten(data, tmp_path, change):
+    """A copy of the training table with its lines changed."""
+    path = tmp_path / "changed.tsv"
+    with open(data["train"]) as file:
+        path.write_text("".join(change(file.readlines())))
+    return {**data, "train": str(path)}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--fair-loss",), "needs --fair-attributes"),
+        (("--fair-loss", "--fair-attributes", "race"), "no column 'race'"),
+        (("--fair-loss", "dbpm", "--csv-img-key", "picture"), "no column 'picture'"),
+        (("--fair-loss", "dbpm", "--fair-id-key", "title"), "title"),
+        (("--fair-loss", "dbpm", "--fair-id-key", "bright"), "bright"),
+        (("--fair-loss", "--fair-attributes", "sex", "--fair-blur", "-1"), "blur"),
+        (("--fair-loss", "--fair-attributes", "sex", "--fair-weight", "-1"), "fairness_weight"),
+        (("--fair-loss", "--fair-attributes", "sex", "--fair-weight", "nan"), "fairness_weight"),
+        (("--fair-loss", "dbpm", "--fair-faulty-sigma", "-2"), "faulty_sigma"),
+        (("--fair-loss", "dbpm", "--fair-warmup-epochs", "-2"), "warmup_epochs"),
+        (("--fair-loss", "--fair-attributes", "sex", "--fair-queue", "-2"), "queue_size"),
+        (("--fair-loss", "dbpm", "--batch-size", "64"), "40 pairs, fewer than one step"),
+        (("--fair-loss", "dbpm", "--train-data", "/no/such.csv"), "/no/such.csv"),
+        (("--fair-loss", "dbpm", "--train-data", "x.tar"), "trains on a CSV or TSV file"),
+        (
+            ("--fair-eval-label", "bright", "--fair-eval-prompts", "a",
+             "--fair-attributes", "sex"),
+            "a prompt for each of two or more classes",
+        ),
+        (
+            ("--fair-eval-label", "shade", "--fair-eval-prompts", "a", "b",
+             "--fair-attributes", "sex"),
+            "no column 'shade'",
+        ),
+        (("--fair-loss", "dbpm", "--fair-callback", "json:dumps"), "must be a fairclip_losses"),
+    ],
+)  # fmt: skip
+def test_wrong_input_stops_before_training_with_one_line(data, tmp_path, capsys, flags, message):
+    evaluation = ("--val-data", data["val"]) if "--fair-eval-label" in flags else ()
+    assert train.main(arguments(data, tmp_path, "bad", *evaluation, *flags)) == 2
+    assert message in one_line(capsys)
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: lines[:1], "header"),
+        (lambda lines: [], "empty"),
+        (lambda lines: [*lines[:5], "7\tx\n", *lines[5:]], "row"),
+        (lambda lines: [line.replace("\t1\t", "\t0.5\t") for line in lines], "0.5"),
+    ],
+)
+def test_a_broken_table_stops_before_training(data, tmp_path, capsys, change, message):
+    broken = rewritten(data, tmp_path, change)
+    assert train.main(arguments(broken, tmp_path, "bad", *FAIR)) == 2
+    assert message in one_line(capsys)
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_missing_image_is_one_line_and_leaves_no_half_checkpoint(data, tmp_path, capsys):
+    broken = rewritten(
+        data, tmp_path, lambda lines: [line.replace("train_3.png", "gone.png") for line in lines]
+    )
+    assert train.main(arguments(broken, tmp_path, "bad", *FAIR)) != 0
+    assert "gone.png" in one_line(capsys)
+    assert not list((tmp_path / "bad" / "checkpoints").iterdir())
+    assert "Traceback" in (tmp_path / "bad" / "out.log").read_text()
+
+
+def test_an_existing_run_is_not_overwritten(data, tmp_path):
+    assert train.main(arguments(data, tmp_path, "run", epochs=1)) == 0
+    saved = weights(tmp_path, "run", 1)
+    assert train.main(arguments(data, tmp_path, "run", *FAIR, epochs=1)) == 1
+    assert_same_weights(saved, weights(tmp_path, "run", 1))
+
+
+def test_a_poisoned_step_does_not_enter_the_memory(data, tmp_path, record):
+    class Poison(Callback):
+        def on_loss_start(self, state):
+            if state.epoch == 0 and state.batch_index == 1:
+                features = state.loss_inputs["image_features"]
+                state.loss_inputs["image_features"] = features * float("nan")
+
+        def on_batch_end(self, state):
+            if state.epoch == 0 and state.batch_index == 1:
+                state.model.load_state_dict(self.saved)
+
+        def on_batch_start(self, state):
+            self.saved = {k: v.clone() for k, v in state.model.state_dict().items()}
+
+    poison = events.register(Poison())
+    try:
+        flags = (*FAIR, "--fair-save-pairs", "--fair-queue", "4")
+        assert train.main(arguments(data, tmp_path, "nan", *flags, epochs=1)) == 0
+    finally:
+        events.default_registry.unregister(poison)
+    rows = rows_of(tmp_path / "nan" / "checkpoints" / "pairs_epoch_1.csv")
+    assert len(rows) == PAIRS - BATCH
+    assert all(np.isfinite(float(row["mean_loss"])) for row in rows)
+
+
+def test_the_module_runs_as_a_command_with_several_workers(data, tmp_path):
+    command = [sys.executable, "-m", "fairclip_losses.train"]
+    done = subprocess.run(
+        command + arguments(data, tmp_path, "run", *FAIR, "--workers", "2", epochs=1),
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "flagged_epoch_1.csv").exists()
+    failed = subprocess.run(
+        [*command, "--fair-loss"], capture_output=True, text=True, timeout=300
+    )  # fmt: skip
+    assert failed.returncode == 2
+    assert failed.stderr.strip().splitlines()[-1].startswith("fairclip_losses.train: error: ")
+    assert "Traceback" not in failed.stderr
