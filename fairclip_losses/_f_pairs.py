@@ -26,13 +26,34 @@ def pair_logits(
     Raises:
         ValueError: features that are not two (B, D) of one shape.
     """
+    _check_features(image_features, text_features)
+    logits = logit_scale * image_features @ text_features.t()
+    return logits if logit_bias is None else logits + logit_bias
+
+
+def pair_similarities(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+) -> Tensor:
+    """Return ``s_i = tau v_i . t_i (+ bias)``, (B,) float32 or wider: the diagonal of the logits.
+
+    Raises:
+        ValueError: features that are not two (B, D) of one shape.
+    """
+    _check_features(image_features, text_features)
+    dtype = torch.promote_types(image_features.dtype, torch.float32)
+    scores = logit_scale * (image_features.to(dtype) * text_features.to(dtype)).sum(1)
+    return scores if logit_bias is None else scores + logit_bias
+
+
+def _check_features(image_features: Tensor, text_features: Tensor) -> None:
     if image_features.dim() != 2 or image_features.shape != text_features.shape:
         raise ValueError(
             "image_features and text_features must both be (B, D), got "
             f"{tuple(image_features.shape)} and {tuple(text_features.shape)}"
         )
-    logits = logit_scale * image_features @ text_features.t()
-    return logits if logit_bias is None else logits + logit_bias
 
 
 def clip_pair_losses(logits: Tensor) -> Tensor:
@@ -69,7 +90,12 @@ def caption_pair_losses(logits: Tensor, labels: Tensor, pad_id: int = 0) -> Tens
 
 
 def distill_pair_losses(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """Return each pair's cross-entropy against the teacher, both directions averaged, (B,)."""
+    """Return each pair's cross-entropy against the teacher, (B,) float32 or wider.
+
+    ``d_i = (H(softmax T[i, :], softmax S[i, :]) + H(softmax T[:, i], softmax S[:, i])) / 2`` with
+    the cross-entropy ``H(p, q) = -sum_j p_j log q_j``, for logits (B, B) of teacher T, student S.
+    Source: Hinton et al. 2015 (arXiv:1503.02531), at temperature 1.
+    """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     teacher, student = teacher_logits.to(dtype), student_logits.to(dtype)
     rows = -(teacher.softmax(1) * student.log_softmax(1)).sum(1)
@@ -78,16 +104,25 @@ def distill_pair_losses(teacher_logits: Tensor, student_logits: Tensor) -> Tenso
 
 
 def reweighting(terms: Tensor, weights: Tensor, normalization: Normalization = "batch") -> Tensor:
-    """Return what weights change in the mean of ``terms`` (B,): ``mean((u - 1) * terms)``.
+    """Return what weights (B,) change in the mean of ``terms`` (B,): ``mean((u - 1) * terms)``.
 
     ``"batch"``: u = w, so that mean(terms) + this = mean(w * terms) (published).
     ``"weights"``: u = B w / sum(w), so that it is sum(w * terms) / sum(w).
-    Exactly 0, with zero gradient, where every weight is 1, whatever the terms (NaN included).
+    Exactly 0, with zero gradient, where every weight is 1 (or B is 0), whatever the terms (NaN
+    included).
+
+    Raises:
+        ValueError: terms and weights that are not both (B,), or an unknown normalization.
     """
+    if terms.dim() != 1 or terms.shape != weights.shape:
+        raise ValueError(
+            "terms and weights must both be (B,), "
+            f"got {tuple(terms.shape)} and {tuple(weights.shape)}"
+        )
     if normalization == "weights":
         weights = weights * (weights.numel() / weights.sum())
     elif normalization != "batch":
         raise ValueError(f"normalization must be 'batch' or 'weights', got {normalization!r}")
     change = weights.to(terms.dtype) - 1.0
     flagged = change != 0
-    return (change * torch.where(flagged, terms, 0.0)).mean()
+    return (change * torch.where(flagged, terms, 0.0)).sum() / max(terms.numel(), 1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from operator import index
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,12 @@ from .functional import (
     FairnessTerms,
     GroupReduction,
     Normalization,
+    check_options,
+    check_scores,
     group_membership,
     official_scores,
     pair_logits,
+    pair_similarities,
     reweighting,
     sinkhorn_fairness,
     stack_groups,
@@ -87,12 +91,7 @@ class SinkhornFairnessLoss(nn.Module):
             raise ValueError(f"p must be 1 or 2, got {p!r}")
         if not 0 <= blur < float("inf"):
             raise ValueError(f"blur must be a finite number >= 0, got {blur!r}")
-        if group_reduction not in ("mean", "sum"):
-            raise ValueError(f"group_reduction must be 'mean' or 'sum', got {group_reduction!r}")
-        if detach not in ("none", "groups", "total"):
-            raise ValueError(f"detach must be 'none', 'groups' or 'total', got {detach!r}")
-        if min_group_size < 1:
-            raise ValueError(f"min_group_size must be >= 1, got {min_group_size!r}")
+        check_options(group_reduction, detach, min_group_size)
         if queue_size < 0 or (queue_size and num_groups is None):
             raise ValueError(f"queue_size must be >= 0 and needs num_groups, got {queue_size!r}")
         self.p = p
@@ -107,7 +106,7 @@ class SinkhornFairnessLoss(nn.Module):
         self.attribute_weights = _order_weights(
             attribute_weights, self.attribute_names, self.num_groups
         )
-        rows = 1 + sum(self.num_groups or ())
+        rows = 1 + sum(self.num_groups or ()) if queue_size else 0
         self.register_buffer("queue", torch.full((rows, queue_size), float("nan")))
         self.register_buffer("queue_next", torch.zeros(rows, dtype=torch.int64))
         self.last: FairnessTerms | None = None
@@ -126,12 +125,19 @@ class SinkhornFairnessLoss(nn.Module):
             scores: (B,), floating point.
             groups: LongTensor (B,), (B, C), or name -> (B,); -1 is unknown.
             valid: (B,) bool, the scores that count; None is all.
-            record: put the scores into the queue; None does so in training mode.
+            record: put the scores into the queue; None does so in training mode. One that is not
+                finite (in float32) never enters it.
+
+        Returns:
+            (), float64 for float64 scores, else float32.
         """
+        check_scores(scores)
         names, codes = self._codes(groups)
         num_groups = self._num_groups(codes)
+        codes = codes.to(scores.device, non_blocking=scores.device.type == "cuda")
         if scores.device != self.queue.device:
-            self.to(scores.device)
+            with torch.inference_mode(False):
+                self.to(scores.device)
         terms = sinkhorn_fairness(
             scores,
             codes,
@@ -153,6 +159,7 @@ class SinkhornFairnessLoss(nn.Module):
         return terms.total
 
     def extra_repr(self) -> str:
+        """Return the settings for ``repr``."""
         return (
             f"p={self.p}, blur={self.blur}, num_groups={self.num_groups}, "
             f"queue_size={self.queue_size}"
@@ -205,8 +212,9 @@ class SinkhornFairnessLoss(nn.Module):
         self, scores: Tensor, codes: Tensor, num_groups: tuple[int, ...], valid: Tensor | None
     ) -> None:
         """Write each row's newest scores over its oldest, without reading anything back."""
+        scores = scores.to(self.queue.dtype)
         members = group_membership(codes, num_groups)
-        members = torch.cat([torch.ones_like(members[:1]), members])
+        members = torch.cat([torch.ones_like(members[:1]), members]) & torch.isfinite(scores)
         if valid is not None:
             members = members & valid
         rank = members.cumsum(1)
@@ -216,7 +224,7 @@ class SinkhornFairnessLoss(nn.Module):
         # What is not kept goes to a column past the end, which is cut off again.
         slot = torch.where(kept, slot, self.queue_size)
         widened = torch.nn.functional.pad(self.queue, (0, 1))
-        widened.scatter_(1, slot, scores.to(widened.dtype).expand(slot.shape))
+        widened.scatter_(1, slot, scores.expand(slot.shape))
         self.queue.copy_(widened[:, :-1])
         self.queue_next.copy_((self.queue_next + count[:, 0]) % self.queue_size)
 
@@ -228,12 +236,14 @@ def _name_groups(
         return (), None
     names: tuple[str, ...] = ()
     if isinstance(num_groups, Mapping):
-        names, counts = tuple(num_groups), tuple(num_groups.values())
+        names, given = tuple(num_groups), tuple(num_groups.values())
     else:
-        counts = (num_groups,) if isinstance(num_groups, int) else tuple(num_groups)
-    if not counts or any(not isinstance(n, int) or n < 1 for n in counts):
+        given = tuple(num_groups) if isinstance(num_groups, Sequence) else (num_groups,)
+    if not given or any(
+        isinstance(n, bool) or not isinstance(n, SupportsIndex) or index(n) < 1 for n in given
+    ):
         raise ValueError(f"num_groups must be integers >= 1, got {num_groups!r}")
-    return names, counts
+    return names, tuple(map(index, given))
 
 
 def _order_weights(

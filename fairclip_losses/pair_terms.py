@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .functional import (
@@ -57,8 +58,8 @@ def pair_terms(loss: nn.Module, model_out: Mapping[str, Any]) -> PairTerms:
                     f"got {sorted(model_out)}"
                 ) from None
     raise ValueError(
-        f"expected a ClipLoss, SigLipLoss, CoCaLoss or DistillClipLoss of open_clip or a module with "
-        f"pair_terms(**model_out), got {type(loss).__name__}"
+        "expected a ClipLoss, SigLipLoss, CoCaLoss or DistillClipLoss of open_clip or a module "
+        f"with pair_terms(**model_out), got {type(loss).__name__}"
     )
 
 
@@ -89,10 +90,15 @@ def _coca(loss: Any, model_out: Mapping[str, Any]) -> PairTerms:
     return PairTerms(
         contrastive,
         {
-            "contrastive_loss": loss.clip_loss_weight * contrastive,
+            "contrastive_loss": _scaled(contrastive, loss.clip_loss_weight),
             "caption_loss": loss.caption_loss_weight * caption,
         },
     )
+
+
+def _scaled(terms: Tensor, weight: float) -> Tensor:
+    # CoCaLoss of weight 0 leaves the term out, so that a NaN in it does not come through.
+    return weight * terms if weight else torch.zeros_like(terms)
 
 
 def _distill(loss: Any, model_out: Mapping[str, Any]) -> PairTerms:

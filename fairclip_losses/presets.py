@@ -94,13 +94,13 @@ def build_fair_loss(
     chosen = PRESETS[preset]
     miner = term = None
     if mining:
-        options = {**chosen.miner, **(miner_options or {})}
         # The published unit counts batches, of which the data set's size says nothing.
         pairs = num_pairs if chosen.mining_unit == "pair" else None
-        miner = BadPairMiner(pairs, total_epochs=total_epochs, **options)
+        sizes = {"num_pairs": pairs, "total_epochs": total_epochs}
+        miner = BadPairMiner(**{**sizes, **chosen.miner, **(miner_options or {})})
     if fairness:
-        options = {**chosen.fairness, **(fairness_options or {})}
-        term = SinkhornFairnessLoss(num_groups=num_groups, **options)
+        sizes = {"num_groups": num_groups}
+        term = SinkhornFairnessLoss(**{**sizes, **chosen.fairness, **(fairness_options or {})})
     return FairLoss(
         base_loss,
         miner,

@@ -971,7 +971,7 @@ def test_mixture_is_as_likely_as_the_best_of_scikit_learn(family, size):
         assert centre[1] >= centre[0]
         scale = np.sqrt((part * (z - centre[:, None]) ** 2).sum(1) / mass + 1e-3)
         density = norm.pdf(z, centre[:, None], scale[:, None]) * (mass / len(z))[:, None]
-        model = GaussianMixture(2, reg_covar=1e-3, tol=1e-9, max_iter=1000, random_state=0)
+        model = GaussianMixture(2, reg_covar=1e-3, tol=1e-9, max_iter=50_000, random_state=0)
         expected = model.fit(z[:, None]).score(z[:, None])
         assert np.log(density.sum(0)).mean() >= expected - 0.01
 

@@ -172,10 +172,15 @@ class CallbackRegistry:
             if known is callback:
                 del self._callbacks[position]
                 return
-        raise ValueError(f"callback {callback.name} is not registered")
+        raise ValueError(f"{getattr(callback, 'name', repr(callback))} is not registered")
 
     def fire(self, event: Event, state: TrainState) -> None:
-        """Deliver an event to every callback, after-events in reverse order."""
+        """Deliver an event to every callback, after-events in reverse order.
+
+        Raises:
+            CallbackError: a callback raised; the message names it and the event.
+            UsageError: a callback raised it.
+        """
         callbacks = tuple(self._callbacks)
         for callback in reversed(callbacks) if event.is_after else callbacks:
             try:
@@ -194,5 +199,9 @@ default_registry = CallbackRegistry()
 
 
 def register(callback: CallbackT) -> CallbackT:
-    """Add a callback to `default_registry`: it takes part in every patched run of the process."""
+    """Add a callback to `default_registry`: it takes part in every patched run of the process.
+
+    Raises:
+        ValueError: it is no `Callback`, or is registered already.
+    """
     return default_registry.register(callback)

@@ -82,9 +82,10 @@ class FairEvaluationCallback(Callback):
 
 def _scalars(report: FairnessReport) -> dict[str, float]:
     """Return the report's defined figures by a name such as ``group=minority/auc``."""
-    scalars = {}
+    scalars: dict[str, float] = {}
     for row in report.to_rows():
         where = f"{row['attribute']}={row['group']}" if row["group"] else row["attribute"]
         if row["value"] is not None:
-            scalars[f"{where}/{row['metric']}" if where else str(row["metric"])] = row["value"]
+            name = f"{where}/{row['metric']}" if where else str(row["metric"])
+            scalars[name] = float(row["value"])
     return scalars

@@ -41,6 +41,7 @@ class Run:
         self.state = TrainState(args=args)
 
     def fire(self, event: Event) -> None:
+        """Deliver an event of this run to its callbacks."""
         self.registry.fire(event, self.state)
 
 
@@ -233,7 +234,8 @@ class Patch:
 def patch() -> Patch:
     """Hook the training events into open_clip's training program.
 
-    Idempotent. ``with patch(): ...`` takes the patch back at the end, unless it was in force before.
+    Idempotent. ``with patch(): ...`` takes the patch back at its end, unless it was in force
+    before.
 
     Raises:
         ImportError: open_clip_train is not installed, or lacks a function that the patch hooks
@@ -243,8 +245,8 @@ def patch() -> Patch:
     missing = [name for name in HOOKS if not callable(getattr(host, name, None))]
     if missing:
         raise ImportError(
-            f"{HOST} has no {', '.join(missing)}; this open_clip differs from the versions known to "
-            f"work: {KNOWN_VERSIONS}"
+            f"{HOST} has no {', '.join(missing)}; this open_clip differs from the versions known "
+            f"to work: {KNOWN_VERSIONS}"
         )
     if all(hasattr(getattr(host, name), "__fairclip_original__") for name in HOOKS):
         return Patch(host, applied_here=False)

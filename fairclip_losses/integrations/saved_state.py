@@ -31,6 +31,7 @@ class SavedState:
 
     @classmethod
     def of(cls, loss: FairLoss, codebook: CodeBook) -> SavedState:
+        """Take what is to be saved."""
         return cls(loss.state_dict(), codebook.labels)
 
     def restore(self, loss: FairLoss, codebook: CodeBook) -> None:

@@ -1,0 +1,41 @@
+"""What the solvers are asked for and what they answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SinkhornOptions:
+    """What `sinkhorn_divergence` was asked for; see its docstring."""
+
+    p: int
+    blur: float
+    debias: bool
+    scaling: float
+    iterations: int | None
+    tol: float
+    max_iterations: int
+
+    @property
+    def epsilon(self) -> float:
+        """Strength of the entropy, in the unit of the cost."""
+        return self.blur**self.p
+
+    def is_watched(self, points: Tensor) -> bool:
+        """Whether reading a number back is free, so that convergence can be tested."""
+        on_host = points.device.type == "cpu" and not torch.compiler.is_compiling()
+        return on_host and self.iterations is None
+
+
+class Potentials(NamedTuple):
+    """Dual potentials of the three transport problems of one divergence."""
+
+    f: Tensor  # (*, N): a -> b
+    g: Tensor  # (*, M): b -> a
+    f_self: Tensor | None  # (*, N): a -> a, None without debiasing
+    g_self: Tensor | None  # (*, M): b -> b
