@@ -5,11 +5,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: help demo test lint types unit clean
+.PHONY: help demo test lint types unit docs clean
 
 help:
 	@echo "make demo   set up and run the main job end to end on real images (about 5 minutes)"
 	@echo "make test   set up and run lint, types and tests"
+	@echo "make docs   build the documentation into build/site"
 	@echo "make clean  remove what the two have made"
 
 $(BIN)/python:
@@ -40,6 +41,10 @@ types: $(VENV)/.test
 
 unit: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+docs: $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/mkdocs build
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -44,9 +44,7 @@ def stack_groups(groups: Tensor | Mapping[str, Tensor]) -> Tensor:
         return torch.stack([codes.long() for codes in groups.values()], dim=1)
     codes = _check_codes(groups)
     if codes.dim() not in (1, 2) or (codes.dim() == 2 and codes.shape[1] == 0):
-        raise ValueError(
-            f"groups must have shape (B,) or (B, C), C >= 1, got {tuple(codes.shape)}"
-        )
+        raise ValueError(f"groups must have shape (B,) or (B, C), C >= 1, got {tuple(codes.shape)}")
     return (codes[:, None] if codes.dim() == 1 else codes).long()
 
 
@@ -266,6 +264,8 @@ def official_scores(logits: Tensor) -> Tensor:
     """Return ``s_i = sum_k L_ik L_ki``, (B,), the diagonal of ``L_I L_T^T`` in the published code.
 
     It is quadratic in the logit scale and mixes the pairs of the batch; for comparison only.
+    The logits are (B, B); the result is float32 or wider.
     Source: the code published with arXiv:2403.19949 and arXiv:2505.03153.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return (logits * logits.t()).sum(1)

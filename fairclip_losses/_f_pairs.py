@@ -86,7 +86,7 @@ def caption_pair_losses(logits: Tensor, labels: Tensor, pad_id: int = 0) -> Tens
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     tokens = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=pad_id, reduction="none")
-    return tokens.sum(1) * (labels.shape[0] / (labels != pad_id).sum())
+    return tokens.sum(1) * labels.shape[0] / (labels != pad_id).sum()
 
 
 def distill_pair_losses(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -201,7 +202,9 @@ def load_weights(checkpoint: str | Path) -> dict[str, Tensor]:
         ValueError: no such file, or one that holds no weights.
     """
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        # The learning rate that open_clip leaves in the optimizer's state is a NumPy number.
+        with torch.serialization.safe_globals(_numpy_numbers()):
+            content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no checkpoint file {str(checkpoint)!r}") from None
     except Exception as error:
@@ -214,6 +217,12 @@ def load_weights(checkpoint: str | Path) -> dict[str, Tensor]:
     ):
         raise ValueError(f'{checkpoint}: expected model weights under "state_dict", got none')
     return {str(key).removeprefix("module."): value for key, value in weights.items()}
+
+
+def _numpy_numbers() -> list[Any]:
+    """Return what a pickled NumPy float is made of; NumPy 2 has moved the first."""
+    core: Any = np._core if hasattr(np, "_core") else np.core
+    return [core.multiarray.scalar, np.dtype, type(np.dtype(np.float64))]
 
 
 def read_run_settings(checkpoint: str | Path) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""The fairness term as a module, and `FairLoss`, which puts mining and fairness round a CLIP loss."""
+"""The fairness term as a module, and `FairLoss`: mining and fairness round a CLIP loss."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from operator import index
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -218,7 +218,7 @@ class SinkhornFairnessLoss(nn.Module):
         if valid is not None:
             members = members & valid
         rank = members.cumsum(1)
-        count = rank[:, -1:]
+        count = members.sum(1, keepdim=True)
         kept = members & (rank > count - self.queue_size)
         slot = (self.queue_next[:, None] + rank - 1) % self.queue_size
         # What is not kept goes to a column past the end, which is cut off again.
@@ -239,11 +239,9 @@ def _name_groups(
         names, given = tuple(num_groups), tuple(num_groups.values())
     else:
         given = tuple(num_groups) if isinstance(num_groups, Sequence) else (num_groups,)
-    if not given or any(
-        isinstance(n, bool) or not isinstance(n, SupportsIndex) or index(n) < 1 for n in given
-    ):
+    if not given or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in given):
         raise ValueError(f"num_groups must be integers >= 1, got {num_groups!r}")
-    return names, tuple(map(index, given))
+    return names, tuple(int(n) for n in given)
 
 
 def _order_weights(
@@ -288,9 +286,10 @@ class FairLoss(nn.Module):
     Args:
         base_loss: open_clip's ClipLoss, SigLipLoss, CoCaLoss or DistillClipLoss (one process), or
             any module with a method ``pair_terms(**model_out)``; see `fairclip_losses.pair_terms`.
+            Without miner and fairness any module will do.
         miner: a `BadPairMiner`, or None.
         fairness: a `SinkhornFairnessLoss`, or None.
-        fairness_weight: lambda >= 0.
+        fairness_weight: lambda >= 0; with 0 the term is measured (see `last`) and not trained.
         score: ``"loss"``: s_i is the raw per-pair contrastive loss; ``"similarity"``: the pair's
             logit, tau v_i . t_i; ``"official"``: the published code's diag(L_I L_T^T).
         normalization: ``"batch"`` divides the weighted losses by B (published), ``"weights"`` by
@@ -310,8 +309,9 @@ class FairLoss(nn.Module):
     Call `end_epoch` after each epoch. `last` holds the last call's `FairLossState`.
 
     Raises:
-        ValueError: a base loss without known per-pair terms or over several processes, options out
-            of range; in ``forward`` missing ids or groups, and what miner and fairness refuse.
+        ValueError: a base loss over several processes, options out of range; in ``forward`` a base
+            loss whose per-pair terms are not known or do not fit what it returns, missing ids or
+            groups, and what miner and fairness refuse.
 
     Source: Bansal et al. (arXiv:2505.03153).
     """
@@ -353,11 +353,16 @@ class FairLoss(nn.Module):
         self.mining_unit: MiningUnit = mining_unit
         self.register_buffer("batch_position", torch.zeros((), dtype=torch.int64))
         self.last: FairLossState | None = None
-        self._base_parameters = [
-            name
-            for name in inspect.signature(base_loss.forward).parameters
-            if name not in ("self", "output_dict")
+        parameters = inspect.signature(base_loss.forward).parameters.values()
+        self._base_positional = [
+            parameter.name
+            for parameter in parameters
+            if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
         ]
+        self._base_takes_output_dict = any(
+            parameter.name == "output_dict" or parameter.kind is inspect.Parameter.VAR_KEYWORD
+            for parameter in parameters
+        )
 
     def forward(
         self,
@@ -369,15 +374,13 @@ class FairLoss(nn.Module):
         **model_out: Any,
     ) -> Any:
         """Return the loss in the base loss's own form; see the class."""
-        if len(args) > len(self._base_parameters):
-            raise ValueError(
-                f"expected at most {len(self._base_parameters)} positional arguments "
-                f"({', '.join(self._base_parameters)}), got {len(args)}"
-            )
-        model_out |= zip(self._base_parameters, args, strict=False)
+        model_out = self._by_name(args, model_out)
+        output_dict = model_out.pop("output_dict", output_dict)
         if self.miner is None and self.fairness is None:
-            return self.base_loss(**model_out, output_dict=output_dict)
+            return self._base(model_out, output_dict)
         recording = self.training if record is None else record
+        self._check_metadata(pair_ids, groups, recording)
+        base = self._base(model_out, output_dict)
         terms = pair_terms(self.base_loss, model_out)
         weights = self._mine(terms, pair_ids, recording)
         fairness = self._fairness(terms, groups, model_out, recording)
@@ -386,7 +389,6 @@ class FairLoss(nn.Module):
             weights,
             self.fairness.last if self.fairness is not None else None,
         )
-        base = self.base_loss(**model_out, output_dict=output_dict)
         return self._combine(base, terms, weights, fairness)
 
     def end_epoch(self) -> EpochSummary | None:
@@ -394,22 +396,67 @@ class FairLoss(nn.Module):
         self.batch_position.zero_()
         return None if self.miner is None else self.miner.end_epoch()
 
+    def extra_repr(self) -> str:
+        """Return the settings for ``repr``."""
+        return (
+            f"fairness_weight={self.fairness_weight}, score={self.score!r}, "
+            f"normalization={self.normalization!r}, mining_unit={self.mining_unit!r}"
+        )
+
+    def _by_name(self, args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+        """Return all that was passed for the base loss by the names of its parameters."""
+        names = self._base_positional
+        if len(args) > len(names):
+            raise ValueError(
+                f"expected at most {len(names)} positional arguments ({', '.join(names)}), "
+                f"got {len(args)}"
+            )
+        twice = [name for name in names[: len(args)] if name in named]
+        if twice:
+            raise ValueError(f"expected {', '.join(twice)} once, got it by position and by name")
+        return {**dict(zip(names, args, strict=False)), **named}
+
+    def _base(self, model_out: dict[str, Any], output_dict: bool) -> Any:
+        if self._base_takes_output_dict:
+            return self.base_loss(**model_out, output_dict=output_dict)
+        if output_dict:
+            raise ValueError(
+                "output_dict=True needs a base loss that takes it, "
+                f"got {type(self.base_loss).__name__}"
+            )
+        return self.base_loss(**model_out)
+
+    def _check_metadata(
+        self,
+        pair_ids: Tensor | None,
+        groups: Tensor | Mapping[str, Tensor] | None,
+        recording: bool,
+    ) -> None:
+        """Refuse a call that lacks ids or groups before anything is recorded."""
+        by_pair = self.miner is not None and self.mining_unit == "pair"
+        if by_pair and pair_ids is None and recording:
+            raise ValueError("the miner needs pair_ids (B,), got None")
+        if self.fairness is not None and groups is None:
+            raise ValueError(
+                "the fairness term needs groups (B,), (B, C) or name -> (B,), got None"
+            )
+
     def _mine(self, terms: PairTerms, pair_ids: Tensor | None, recording: bool) -> Tensor:
         losses = terms.contrastive.detach()
         if self.miner is None:
             return torch.ones_like(losses)
         if self.mining_unit == "batch":
             if losses.device != self.batch_position.device:
-                self.to(losses.device)
-            weight: Tensor = self.miner(
-                losses.mean()[None], self.batch_position[None], record=recording
-            )
+                with torch.inference_mode(False):
+                    self.to(losses.device)
+            # A pass that only reads sees the batch recorded last again.
+            position = self.batch_position
+            position = position.clone() if recording else (position - 1).clamp(min=0)
+            weight: Tensor = self.miner(losses.mean()[None], position[None], record=recording)
             if recording:
                 self.batch_position.add_(1)
             return weight.expand_as(losses)
         if pair_ids is None:
-            if recording:
-                raise ValueError("the miner needs pair_ids (B,), got None")
             return torch.ones_like(losses)
         weights: Tensor = self.miner(losses, pair_ids, record=recording)
         return weights
@@ -421,23 +468,28 @@ class FairLoss(nn.Module):
         model_out: dict[str, Any],
         recording: bool,
     ) -> Tensor | None:
-        if self.fairness is None:
+        if self.fairness is None or groups is None:
             return None
-        if groups is None:
-            raise ValueError(
-                "the fairness term needs groups (B,), (B, C) or name -> (B,), got None"
-            )
+        scores = self._scores(terms, model_out)
+        term: Tensor = self.fairness(scores, groups, valid=torch.isfinite(scores), record=recording)
+        # Weight 0 leaves no trace: 0 times a term that overflowed would be NaN.
+        return self.fairness_weight * term if self.fairness_weight else torch.zeros_like(term)
+
+    def _scores(self, terms: PairTerms, model_out: dict[str, Any]) -> Tensor:
         if self.score == "loss":
-            scores = terms.contrastive
-        else:
-            logits = pair_logits(
-                model_out["image_features"], model_out["text_features"],
-                model_out["logit_scale"], model_out.get("logit_bias"),
-            ).float()  # fmt: skip
-            scores = logits.diagonal() if self.score == "similarity" else official_scores(logits)
-        valid = torch.isfinite(scores)
-        term: Tensor = self.fairness(scores, groups, valid=valid, record=recording)
-        return self.fairness_weight * term
+            return terms.contrastive
+        names = ("image_features", "text_features", "logit_scale")
+        missing = [name for name in names if name not in model_out]
+        if missing:
+            raise ValueError(
+                f"score={self.score!r} needs {', '.join(missing)} in the model's output, "
+                f"got {sorted(model_out)}"
+            )
+        image, text, scale = (model_out[name] for name in names)
+        bias = model_out.get("logit_bias")
+        if self.score == "similarity":
+            return pair_similarities(image, text, scale, bias)
+        return official_scores(pair_logits(image, text, scale, bias))
 
     def _combine(
         self, base: Any, terms: PairTerms, weights: Tensor, fairness: Tensor | None
@@ -447,6 +499,10 @@ class FairLoss(nn.Module):
             for name, values in terms.named.items()
         }
         if isinstance(base, dict):
+            if not changes.keys() <= base.keys():
+                raise ValueError(
+                    f"pair_terms names {list(changes)}, but the base loss returned {list(base)}"
+                )
             combined = {
                 name: value + changes[name] if name in changes else value
                 for name, value in base.items()
@@ -454,6 +510,10 @@ class FairLoss(nn.Module):
             return combined if fairness is None else combined | {"fairness_loss": fairness}
         # Positional forms list the terms in the order of `terms.named`.
         parts = list(base) if isinstance(base, tuple) else [base]
+        if len(parts) < len(changes):
+            raise ValueError(
+                f"pair_terms names {list(changes)}, but the base loss returned {len(parts)} terms"
+            )
         for k, change in enumerate(changes.values()):
             parts[k] = parts[k] + change
         if fairness is not None:

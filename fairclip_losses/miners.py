@@ -264,13 +264,11 @@ class BadPairMiner(nn.Module):
 
         Args:
             pair_losses: raw loss of each pair, shape (B,), floating point. One that is not finite
-            (in
-                float32) is not recorded and weighs 1.
+                (in float32) is not recorded and weighs 1.
             pair_ids: stable id of each pair, shape (B,), integers. An id that is there twice counts
                 as two visits.
             record: whether to record; None records in training mode only. Give False where a batch
-            is
-                weighed again, as gradient accumulation does.
+                is weighed again, as gradient accumulation does.
 
         Returns:
             (B,) detached weights in the losses' dtype (float32 for half precision), by the flags
@@ -278,8 +276,7 @@ class BadPairMiner(nn.Module):
 
         Raises:
             ValueError: for a wrong dtype or shape, and, where the values are checked (see
-            `validate`),
-                an id outside 0..num_pairs-1; nothing is recorded then.
+                `validate`), an id outside 0..num_pairs-1; nothing is recorded then.
         """
         losses, ids = self._checked(pair_losses, pair_ids)
         if self.visits.device != losses.device:
@@ -311,8 +308,7 @@ class BadPairMiner(nn.Module):
 
         Raises:
             ValueError: if ids outside 0..num_pairs-1 came since the last call. They are forgotten
-            and
-                nothing else is changed, so that a second call ends the epoch without them.
+                and nothing else is changed, so that a second call ends the epoch without them.
         """
         invalid = int(self.invalid_count)
         if invalid:

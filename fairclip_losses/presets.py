@@ -93,14 +93,16 @@ def build_fair_loss(
         raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
     chosen = PRESETS[preset]
     miner = term = None
+    options: dict[str, Any]
     if mining:
         # The published unit counts batches, of which the data set's size says nothing.
         pairs = num_pairs if chosen.mining_unit == "pair" else None
         sizes = {"num_pairs": pairs, "total_epochs": total_epochs}
-        miner = BadPairMiner(**{**sizes, **chosen.miner, **(miner_options or {})})
+        options = {**sizes, **chosen.miner, **(miner_options or {})}
+        miner = BadPairMiner(**options)
     if fairness:
-        sizes = {"num_groups": num_groups}
-        term = SinkhornFairnessLoss(**{**sizes, **chosen.fairness, **(fairness_options or {})})
+        options = {"num_groups": num_groups, **chosen.fairness, **(fairness_options or {})}
+        term = SinkhornFairnessLoss(**options)
     return FairLoss(
         base_loss,
         miner,

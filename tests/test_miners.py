@@ -802,6 +802,7 @@ def test_constructor_takes_numpy_integers_and_infinite_thresholds():
         (torch.rand(2), torch.tensor([0.0, 1.0]), "pair_ids must be integers .* torch.float32"),
         (torch.rand(2), torch.tensor([True, False]), "pair_ids must be integers .* torch.bool"),
         (torch.rand(2), torch.tensor([0j, 1j]), "pair_ids must be integers .* torch.complex64"),
+        (torch.rand(2), torch.tensor([0, 1]).to(torch.uint64), "pair_ids .* torch.uint64"),
         (torch.rand(2), [0, 1], "pair_ids must be a tensor, got list"),
         ([0.5], torch.tensor([0]), "pair_losses must be a tensor, got list"),
         (torch.tensor([1, 2]), torch.tensor([0, 1]), "pair_losses must be floating point"),
@@ -958,13 +959,15 @@ def test_mixture_equals_scikit_learn(size, share, gap, width):
 def test_mixture_is_as_likely_as_the_best_of_scikit_learn(family, size):
     for seed in range(4):
         generator = np.random.default_rng(seed)
-        if family == "wide":  # the upper start ends as the lower component
+        if family == "wide":
             narrow, wide = generator.normal(0, 0.1, size), generator.normal(-0.2, 3, size // 3)
             values = np.concatenate([narrow, wide, generator.normal(6, 1, size // 20)])
         else:
             values = getattr(generator, f"standard_{family}")(size)
         z = (values - values.mean()) / values.std()
-        upper = F.gaussian_mixture_posterior(torch.from_numpy(values), tolerance=1e-9).numpy()
+        upper = F.gaussian_mixture_posterior(
+            torch.from_numpy(values), tolerance=1e-9, max_iterations=50_000
+        ).numpy()
         part = np.stack([1 - upper, upper])
         mass = part.sum(1)
         centre = part @ z / mass
@@ -976,8 +979,18 @@ def test_mixture_is_as_likely_as_the_best_of_scikit_learn(family, size):
         assert np.log(density.sum(0)).mean() >= expected - 0.01
 
 
+@pytest.mark.parametrize("seed", [4, 12, 88, 90])
+def test_the_posterior_is_of_the_higher_mean_where_the_components_cross(seed):
+    # A few values in which the component that starts above ends below.
+    generator = np.random.default_rng(seed)
+    values = np.concatenate([generator.normal(0, 0.1, 12), generator.normal(-0.2, 3, 4)])
+    upper = F.gaussian_mixture_posterior(torch.from_numpy(values)).numpy()
+    assert 0 < upper.sum() < len(values)
+    assert np.average(values, weights=upper) > np.average(values, weights=1 - upper)
+
+
 def test_mixture_fits_many_values_on_a_part_of_them():
-    values, upper = two_modes(1, 20_000, 0.1, 6, 1)
+    values, _ = two_modes(1, 20_000, 0.1, 6, 1)
     whole = F.gaussian_mixture_posterior(torch.from_numpy(values))
     part = F.gaussian_mixture_posterior(torch.from_numpy(values), max_points=2000)
     assert part.shape == whole.shape

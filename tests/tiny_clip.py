@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import open_clip
 from PIL import Image
 
 from fairclip_losses.data import write_table
@@ -33,11 +34,20 @@ CONFIG = {
 HEADER = ("pair", "filepath", "title", "sex", "site", "bright")
 
 
+# open_clip reads a model from a folder since this version; before, a process registers it.
+HAS_LOCAL_DIR = int(open_clip.__version__.split(".")[0]) >= 3
+
+
 def write_model(folder: Path) -> str:
-    """Write the configuration; return the name by which open_clip finds it."""
+    """Write the configuration; return the name by which open_clip finds it in this process."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps(CONFIG))
-    return f"local-dir:{folder}"
+    if HAS_LOCAL_DIR:
+        (folder / "open_clip_config.json").write_text(json.dumps(CONFIG))
+        return f"local-dir:{folder}"
+    path = folder / "tiny_clip_of_the_tests.json"
+    path.write_text(json.dumps(CONFIG["model_cfg"]))
+    open_clip.add_model_config(path)
+    return path.stem
 
 
 def write_pairs(folder: Path, count: int, name: str, seed: int = 0) -> Path:

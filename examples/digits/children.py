@@ -41,13 +41,20 @@ class Command:
         return _START_UP + self.epochs
 
     def shown(self) -> str:
-        """Return the command as a person would type it, wrapped at the options."""
-        lines = ["OMP_NUM_THREADS=1 python"]
+        """Return the command as a person would type it, wrapped."""
+        options: list[str] = []
         for argument in self.arguments:
-            word = shlex.quote(argument)
-            if argument.startswith("--") and len(lines[-1]) + len(word) > 80:
+            # An option and its first value stay together.
+            joined = options and options[-1].startswith("-") and " " not in options[-1]
+            if joined and not argument.startswith("-"):
+                options[-1] += " " + shlex.quote(argument)
+            else:
+                options.append(shlex.quote(argument))
+        lines = ["OMP_NUM_THREADS=1 python"]
+        for option in options:
+            if len(lines[-1]) + len(option) > 94:
                 lines.append("   ")
-            lines[-1] += " " + word
+            lines[-1] += " " + option
         return " \\\n".join(lines)
 
 
@@ -77,7 +84,7 @@ class Progress:
         share = sum(job.done for job in self.jobs) / sum(job.work for job in self.jobs)
         elapsed = time.monotonic() - self.started
         parts = [f"{share:4.0%}  {_clock(elapsed)}"]
-        if share > 0.05:
+        if 0.05 < share < 1:
             parts.append(f"about {_clock(elapsed / share - elapsed)} to go")
         return " | ".join(parts + [job.status for job in self.jobs if job.status])
 
@@ -155,7 +162,8 @@ def _run_command(
     command.log.parent.mkdir(parents=True, exist_ok=True)
     with command.log.open("w", encoding="utf-8") as log:
         log.write(command.shown() + "\n\n")
-        child = subprocess.Popen(
+        last = ""
+        with subprocess.Popen(
             [sys.executable, *command.arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -163,10 +171,10 @@ def _run_command(
             text=True,
             errors="replace",
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        )
-        children.add(child)
-        last = ""
-        try:
+        ) as child:
+            children.add(child)
+            if stop.is_set():  # set while this one was being started
+                child.terminate()
             assert child.stdout is not None  # it is a pipe
             for line in child.stdout:
                 log.write(line)
@@ -174,9 +182,8 @@ def _run_command(
                 if "error" in line.lower() or not last:
                     last = line.strip() or last
                 follow(line)
-            code = child.wait()
-        finally:
-            children.discard(child)
+        children.discard(child)
+        code = child.returncode
     if stop.is_set():
         return
     if code != 0:

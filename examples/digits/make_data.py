@@ -71,7 +71,7 @@ class Pairs:
 
     @property
     def wrong(self) -> Array:
-        return self.digit != self.caption_digit
+        return np.not_equal(self.digit, self.caption_digit)
 
 
 @dataclass(frozen=True)

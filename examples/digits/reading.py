@@ -25,7 +25,7 @@ def verdict(comparison: Comparison) -> str:
     leaning = "fair" if gain.value > 0 else "plain"
     if gain.excludes_zero:
         return f"{leaning} leads on average, not in every seed"
-    return f"no difference shown ({leaning} ahead, the interval holds 0)"
+    return f"no difference shown: {leaning} is ahead, but the interval holds 0"
 
 
 def sentences(comparisons: Sequence[Comparison], results: Sequence[SeedResult]) -> list[str]:
@@ -81,8 +81,8 @@ def _overlaps(comparison: Comparison, results: Sequence[SeedResult]) -> str:
         return "In no seed do the single intervals of the two ES-AUC values overlap."
     return (
         f"In {overlapping} of {len(results)} seeds the single intervals of the two ES-AUC values "
-        f"overlap, so one run alone would not show a difference; the paired interval above is "
-        f"narrower because both runs see the same images."
+        f"overlap, so a look at them alone shows no difference; the paired interval above judges "
+        f"both runs on the same images."
     )
 
 

@@ -21,14 +21,14 @@ from reading import sentences, verdict
 from results import METRICS, RUNS, Comparison, Mining, SeedResult, compare, load_seed, mining
 
 
-def write_report(output: Path) -> str:
+def write_report(output: Path, resamples: int = 300) -> str:
     """Compare the finished runs below `output`, write report.html and summary.json there.
 
     Returns the text for the terminal: the same tables, and the report's path.
     """
     conditions = json.loads((output / "conditions.json").read_text(encoding="utf-8"))
     results = [load_seed(output / f"seed-{seed}") for seed in conditions["seeds"]]
-    comparisons = compare(results)
+    comparisons = compare(results, resamples)
     found = [mining(result.last) for result in results]
     summary = _summary(conditions, results, comparisons, found)
     (output / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
@@ -212,7 +212,7 @@ def _page(
         _p(
             f"scikit-learn's 1,797 handwritten digits, with captions from templates. The group "
             f"“minority” ({recipe.minority_share:.0%} of the images) has less contrast "
-            f"(×{recipe.contrast[1][0]} to {recipe.contrast[1][1]}), more noise (standard "
+            f"(times {recipe.contrast[1][0]} to {recipe.contrast[1][1]}), more noise (standard "
             f"deviation {recipe.noise[1]} instead of {recipe.noise[0]}) and, in training only, "
             f"{recipe.wrong_captions[1]:.0%} wrong captions instead of "
             f"{recipe.wrong_captions[0]:.0%}. The attribute site is drawn at random. Each seed "

@@ -75,7 +75,7 @@ class Predictions:
 
     @property
     def predicted(self) -> Array:
-        return self.probabilities.argmax(axis=1)
+        return np.asarray(np.argmax(self.probabilities, axis=1))
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ def load_seed(folder: Path) -> SeedResult:
     """Read one seed's folder as `run.py` leaves it."""
     truth = {int(row["id"]): row for row in read_rows(folder / "data" / "truth.csv", "\t")}
     runs = {name: load_run(folder / name / "evaluation") for name in RUNS}
-    if not np.array_equal(*(runs[name].predictions.ids for name in RUNS)):
+    ids = runs["plain"].predictions.ids
+    if not np.array_equal(ids, runs["fair"].predictions.ids):
         raise ValueError(f"{folder}: the two runs were evaluated on different images")
     epochs = {}
     for path in (folder / "fair" / "checkpoints").glob("pairs_epoch_*.csv"):
@@ -151,7 +152,6 @@ def load_seed(folder: Path) -> SeedResult:
             epochs[int(number[1])] = load_pairs(path, truth)
     if not epochs:
         raise ValueError(f"{folder}: the fair run left no pairs_epoch_*.csv")
-    ids = runs["plain"].predictions.ids
     return SeedResult(
         seed=int(folder.name.removeprefix("seed-")),
         runs=runs,
@@ -236,7 +236,7 @@ def macro_roc(digit: Array, probabilities: Array, grid: Array) -> Array:
         tpr = np.append(0.0, np.cumsum(positive[order])[ends] / positive.sum())
         fpr = np.append(0.0, np.cumsum(~positive[order])[ends] / (~positive).sum())
         curves.append(np.interp(grid, fpr, tpr))
-    return np.mean(curves, axis=0)
+    return np.asarray(np.mean(curves, axis=0))
 
 
 @dataclass(frozen=True)

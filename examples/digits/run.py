@@ -19,10 +19,11 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import fairclip_losses
 from children import ChildError, Command, Job, run_jobs
 from make_data import PROMPTS, DataFiles, write_data
 from report import write_report
+
+import fairclip_losses
 
 MODEL = Path(__file__).resolve().parent / "vit_tiny"
 ATTRIBUTES = ("group", "site")
@@ -41,7 +42,7 @@ def training(
     arguments += ["--model", f"local-dir:{_short(MODEL)}"]
     arguments += ["--train-data", _short(data.train)]
     arguments += ["--logs", _short(folder), "--name", name, "--seed", str(seed)]
-    arguments += ["--epochs", str(epochs), "--batch-size", "64", "--lr", "5e-4", "--warmup", "20"]
+    arguments += ["--epochs", str(epochs), "--batch-size", "64", "--lr", "1e-3", "--warmup", "20"]
     arguments += ["--workers", str(workers), "--device", "cpu", "--precision", "fp32"]
     arguments += ["--save-frequency", "0"]  # the last epoch only
     if fair:
@@ -124,7 +125,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a data set and two runs each")
-    add("--epochs", type=int, default=30)
+    add("--epochs", type=int, default=36)
     add("--output", default="build/demo", help="folder for data, runs and report")
     add("--workers", type=int, default=0, help="loader processes of each training")
     add("--jobs", type=int, default=min(4, available_cores()), help="child processes at a time")

@@ -35,7 +35,7 @@ class DenseKernel:
         """``-eps log sum_j b_j exp((g_j - C_ij) / eps)``, shape (*, N); eps a number or (*, 1)."""
         return torch.logsumexp(self._exponent(epsilon, log_b, g), -1).mul(-epsilon)
 
-    def conditional(self, epsilon: float, log_b: Tensor, g: Tensor) -> Tensor:
+    def conditional(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """``P(j | i)``, shape (*, N, M): where the mass of x_i goes under the potential g."""
         return self._exponent(epsilon, log_b, g).softmax(-1)
 

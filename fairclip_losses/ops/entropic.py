@@ -8,88 +8,29 @@ changes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .dense import DenseKernel
 from .exact import solve_exact
+from .newton import fits_newton, newton_pair, newton_self
+from .options import Potentials, SinkhornOptions
 
 # Rounds between two looks at the marginals: a look costs less than a round, yet it is not free.
 _ROUNDS_PER_CHECK = 5
 # Rounds where nothing may be read back from the device, so that no test can end them.
 _UNWATCHED_ROUNDS = 100
-
-
-@dataclass(frozen=True)
-class SinkhornOptions:
-    """What `sinkhorn_divergence` was asked for; see its docstring."""
-
-    p: int
-    blur: float
-    debias: bool
-    scaling: float
-    iterations: int | None
-    tol: float
-    max_iterations: int
-
-    @property
-    def epsilon(self) -> float:
-        return self.blur**self.p
-
-
-class Potentials(NamedTuple):
-    """Dual potentials of the three transport problems of one divergence."""
-
-    f: Tensor  # (*, N): a -> b
-    g: Tensor  # (*, M): b -> a
-    f_self: Tensor | None  # (*, N): a -> a, None without debiasing
-    g_self: Tensor | None  # (*, M): b -> b
-
-
-class DenseKernel:
-    """The Gibbs kernel between x (*, N, D) and y (*, M, D), all N x M costs in memory."""
-
-    def __init__(self, x: Tensor, y: Tensor, p: int) -> None:
-        self.x, self.y, self.p = x, y, p
-        if x.shape[-1] == 1:
-            distance = (x - y.transpose(-1, -2)).abs()
-        else:
-            distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-        self.distance = distance
-        self.cost = distance if p == 1 else 0.5 * distance.square()
-
-    @property
-    def transposed(self) -> DenseKernel:
-        other = object.__new__(DenseKernel)
-        other.x, other.y, other.p = self.y, self.x, self.p
-        other.distance = self.distance.transpose(-1, -2)
-        other.cost = self.cost.transpose(-1, -2)
-        return other
-
-    def _exponent(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
-        scale = epsilon[..., None] if isinstance(epsilon, Tensor) else epsilon
-        return (log_b + g / epsilon)[..., None, :] - self.cost / scale
-
-    def softmin(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
-        """``-eps log sum_j b_j exp((g_j - C_ij) / eps)``, shape (*, N); eps a number or (*, 1)."""
-        return torch.logsumexp(self._exponent(epsilon, log_b, g), -1).mul(-epsilon)
-
-    def pull(self, epsilon: float, log_b: Tensor, g: Tensor) -> Tensor:
-        """``sum_j P(j | i) grad_x c(x_i, y_j)``, shape (*, N, D): the gradient per unit of mass."""
-        plan = self._exponent(epsilon, log_b, g).softmax(-1)
-        if self.p == 1:  # unit vectors, and 0 where the points meet
-            inverse = torch.where(self.distance > 0, self.distance, 1.0).reciprocal()
-            plan = torch.where(self.distance > 0, plan * inverse, 0.0)
-        return plan.sum(-1, keepdim=True) * self.x - plan @ self.y
+# Diameters over blurs that annealing then goes through; surplus rounds run at the target.
+_UNWATCHED_RANGE = 1e4
 
 
 def _diameter(x: Tensor, y: Tensor) -> Tensor:
     """Return the diagonal of the box around x and y, shape (*)."""
     low = torch.minimum(x.amin(-2), y.amin(-2))
     high = torch.maximum(x.amax(-2), y.amax(-2))
-    return (high - low).norm(dim=-1)
+    diameter: Tensor = torch.linalg.vector_norm(high - low, dim=-1)
+    return diameter
 
 
 class _Schedule:
@@ -103,7 +44,7 @@ class _Schedule:
             ratio = float(diameter.max()) / options.blur if diameter.numel() else 1.0
             self.rounds_down = math.ceil(math.log(max(ratio, 1.0)) / -math.log(options.scaling))
         elif diameter is not None:
-            self.rounds_down = _UNWATCHED_ROUNDS  # the clamp below makes surplus rounds harmless
+            self.rounds_down = math.ceil(math.log(_UNWATCHED_RANGE) / -math.log(options.scaling))
 
     def __call__(self, k: int) -> Tensor | float:
         if self.diameter is None or k >= self.rounds_down:
@@ -112,39 +53,55 @@ class _Schedule:
         return (reach**self.options.p)[..., None]
 
 
-def _is_watched(x: Tensor, options: SinkhornOptions) -> bool:
-    """Whether reading a number back is free, so that convergence can be tested."""
-    on_host = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return on_host and options.iterations is None
-
-
 def _rounds(watched: bool, options: SinkhornOptions, schedule: _Schedule) -> int:
     if options.iterations is not None:
         return options.iterations
     return schedule.rounds_down + options.max_iterations if watched else _UNWATCHED_ROUNDS
 
 
+def _start(
+    kernel: DenseKernel, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
+) -> tuple[Tensor, _Schedule]:
+    """Return a first g: exact Kantorovich potentials on a line, elsewhere 0 and a way down."""
+    x, y = kernel.x, kernel.y
+    watched = options.is_watched(x)
+    if x.shape[-1] > 1:
+        return torch.zeros_like(log_b), _Schedule(options, _diameter(x, y), watched)
+    exact = solve_exact(
+        x[..., 0], y[..., 0], log_a.exp(), log_b.exp(),
+        p=options.p, same_points=False, potentials=True,
+    )  # fmt: skip
+    assert exact.g is not None  # asked for
+    return exact.g.to(x.dtype), _Schedule(options, None, watched)
+
+
 def solve_pair(
     kernel: DenseKernel, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
 ) -> tuple[Tensor, Tensor]:
-    """Return the potentials (f, g) of ``OT_eps(a, b)`` by alternate updates.
+    """Return the potentials (f, g) of ``OT_eps(a, b)``.
 
-    On a line they start at the exact Kantorovich potentials, elsewhere epsilon is annealed. The
-    last update is f's, so ``<a, f> + <b, g>`` is a value of the dual and the error is of 2nd order.
+    The last update is f's, so ``<a, f> + <b, g>`` is a value of the dual and the error is of 2nd
+    order in that of the potentials.
     """
-    x, y = kernel.x, kernel.y
-    watched = _is_watched(x, options)
-    if x.shape[-1] == 1:
-        schedule = _Schedule(options, None, watched)
-        start = solve_exact(
-            x[..., 0], y[..., 0], log_a.exp(), log_b.exp(),
-            p=options.p, same_points=False, potentials=True,
-        )  # fmt: skip
-        assert start.g is not None  # asked for
-        g = start.g.to(x.dtype)
-    else:
-        schedule = _Schedule(options, _diameter(x, y), watched)
-        g = torch.zeros_like(log_b)
+    g, schedule = _start(kernel, log_a, log_b, options)
+    back = kernel.transposed
+    if not fits_newton(kernel):
+        return _alternate(kernel, g, log_a, log_b, options, schedule)
+    f = kernel.softmin(schedule(0), log_b, g)
+    for k in range(schedule.rounds_down):
+        epsilon = schedule(k)
+        g = back.softmin(epsilon, log_a, f)
+        f = newton_pair(kernel, kernel.softmin(epsilon, log_b, g), log_a, log_b, options, epsilon)
+    f = newton_pair(kernel, f, log_a, log_b, options)
+    g = back.softmin(options.epsilon, log_a, f)
+    return kernel.softmin(options.epsilon, log_b, g), g
+
+
+def _alternate(
+    kernel: DenseKernel, g: Tensor, log_a: Tensor, log_b: Tensor,
+    options: SinkhornOptions, schedule: _Schedule,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    watched = options.is_watched(kernel.x)
     back = kernel.transposed
     f = kernel.softmin(schedule(0), log_b, g)
     for k in range(_rounds(watched, options, schedule)):
@@ -152,9 +109,8 @@ def solve_pair(
         previous = g
         g = back.softmin(epsilon, log_a, f)
         f = kernel.softmin(epsilon, log_b, g)
-        due = watched and k >= schedule.rounds_down and k % _ROUNDS_PER_CHECK == 0
         # (f, previous) misses b's marginal by b_j |exp((previous_j - g_j) / eps) - 1|
-        if due:
+        if watched and k >= schedule.rounds_down and k % _ROUNDS_PER_CHECK == 0:
             miss = (log_b.exp() * torch.expm1((previous - g) / options.epsilon).abs()).sum(-1)
             if not bool((miss > options.tol).any()):
                 break
@@ -169,12 +125,14 @@ def solve_self(
     The averaged symmetric update contracts by at least 1/2 at any epsilon, from zero, so no
     annealing is needed. ``<a, f + f'>`` is a value of the dual.
     """
-    watched = _is_watched(kernel.x, options)
-    schedule = _Schedule(options, None, watched)
     epsilon = options.epsilon
-    f = torch.zeros_like(log_a)
+    f = 0.5 * kernel.softmin(epsilon, log_a, torch.zeros_like(log_a))
+    if fits_newton(kernel):
+        f = newton_self(kernel, f, log_a, options)
+        return f, kernel.softmin(epsilon, log_a, f)
+    watched = options.is_watched(kernel.x)
     following = kernel.softmin(epsilon, log_a, f)
-    for k in range(_rounds(watched, options, schedule)):
+    for k in range(_rounds(watched, options, _Schedule(options, None, watched))):
         f = 0.5 * (f + following)
         following = kernel.softmin(epsilon, log_a, f)
         if watched and k % _ROUNDS_PER_CHECK == 0:

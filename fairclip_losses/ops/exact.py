@@ -83,19 +83,36 @@ def _unsort(values: Tensor, order: Tensor) -> Tensor:
 def _solve_by_distribution_functions(
     z: Tensor, a: Tensor, b: Tensor, potentials: bool
 ) -> ExactSolution:
-    """p = 1 on common points: ``W_1 = integral |A - B|``, A and B the cumulative weights."""
-    excess = (a - b).cumsum(-1)[..., :-1]  # A - B on each gap between neighbouring points
+    """p = 1 on common points: ``W_1 = integral |A - B|``, A and B the cumulative weights.
+
+    Points that coincide get one slope of the potential, times their own share of ``a - b``: the
+    order in which the sort put them plays no part, so a collapsed batch is not torn apart.
+    """
+    surplus = a - b
+    levels = torch.nn.functional.pad(surplus.cumsum(-1)[..., :-1], (1, 1))  # A - B at the gaps
     gap = z.diff(dim=-1)
-    height = excess.abs()
-    cost = (height * gap).sum(-1)
-    padded = torch.nn.functional.pad(height, (1, 1))
-    grad = padded[..., :-1] - padded[..., 1:]
+    excess = levels[..., 1:-1]
+    cost = (excess.abs() * gap).sum(-1)
+    before, after = _ends_of_ties(gap)
+    left, right = _along(levels, before), _along(levels, after + 1)
+    rise = right - left
+    ratio = (left.abs() - right.abs()) / torch.where(rise == 0, 1.0, rise)
+    grad = surplus * torch.where(rise == 0, -left.sign(), ratio)
     if not potentials:
         return ExactSolution(cost, grad, None, None, None)
     slope = excess.sign() * gap
     # d W_1 / d a_i: what one more unit of mass at i adds to every gap on its right
     f = torch.nn.functional.pad(slope.flip(-1).cumsum(-1).flip(-1), (0, 1))
     return ExactSolution(cost, grad, None, f, -f)
+
+
+def _ends_of_ties(gap: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first and the last place of each sorted point's run of coinciding points."""
+    places = torch.arange(gap.shape[-1] + 1, device=gap.device)
+    apart = gap > 0
+    first = torch.where(torch.nn.functional.pad(apart, (1, 0), value=True), places, 0)
+    last = torch.where(torch.nn.functional.pad(apart, (0, 1), value=True), places, places[-1])
+    return first.cummax(-1).values, last.flip(-1).cummin(-1).values.flip(-1)
 
 
 def _solve_by_quantiles(

@@ -8,20 +8,32 @@ which none waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .dense import DenseKernel
 from .options import SinkhornOptions
 
-# Longest change of a potential in one round, in units of epsilon: far from the optimum the
+# Longest change of a potential in the first round, in units of epsilon: far from the optimum the
 # quadratic model of an exponential holds no further.
 _TRUST = 5.0
 # Most points on the smaller side of a problem that Newton is used for.
 MAX_POINTS = 1024
-_ROUNDS = 40
-# Rounds where nothing may be read back from the device, so that no test can end them.
-_UNWATCHED_ROUNDS = 12
+# Most rounds at the target, and at a larger epsilon on the way down to it, where `_TOL_ON_THE_WAY`
+# is near enough; and their numbers where nothing may be read back from the device.
+_ROUNDS, _ROUNDS_ON_THE_WAY, _TOL_ON_THE_WAY = 40, 15, 0.1
+_UNWATCHED_ROUNDS, _UNWATCHED_ROUNDS_ON_THE_WAY = 16, 4
+
+
+class _Look(NamedTuple):
+    """What Newton sees at one potential."""
+
+    step: Tensor  # (*, N) in units of epsilon
+    error: Tensor  # (*,) L1 error of the marginal
+    value: Tensor  # (*,) of the dual
 
 
 def fits_newton(kernel: DenseKernel) -> bool:
@@ -31,21 +43,26 @@ def fits_newton(kernel: DenseKernel) -> bool:
 
 
 def newton_pair(
-    kernel: DenseKernel, f: Tensor, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
-) -> Tensor:
+    kernel: DenseKernel, f: Tensor, log_a: Tensor, log_b: Tensor, options: SinkhornOptions,
+    epsilon: Tensor | float | None = None,
+) -> Tensor:  # fmt: skip
     """Return the f that maximises the semi-dual ``<a, f> + <b, softmin f>``, from a near one.
 
     With P the plan that meets b, the gradient is ``a - P 1`` and the Hessian ``-S / eps``,
     ``S = diag(P 1) - P diag(1 / b) P^T``, a graph Laplacian; both are scaled by a here.
+    An ``epsilon`` above the target's (a number or (*, 1)) is a station on the way down, passed
+    in a few steps.
     """
-    epsilon = options.epsilon
+    on_the_way = epsilon is not None
+    epsilon = options.epsilon if epsilon is None else epsilon
     back = kernel.transposed
     a, b = log_a.exp(), log_b.exp()
     root_a = a.sqrt()
     inverse_root_a = torch.where(a > 0, root_a, 1.0).reciprocal()
     root_b = b.sqrt()
 
-    def newton_step(f: Tensor) -> tuple[Tensor, Tensor]:
+    def look(f: Tensor) -> _Look:
+        g = back.softmin(epsilon, log_a, f)
         share = back.conditional(epsilon, log_a, f)  # (*, M, N), P / b transposed
         reached = (share.transpose(-1, -2) @ b[..., None])[..., 0]
         miss = a - reached
@@ -54,14 +71,12 @@ def newton_pair(
         laplacian = root_a[..., :, None] * root_a[..., None, :] - half.transpose(-1, -2) @ half
         diagonal = (reached * inverse_root_a.square()).clamp(min=1e-3)
         step = _solve(laplacian, diagonal, miss * inverse_root_a) * inverse_root_a
-        return step, miss.abs().sum(-1)
+        return _Look(step, miss.abs().sum(-1), (a * f).sum(-1) + (b * g).sum(-1))
 
-    return _iterate(newton_step, f, options, kernel.x)
+    return _iterate(look, f, epsilon, options, kernel.x, on_the_way)
 
 
-def newton_self(
-    kernel: DenseKernel, f: Tensor, log_a: Tensor, options: SinkhornOptions
-) -> Tensor:
+def newton_self(kernel: DenseKernel, f: Tensor, log_a: Tensor, options: SinkhornOptions) -> Tensor:
     """Return the potential of ``OT_eps(a, a)``, from a near one.
 
     The symmetric plan has marginal ``a exp((f - softmin f) / eps)``; with the conditional plan Q,
@@ -69,17 +84,69 @@ def newton_self(
     """
     epsilon = options.epsilon
     a = log_a.exp()
-    root_a = a.sqrt()
-    inverse_root_a = torch.where(a > 0, root_a, 1.0).reciprocal()
+    there = a > 0
 
-    def newton_step(f: Tensor) -> tuple[Tensor, Tensor]:
-        exponent = kernel.softmin(epsilon, log_a, f)
-        share = kernel.conditional(epsilon, log_a, f)
-        excess = (exponent - f) / epsilon
-        # Q is similar to a positive matrix once both sides of the plan are scaled alike
-        tilt = (0.5 * excess).exp()
-        scale = root_a * tilt
-        ...
-        return excess, excess
+    def look(f: Tensor) -> _Look:
+        share = kernel.conditional(epsilon, log_a, f) * there[..., None]
+        excess = torch.where(there, f - kernel.softmin(epsilon, log_a, f), 0.0) / epsilon
+        reached = a * excess.exp()
+        root = torch.where(there, reached, 1.0).sqrt()
+        scaled = share * root[..., :, None] / root[..., None, :]  # symmetric
+        step = _solve(scaled, torch.ones_like(root), -excess * root) / root
+        value = (a * (2.0 * f) - epsilon * reached).sum(-1)
+        return _Look(step, (a - reached).abs().sum(-1), value)
 
-    return _iterate(newton_step, f, options, kernel.x)
+    return _iterate(look, f, epsilon, options, kernel.x)
+
+
+def _solve(matrix: Tensor, diagonal: Tensor, right: Tensor) -> Tensor:
+    """Solve ``(matrix + diag(diagonal)) u = right``; where it cannot be factored, ignore matrix."""
+    jitter = 1e-12 if matrix.dtype == torch.float64 else 1e-6
+    matrix.diagonal(dim1=-2, dim2=-1).add_(diagonal + jitter)
+    factor, _ = torch.linalg.cholesky_ex(matrix)
+    solution = torch.cholesky_solve(right[..., None], factor)[..., 0]
+    return torch.where(solution.isfinite(), solution, right / diagonal)
+
+
+def _iterate(
+    look: Callable[[Tensor], _Look],
+    f: Tensor,
+    epsilon: Tensor | float,
+    options: SinkhornOptions,
+    points: Tensor,
+    on_the_way: bool = False,
+) -> Tensor:
+    """Take steps until the marginals were met to ``tol`` before the last one.
+
+    The error is squared by a step near the optimum, so the last step goes far below ``tol``.
+    Each row has a trust region: a step that lowers its dual value is taken back and shortened.
+    """
+    watched = options.is_watched(points)
+    rounds = _rounds(options, watched, on_the_way)
+    tol = max(options.tol, _TOL_ON_THE_WAY) if on_the_way else options.tol
+    best = look(f)
+    radius = torch.full_like(best.value, _TRUST)[..., None]
+    for _ in range(rounds):
+        longest = best.step.abs().amax(-1, keepdim=True)
+        candidate = f + epsilon * best.step * (radius / torch.maximum(longest, radius))
+        if watched and not bool((best.error > tol).any()):
+            return candidate
+        new = look(candidate)
+        slack = 1e-12 * (best.value.abs() + new.value.abs())
+        better = (new.value >= best.value - slack)[..., None]
+        radius = torch.where(better, 4.0 * radius, torch.minimum(radius, longest) / 4.0)
+        f = torch.where(better, candidate, f)
+        best = _Look(
+            torch.where(better, new.step, best.step),
+            torch.where(better[..., 0], new.error, best.error),
+            torch.where(better[..., 0], new.value, best.value),
+        )
+    return f
+
+
+def _rounds(options: SinkhornOptions, watched: bool, on_the_way: bool) -> int:
+    if on_the_way:
+        return _ROUNDS_ON_THE_WAY if watched else _UNWATCHED_ROUNDS_ON_THE_WAY
+    if options.iterations is not None:
+        return options.iterations
+    return min(_ROUNDS, options.max_iterations) if watched else _UNWATCHED_ROUNDS

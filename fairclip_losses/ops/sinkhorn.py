@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import broadcast_shapes, check_finite, check_weights, should_validate
-from .entropic import DenseKernel, Potentials, SinkhornOptions, solve_entropic
+from .dense import DenseKernel
+from .entropic import solve_entropic
 from .exact import solve_exact, working_dtype
+from .options import Potentials, SinkhornOptions
 
 
 def sinkhorn_divergence(
@@ -98,15 +100,13 @@ def sinkhorn_divergence(
 
     result = torch.promote_types(x.dtype, y.dtype)
     result = result if result == torch.float64 else torch.float32
-    dtype = working_dtype(x.device) if x.device.type == "cpu" else result
+    dtype = working_dtype(x.device)
     if x.shape[-2] == 0 or y.shape[-2] == 0:
         return _no_measure(x, y, a, b).to(result)
     with torch.autocast(x.device.type, enabled=False):
         weights_a, has_a = _normalise(a, x, dtype)
         weights_b, has_b = _normalise(b, y, dtype)
-        center = _center(x, y)
-        points_x = (x - center).to(dtype)
-        points_y = points_x if same_points else (y - center).to(dtype)
+        points_x, points_y = _centred(x, y, a, b, dtype)
         if blur == 0:
             cost = _ExactCost.apply(points_x, points_y, weights_a, weights_b, p, same_points)
         else:
@@ -184,10 +184,34 @@ def _normalise(weights: Tensor | None, points: Tensor, dtype: torch.dtype) -> tu
     return normalised, has_mass[..., 0]
 
 
-def _center(x: Tensor, y: Tensor) -> Tensor:
-    """Return one point amid the clouds: taking it off first keeps the digits that differ."""
-    points = x if x.numel() else y
-    return points.detach().reshape(-1, points.shape[-1])[0]
+def _centred(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the points about their mean, which keeps the digits that differ; absent ones are 0.
+
+    An absent point may be NaN or far away: at the mean it can neither overflow nor spoil a sum.
+    """
+    there = _present(x, a)
+    if y is x:
+        there = there | _present(y, b)
+    points = torch.where(there, x, 0.0).to(dtype)
+    kept = points.detach()
+    mean = kept.sum(list(range(x.dim() - 1))) / there.sum().clamp(min=1)
+    centred_x = torch.where(there, points - mean, 0.0)
+    if y is x:
+        return centred_x, centred_x
+    there = _present(y, b)
+    return centred_x, torch.where(there, torch.where(there, y, 0.0).to(dtype) - mean, 0.0)
+
+
+def _present(points: Tensor, weights: Tensor | None) -> Tensor:
+    """Return which points any row gives weight, (*, N, 1)."""
+    if weights is None:
+        return torch.ones_like(points[..., :1], dtype=torch.bool)
+    shape = points.shape[:-1]
+    used = (weights > 0).to(torch.float32)
+    used = used.expand(broadcast_shapes(shape, used.shape)).sum_to_size(shape)
+    return (used > 0)[..., None]
 
 
 def _no_measure(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:

@@ -1,0 +1,1 @@
+"""Integrations into training programs: events and callbacks, and the patch of open_clip."""

@@ -1,0 +1,801 @@
+"""SinkhornFairnessLoss and its function against loops over SciPy's and POT's distances."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections import deque
+
+import numpy as np
+import ot
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import wasserstein_distance
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fairclip_losses import SinkhornFairnessLoss
+from fairclip_losses.functional import (
+    UNKNOWN,
+    FairnessTerms,
+    group_membership,
+    sinkhorn_fairness,
+    stack_groups,
+)
+
+# ------------------------------ the reference: one distance after the other
+
+
+def exact_distance(whole, group, p):
+    if p == 1:
+        return wasserstein_distance(whole, group)
+    cost = ot.emd2_1d(np.asarray(whole), np.asarray(group), metric="sqeuclidean")
+    return cost / 2
+
+
+def entropic_distance(whole, group, p, blur):
+    """Debiased, from POT's couplings: their cost and their divergence from the product."""
+    epsilon = blur**p
+
+    def entropic(x, y):
+        a, b = np.full(len(x), 1 / len(x)), np.full(len(y), 1 / len(y))
+        cost = np.abs(np.subtract.outer(x, y)) ** p / p
+        plan = ot.sinkhorn(
+            a, b, cost, epsilon, method="sinkhorn_log", numItermax=20000, stopThr=1e-12, warn=False
+        )
+        product = np.outer(a, b)
+        seen = plan > 0
+        kl = (plan[seen] * np.log(plan[seen] / product[seen])).sum()
+        return (plan * cost).sum() + epsilon * kl
+
+    whole, group = np.asarray(whole), np.asarray(group)
+    return entropic(whole, group) - entropic(whole, whole) / 2 - entropic(group, group) / 2
+
+
+def loop_fairness(
+    whole,
+    groups,
+    num_groups,
+    *,
+    p=2,
+    blur=0.0,
+    attribute_weights=None,
+    group_reduction="mean",
+    min_group_size=2,
+    divide_by_group_sum=False,
+):
+    """The term from lists: `whole` all scores, `groups[c][g]` those of each group."""
+    total, per_group = 0.0, []
+    for c, count in enumerate(num_groups):
+        distances = []
+        for g in range(count):
+            scores = groups[c][g]
+            if len(scores) < min_group_size:
+                per_group.append(0.0)
+                continue
+            if divide_by_group_sum:
+                scores = [s / sum(scores) for s in scores]
+            if blur == 0:
+                distances.append(exact_distance(whole, scores, p))
+            else:
+                distances.append(entropic_distance(whole, scores, p, blur))
+            per_group.append(distances[-1])
+        weight = 1 / len(num_groups) if attribute_weights is None else attribute_weights[c]
+        value = sum(distances)
+        if group_reduction == "mean" and distances:
+            value /= len(distances)
+        total += weight * value
+    return total, per_group
+
+
+def split(scores, codes, num_groups, valid=None):
+    """Lists of the scores of all and of each group, as the loop takes them."""
+    keep = [True] * len(scores) if valid is None else list(valid)
+    whole = [s for s, k in zip(scores, keep, strict=True) if k]
+    groups = [
+        [
+            [s for s, code, k in zip(scores, codes[:, c], keep, strict=True) if k and code == g]
+            for g in range(count)
+        ]
+        for c, count in enumerate(num_groups)
+    ]
+    return whole, groups
+
+
+@st.composite
+def batches(draw, most=14, attributes=3):
+    """Scores (B,), codes (B, C) with unknowns, and the number of groups of each attribute."""
+    count = draw(st.integers(1, most))
+    num_groups = draw(st.lists(st.integers(1, 4), min_size=1, max_size=attributes))
+    generator = np.random.default_rng(draw(st.integers(0, 2**31)))
+    scores = generator.normal(size=count) * draw(st.sampled_from([0.01, 1.0, 50.0]))
+    if draw(st.booleans()):
+        scores = np.round(scores, 1)  # ties
+    codes = np.stack([generator.integers(-1, g, count) for g in num_groups], axis=1)
+    return scores, codes, tuple(num_groups)
+
+
+def tensors(scores, codes, dtype=torch.float64, grad=False):
+    return torch.tensor(scores, dtype=dtype, requires_grad=grad), torch.tensor(codes)
+
+
+def random_batch(count=20, num_groups=(3, 2), seed=0, dtype=torch.float64):
+    draw = torch.Generator().manual_seed(seed)
+    scores = torch.randn(count, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+    codes = [torch.randint(-1, g, (count,), generator=draw) for g in num_groups]
+    return scores, torch.stack(codes, 1)
+
+
+# ------------------------------ values
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    batch=batches(),
+    p=st.sampled_from([1, 2]),
+    reduction=st.sampled_from(["mean", "sum"]),
+    least=st.integers(1, 3),
+)
+def test_equals_the_loop_over_groups(batch, p, reduction, least):
+    scores, codes, num_groups = batch
+    options = {"p": p, "group_reduction": reduction, "min_group_size": least}
+    expected, per_group = loop_fairness(*split(scores, codes, num_groups), num_groups, **options)
+    terms = sinkhorn_fairness(*tensors(scores, codes), num_groups, **options)
+    assert isinstance(terms, FairnessTerms)
+    scale = 1 + np.abs(scores).max() ** p
+    np.testing.assert_allclose(terms.total, expected, rtol=1e-9, atol=1e-12 * scale)
+    np.testing.assert_allclose(terms.per_group, per_group, rtol=1e-9, atol=1e-12 * scale)
+    counts = [(codes[:, c] == g).sum() for c, n in enumerate(num_groups) for g in range(n)]
+    assert terms.counts.tolist() == counts
+    np.testing.assert_allclose(terms.per_attribute.mean(), terms.total)
+
+
+@settings(max_examples=40, deadline=None)
+@given(batch=batches(), p=st.sampled_from([1, 2]), seed=st.integers(0, 2**31))
+def test_valid_leaves_scores_out(batch, p, seed):
+    scores, codes, num_groups = batch
+    valid = np.random.default_rng(seed).random(len(scores)) < 0.7
+    expected, _ = loop_fairness(*split(scores, codes, num_groups, valid), num_groups, p=p)
+    hidden = np.where(valid, scores, np.nan)
+    points, groups = tensors(hidden, codes, grad=True)
+    terms = sinkhorn_fairness(points, groups, num_groups, p=p, valid=torch.tensor(valid))
+    np.testing.assert_allclose(terms.total.detach(), expected, rtol=1e-9, atol=1e-9)
+    terms.total.backward()
+    assert torch.isfinite(points.grad).all()
+    assert (points.grad[~torch.tensor(valid)] == 0).all()
+
+
+@settings(max_examples=10, deadline=None)
+@given(batch=batches(most=8, attributes=2), p=st.sampled_from([1, 2]))
+def test_blurred_term_equals_pots_couplings(batch, p):
+    scores, codes, num_groups = batch
+    scores = scores / (1 + np.abs(scores).max())
+    expected, _ = loop_fairness(*split(scores, codes, num_groups), num_groups, p=p, blur=0.3)
+    terms = sinkhorn_fairness(*tensors(scores, codes), num_groups, p=p, blur=0.3)
+    np.testing.assert_allclose(terms.total, expected, rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=batches(),
+    weights=st.lists(st.floats(0, 5), min_size=3, max_size=3),
+    reduction=st.sampled_from(["mean", "sum"]),
+)
+def test_attribute_weights_loop(batch, weights, reduction):
+    scores, codes, num_groups = batch
+    weights = weights[: len(num_groups)]
+    options = {"attribute_weights": weights, "group_reduction": reduction}
+    expected, _ = loop_fairness(*split(scores, codes, num_groups), num_groups, **options)
+    terms = sinkhorn_fairness(*tensors(scores, codes), num_groups, **options)
+    np.testing.assert_allclose(terms.total, expected, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(batch=batches(), p=st.sampled_from([1, 2]))
+def test_divide_by_group_sum_loop(batch, p):
+    scores, codes, num_groups = batch
+    scores = np.abs(scores) + 0.1  # sums away from 0
+    options = {"p": p, "divide_by_group_sum": True, "min_group_size": 1}
+    expected, _ = loop_fairness(*split(scores, codes, num_groups), num_groups, **options)
+    terms = sinkhorn_fairness(*tensors(scores, codes), num_groups, **options)
+    np.testing.assert_allclose(terms.total, expected, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(batch=batches(), seed=st.integers(0, 2**31), shift=st.floats(-5, 5))
+def test_order_and_shift_change_nothing(batch, seed, shift):
+    scores, codes, num_groups = batch
+    order = np.random.default_rng(seed).permutation(len(scores))
+    one = sinkhorn_fairness(*tensors(scores, codes), num_groups).total
+    other = sinkhorn_fairness(*tensors(scores[order] + shift, codes[order]), num_groups).total
+    np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_a_group_that_is_the_batch_costs_nothing():
+    scores, _ = random_batch()
+    term = SinkhornFairnessLoss()(scores.detach(), torch.zeros(20, dtype=torch.int64))
+    assert float(term) == 0.0
+
+
+# ------------------------------ gradients
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    count=st.integers(2, 9),
+    p=st.sampled_from([1, 2]),
+    reduction=st.sampled_from(["mean", "sum"]),
+    divided=st.booleans(),
+)
+def test_gradcheck(seed, count, p, reduction, divided):
+    scores, codes = random_batch(count, (3, 2), seed)
+    # Distinct points: on the line the distance has corners where points of two groups meet.
+    ranks = scores.detach().argsort().argsort().double()
+    points = (0.5 + ranks + 0.3 * torch.rand(count, dtype=torch.float64)).requires_grad_()
+
+    def term(points):
+        return sinkhorn_fairness(
+            points, codes, (3, 2), p=p, group_reduction=reduction, divide_by_group_sum=divided
+        ).total
+
+    if divided and p == 1:
+        return  # scaled points may meet
+    assert torch.autograd.gradcheck(term, (points,), eps=1e-6, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(batch=batches(), p=st.sampled_from([1, 2]), divided=st.booleans())
+def test_detach_parts_the_gradient(batch, p, divided):
+    scores, codes, num_groups = batch
+    scores = np.unique(np.abs(scores) + 0.1)  # distinct, sums away from 0
+    codes = codes[: len(scores)]
+    grads = {}
+    for side in ("none", "groups", "total"):
+        points, groups = tensors(scores, codes, grad=True)
+        term = sinkhorn_fairness(
+            points, groups, num_groups, p=p, detach=side, divide_by_group_sum=divided
+        )
+        (grads[side],) = torch.autograd.grad(term.total, points)
+    if not divided and p == 1:
+        return  # W_1 of common points has corners, where the two sides may choose differently
+    torch.testing.assert_close(grads["none"], grads["groups"] + grads["total"])
+
+
+def test_detach_groups_sends_nothing_through_the_groups_sum():
+    # Batch {1, 2, 3, 4}, group {1, 3} -> {1/4, 3/4}: the batch's half-units meet 1/4, 1/4, 3/4, 3/4
+    scores = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64, requires_grad=True)
+    codes = torch.tensor([0, -1, 0, -1])
+    options = {"p": 2, "divide_by_group_sum": True, "detach": "groups"}
+    sinkhorn_fairness(scores, codes, (1,), **options).total.backward()
+    moved = scores.detach() - torch.tensor([0.25, 0.25, 0.75, 0.75], dtype=torch.float64)
+    torch.testing.assert_close(scores.grad, moved / 4)
+
+
+# ------------------------------ empty is normal
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("blur", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "codes",
+    [
+        [-1, -1, -1],  # all unknown
+        [0, 1, 2],  # groups of one
+        [2, -1, -1],  # absent groups beside a group of one
+        [],  # an empty batch
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"group_reduction": "sum"}, {"detach": "groups"}])
+def test_nothing_to_compare_is_a_graph_connected_zero(p, blur, codes, options):
+    loss = SinkhornFairnessLoss(p=p, blur=blur, num_groups=3, queue_size=2, **options)
+    scores = torch.linspace(-1, 1, len(codes)).requires_grad_()
+    term = loss(scores, torch.tensor(codes, dtype=torch.int64), record=False)
+    assert term.shape == () and float(term.detach()) == 0.0
+    term.backward()
+    assert torch.equal(scores.grad, torch.zeros(len(codes)))
+    assert loss.last is not None and loss.last.per_group.shape == (3,)
+
+
+def test_nothing_valid_is_a_graph_connected_zero():
+    scores = torch.tensor([math.nan, math.inf], requires_grad=True)
+    term = SinkhornFairnessLoss(num_groups=1)(
+        scores, torch.zeros(2, dtype=torch.int64), valid=torch.zeros(2, dtype=torch.bool)
+    )
+    term.backward()
+    assert float(term.detach()) == 0.0 and torch.equal(scores.grad, torch.zeros(2))
+
+
+def test_a_group_of_one_counts_where_asked():
+    scores = torch.tensor([0.0, 1.0, 5.0])
+    loss = SinkhornFairnessLoss(p=1, num_groups=1, min_group_size=1)
+    assert float(loss(scores, torch.tensor([-1, -1, 0]))) == pytest.approx((5 + 4 + 0) / 3)
+
+
+def test_an_empty_batch_without_num_groups():
+    loss = SinkhornFairnessLoss()
+    scores = torch.zeros(0, requires_grad=True)
+    loss(scores, {"a": torch.zeros(0, dtype=torch.int64)}).backward()
+    assert scores.grad.shape == (0,)
+
+
+# ------------------------------ the module
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch=batches(),
+    p=st.sampled_from([1, 2]),
+    reduction=st.sampled_from(["mean", "sum"]),
+    side=st.sampled_from(["none", "groups", "total"]),
+    inferred=st.booleans(),
+)
+def test_function_and_module_are_equal(batch, p, reduction, side, inferred):
+    scores, codes, num_groups = batch
+    options = {"p": p, "group_reduction": reduction, "detach": side}
+    points, groups = tensors(scores, codes, grad=True)
+    terms = sinkhorn_fairness(points, groups, num_groups, **options)
+    module = SinkhornFairnessLoss(num_groups=None if inferred else num_groups, **options)
+    got = module(points, groups)
+    assert torch.equal(got, terms.total)
+    (a,) = torch.autograd.grad(terms.total, points)
+    (b,) = torch.autograd.grad(got, points)
+    assert torch.equal(a, b)
+    assert module.last is not None and torch.equal(module.last.total, got.detach())
+    if not inferred:
+        for mine, theirs in zip(module.last, terms, strict=True):
+            assert torch.equal(mine, theirs.detach())
+
+
+def test_last_is_detached_and_names_every_group():
+    scores, codes = random_batch()
+    loss = SinkhornFairnessLoss(num_groups=(3, 2))
+    assert loss.last is None
+    loss(scores, codes)
+    assert loss.last is not None
+    assert not any(part.requires_grad for part in loss.last)
+    _, per_group = loop_fairness(*split(scores.tolist(), codes.numpy(), (3, 2)), (3, 2))
+    np.testing.assert_allclose(loss.last.per_group, per_group)
+    expected = [np.mean(per_group[:3]), np.mean(per_group[3:])]
+    np.testing.assert_allclose(loss.last.per_attribute, expected)
+
+
+def test_forms_of_the_groups():
+    scores, codes = random_batch()
+    one = SinkhornFairnessLoss(num_groups=3)
+    expected = one(scores, codes[:, 0])
+    for form in (codes[:, :1], {"sex": codes[:, 0]}, codes[:, 0].to(torch.int8)):
+        assert torch.equal(one(scores, form), expected)
+    two = SinkhornFairnessLoss(num_groups={"race": 3, "sex": 2}, attribute_weights=(0.9, 0.1))
+    expected = two(scores, codes)
+    race, sex = codes.unbind(1)
+    assert torch.equal(two(scores, {"race": race, "sex": sex}), expected)
+    assert torch.equal(two(scores, {"sex": sex, "race": race}), expected)
+    assert torch.equal(two(scores, {"sex": sex.int(), "race": race}), expected)
+
+
+def test_attribute_weights_by_name():
+    scores, codes = random_batch()
+    groups = {"race": codes[:, 0], "sex": codes[:, 1]}
+    weights = {"sex": 0.25, "race": 2.0}
+    named = SinkhornFairnessLoss(
+        num_groups={"race": 3, "sex": 2}, attribute_weights=weights
+    )  # fmt: skip
+    expected = SinkhornFairnessLoss(num_groups=(3, 2), attribute_weights=(2.0, 0.25))(scores, codes)
+    assert torch.equal(named(scores, groups), expected)
+    late = SinkhornFairnessLoss(attribute_weights=weights)  # names known with the batch only
+    assert torch.equal(late(scores, groups), expected)
+    counted = SinkhornFairnessLoss(num_groups=(3, 2), attribute_weights=weights)
+    assert torch.equal(counted(scores, groups), expected)
+
+
+def test_num_groups_of_numpy_integers():
+    loss = SinkhornFairnessLoss(num_groups={"a": np.int64(3)})
+    assert loss.num_groups == (3,) and type(loss.num_groups[0]) is int
+    assert SinkhornFairnessLoss(num_groups=np.int64(2)).num_groups == (2,)
+
+
+def test_repr_shows_the_settings():
+    shown = repr(SinkhornFairnessLoss(p=1, num_groups=(3, 2), queue_size=4))
+    assert shown == "SinkhornFairnessLoss(p=1, blur=0.0, num_groups=(3, 2), queue_size=4)"
+
+
+# ------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"p": 3}, "p must be 1 or 2, got 3"),
+        ({"blur": -0.1}, "blur must be a finite number >= 0, got -0.1"),
+        ({"blur": math.nan}, "blur must be a finite number >= 0, got nan"),
+        ({"blur": math.inf}, "blur must be a finite number >= 0, got inf"),
+        ({"group_reduction": "max"}, "group_reduction must be 'mean' or 'sum', got 'max'"),
+        ({"detach": "both"}, "detach must be 'none', 'groups' or 'total', got 'both'"),
+        ({"min_group_size": 0}, "min_group_size must be >= 1, got 0"),
+        ({"queue_size": 4}, "queue_size must be >= 0 and needs num_groups, got 4"),
+        ({"queue_size": -1, "num_groups": 2}, "queue_size must be >= 0 and needs num_groups"),
+        ({"num_groups": 0}, "num_groups must be integers >= 1, got 0"),
+        ({"num_groups": ()}, r"num_groups must be integers >= 1, got \(\)"),
+        ({"num_groups": {}}, "num_groups must be integers >= 1, got {}"),
+        ({"num_groups": 2.0}, "num_groups must be integers >= 1, got 2.0"),
+        ({"num_groups": (2, True)}, "num_groups must be integers >= 1"),
+        ({"num_groups": {"a": 2, "b": -1}}, "num_groups must be integers >= 1"),
+        ({"num_groups": (2, 2), "attribute_weights": [1.0]}, "must have 2 entries, got 1"),
+        ({"num_groups": 2, "attribute_weights": [-1.0]}, "must be finite and >= 0"),
+        ({"num_groups": 2, "attribute_weights": [math.nan]}, "must be finite and >= 0"),
+        (
+            {"num_groups": {"a": 2}, "attribute_weights": {"b": 1.0}},
+            r"attribute_weights must name \['a'\], got \['b'\]",
+        ),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        SinkhornFairnessLoss(**options)
+
+
+SCORES = torch.zeros(4)
+CODES = torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("scores", "groups", "message"),
+    [
+        ([0.0] * 4, CODES, "scores must be a tensor, got list"),
+        (SCORES[:, None], CODES, r"scores must be floating point of shape \(B,\), .*\(4, 1\)"),
+        (SCORES.long(), CODES, r"scores must be floating point of shape \(B,\), got torch.int64"),
+        (SCORES, CODES[:3], "one row a score: 4 scores, 3 rows"),
+        (SCORES, CODES.float(), "group codes must be integers, got torch.float32"),
+        (SCORES, CODES.bool(), "group codes must be integers, got torch.bool"),
+        (SCORES, [0, 0, 0, 0], "group codes must be a tensor, got list"),
+        (SCORES, {"a": CODES, "b": CODES.bool()}, "group codes must be integers, got torch.bool"),
+        (SCORES, {"a": CODES, "b": CODES[:3]}, "every attribute must have one shape"),
+        (SCORES, {"a": CODES[:, None]}, "every attribute must have one shape"),
+        (SCORES, {}, "groups must name at least one attribute, got an empty mapping"),
+        (SCORES, CODES[:, None, None], r"shape \(B,\) or \(B, C\), C >= 1, got \(4, 1, 1\)"),
+        (SCORES, CODES[:, None][:, :0], r"shape \(B,\) or \(B, C\), C >= 1, got \(4, 0\)"),
+    ],
+)
+@pytest.mark.parametrize("num_groups", [None, 2])
+def test_bad_input(scores, groups, message, num_groups):
+    if num_groups and isinstance(groups, dict) and len(groups) == 2:
+        num_groups = (2, 2)
+    with pytest.raises(ValueError, match=message):
+        SinkhornFairnessLoss(num_groups=num_groups)(scores, groups)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("code", [0, -1])
+def test_scores_that_are_not_finite_are_refused(bad, code):
+    scores = torch.tensor([0.0, bad, 1.0, bad])
+    groups = torch.tensor([0, code, 0, code])
+    loss = SinkhornFairnessLoss(num_groups=1, queue_size=2)
+    with pytest.raises(ValueError, match="scores must be finite, got NaN or infinity at 2 of 4"):
+        loss(scores, groups)
+    with pytest.raises(ValueError, match="scores must be finite"):
+        sinkhorn_fairness(scores, groups, (1,))
+    assert torch.isnan(loss.queue).all()  # nothing recorded
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "codes", "message"),
+    [
+        (2, [0, 2], r"-1\.\.G-1 with G = \(2,\), got \[0\]\.\.\[2\]"),
+        (2, [0, -2], r"-1\.\.G-1 with G = \(2,\), got \[-2\]\.\.\[0\]"),
+        (None, [0, -2], "group codes must be >= -1, got -2"),
+        ((2, 2), [0, 0], "expected codes of 2 attributes, got 1"),
+        ({"a": 2}, {"b": [0, 0]}, r"groups must name the attributes \['a'\], got \['b'\]"),
+        ({"a": 2}, {"a": [0, 0], "b": [0, 0]}, r"groups must name the attributes \['a'\]"),
+    ],
+)
+def test_codes_that_do_not_fit(num_groups, codes, message):
+    if isinstance(codes, dict):
+        codes = {name: torch.tensor(c) for name, c in codes.items()}
+    else:
+        codes = torch.tensor(codes)
+    with pytest.raises(ValueError, match=message):
+        SinkhornFairnessLoss(num_groups=num_groups)(torch.zeros(2), codes)
+
+
+def test_weights_that_do_not_fit_the_batch():
+    scores, codes = random_batch()
+    with pytest.raises(ValueError, match="attribute_weights has 1 entries for 2 attributes"):
+        SinkhornFairnessLoss(attribute_weights=[1.0])(scores, codes)
+    by_name = SinkhornFairnessLoss(attribute_weights={"race": 1.0})
+    with pytest.raises(ValueError, match=r"attribute_weights names \['race'\], the groups are"):
+        by_name(scores, {"sex": codes[:, 0]})
+    with pytest.raises(
+        ValueError, match=r"attribute_weights names \['race'\], the groups are \[\]"
+    ):
+        by_name(scores, codes[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"valid": torch.ones(3, dtype=torch.bool)}, r"valid must be bool of shape \(4,\)"),
+        ({"valid": torch.ones(4)}, r"valid must be bool of shape \(4,\), got torch.float32"),
+        ({"queue": torch.zeros(2, 5)}, r"queue must have shape \(3, K\), got \(2, 5\)"),
+        ({"attribute_weights": (1.0, 1.0)}, "attribute_weights must have 1 entries, got 2"),
+        ({"group_reduction": "max"}, "group_reduction must be"),
+        ({"detach": "x"}, "detach must be"),
+        ({"min_group_size": 0}, "min_group_size must be >= 1"),
+        ({"num_groups": (2, 2)}, r"groups of 1 attributes, got \(2, 2\)"),
+        ({"num_groups": (0,)}, r"num_groups must be integers >= 1, got \(0,\)"),
+        ({"p": 3}, "p must be 1 or 2, got 3"),
+    ],
+)
+def test_bad_arguments_of_the_function(options, message):
+    options = {"num_groups": (2,)} | options
+    with pytest.raises(ValueError, match=message):
+        sinkhorn_fairness(SCORES, CODES, **options)
+
+
+# ------------------------------ membership
+
+
+@settings(max_examples=40, deadline=None)
+@given(batch=batches())
+def test_membership_loop(batch):
+    _, codes, num_groups = batch
+    got = group_membership(torch.tensor(codes), num_groups)
+    rows = [codes[:, c] == g for c, count in enumerate(num_groups) for g in range(count)]
+    assert got.dtype == torch.bool and np.array_equal(got, np.stack(rows))
+
+
+def test_unknown_is_in_no_group():
+    assert UNKNOWN == -1
+    assert not group_membership(torch.tensor([[UNKNOWN, UNKNOWN]]), (4, 2)).any()
+    assert torch.equal(stack_groups(torch.tensor([1, -1])), torch.tensor([[1], [-1]]))
+
+
+# ------------------------------ the queue
+
+
+class LoopQueue:
+    """The remembered scores as deques, and the term over what they and a batch hold together."""
+
+    def __init__(self, num_groups, size):
+        self.num_groups = num_groups
+        self.whole = deque(maxlen=size)
+        self.groups = [[deque(maxlen=size) for _ in range(n)] for n in num_groups]
+
+    def term(self, scores, codes, valid=None, **options):
+        whole, groups = split(scores, codes, self.num_groups, valid)
+        joined = [
+            [[*new, *old] for new, old in zip(g, q, strict=True)]
+            for g, q in zip(groups, self.groups, strict=True)
+        ]
+        return loop_fairness([*whole, *self.whole], joined, self.num_groups, **options)
+
+    def record(self, scores, codes, valid=None):
+        whole, groups = split(scores, codes, self.num_groups, valid)
+        self.whole.extend(whole)
+        for new, old in zip(groups, self.groups, strict=True):
+            for scores_of_group, queue in zip(new, old, strict=True):
+                queue.extend(scores_of_group)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    size=st.integers(1, 9),
+    counts=st.lists(st.integers(0, 12), min_size=2, max_size=5),
+    seed=st.integers(0, 2**31),
+    p=st.sampled_from([1, 2]),
+    masked=st.booleans(),
+)
+def test_queue_equals_concatenation_by_hand(size, counts, seed, p, masked):
+    num_groups = (3, 2)
+    draw = np.random.default_rng(seed)
+    loss = SinkhornFairnessLoss(p=p, num_groups=num_groups, queue_size=size)
+    loop = LoopQueue(num_groups, size)
+    for count in counts:
+        # float32 numbers, since the queue holds such
+        scores = draw.normal(size=count).astype(np.float32).astype(np.float64)
+        codes = np.stack([draw.integers(-1, g, count) for g in num_groups], 1)
+        valid = draw.random(count) < 0.7 if masked else None
+        points, groups = tensors(scores, codes, grad=True)
+        got = loss(points, groups, valid=None if valid is None else torch.tensor(valid))
+        expected, per_group = loop.term(scores, codes, valid, p=p)
+        np.testing.assert_allclose(got.detach(), expected, rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(loss.last.per_group, per_group, rtol=1e-8, atol=1e-10)
+        got.backward()
+        loop.record(scores, codes, valid)
+        held = [loop.whole, *(queue for attribute in loop.groups for queue in attribute)]
+        for row, queue in zip(loss.queue, held, strict=True):
+            assert sorted(row[~row.isnan()].tolist()) == sorted(queue)
+
+
+def test_queue_gradient_reaches_the_batch_alone():
+    loss = SinkhornFairnessLoss(p=2, num_groups=1, queue_size=8)
+    scores, _ = random_batch(6)
+    loss(scores, torch.zeros(6, dtype=torch.int64))
+    assert not loss.queue.requires_grad
+    old = loss.queue.clone()
+    new = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    codes = torch.tensor([0, -1, 0])
+
+    def term(points):
+        return sinkhorn_fairness(points, codes, (1,), queue=old).total
+
+    assert torch.autograd.gradcheck(term, (new,), eps=1e-6, atol=1e-5)
+    assert torch.equal(loss(new, codes), term(new))
+
+
+def test_queue_gives_a_rare_group_a_distribution():
+    loss = SinkhornFairnessLoss(p=1, num_groups=2, queue_size=8)
+    codes = torch.tensor([0, 0, 0, 1])
+    assert float(loss(torch.tensor([0.0, 0.0, 0.0, 9.0]), codes)) > 0
+    assert loss.last.per_group[1] == 0  # a group of one
+    loss(torch.tensor([0.0, 0.0, 0.0, 9.0]), codes)
+    assert loss.last.per_group[1] > 0 and loss.last.counts.tolist() == [6, 2]
+
+
+def test_more_members_than_the_queue_holds():
+    loss = SinkhornFairnessLoss(num_groups=2, queue_size=3)
+    loss(torch.arange(10.0), torch.tensor([0] * 8 + [1, -1]))
+    kept = [sorted(row[~row.isnan()].tolist()) for row in loss.queue]
+    assert kept == [[7, 8, 9], [5, 6, 7], [8]]
+    loss(torch.tensor([10.0]), torch.tensor([0]))
+    kept = [sorted(row[~row.isnan()].tolist()) for row in loss.queue]
+    assert kept == [[8, 9, 10], [6, 7, 10], [8]]
+
+
+def test_when_the_queue_records():
+    scores, codes = random_batch()
+    loss = SinkhornFairnessLoss(num_groups=(3, 2), queue_size=4)
+
+    def empty():
+        return bool(loss.queue.isnan().all()) and not loss.queue_next.any()
+
+    loss(scores, codes, record=False)
+    assert empty()
+    loss.eval()
+    loss(scores, codes)
+    assert empty()
+    loss(scores, codes, record=True)
+    assert not empty()
+    loss.train()
+    before = loss.queue.clone()
+    loss(scores, codes)
+    assert not torch.equal(loss.queue, before)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_queue_takes_finite_scores_alone(masked):
+    loss = SinkhornFairnessLoss(num_groups=1, queue_size=6, validate=False)
+    scores = torch.tensor([1.0, math.nan, 2.0, math.inf, -math.inf, 1e300], dtype=torch.float64)
+    codes = torch.zeros(6, dtype=torch.int64)
+    loss(scores, codes, valid=torch.isfinite(scores) if masked else None)
+    for row in loss.queue:
+        assert row[~row.isnan()].tolist() == [1.0, 2.0]  # 1e300 is infinite in float32
+    assert loss.queue_next.tolist() == [2, 2]
+
+
+def test_state_dict_carries_the_queue_on():
+    options = {"p": 2, "num_groups": (3, 2), "queue_size": 5}
+    steps = [random_batch(7, seed=s) for s in range(6)]
+    whole = SinkhornFairnessLoss(**options)
+    expected = [whole(*step).detach() for step in steps]
+    first = SinkhornFairnessLoss(**options)
+    for step in steps[:3]:
+        first(*step)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = SinkhornFairnessLoss(**options)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    assert all(
+        torch.equal(second(*step).detach(), want)
+        for step, want in zip(steps[3:], expected[3:], strict=True)
+    )
+    assert whole.state_dict().keys() == {"queue", "queue_next"}
+
+
+def test_without_a_queue_any_state_fits_any_groups():
+    SinkhornFairnessLoss(num_groups=3).load_state_dict(SinkhornFairnessLoss().state_dict())
+
+
+def test_a_copy_has_a_queue_of_its_own():
+    loss = SinkhornFairnessLoss(num_groups=(3, 2), queue_size=4)
+    other = copy.deepcopy(loss)
+    loss(*random_batch())
+    assert other.queue.isnan().all()
+
+
+# ------------------------------ precision, devices, compilation
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("blur", [0.0, 0.1])
+def test_half_precision_is_computed_in_float32(dtype, blur):
+    scores, codes = random_batch(dtype=dtype)
+    wide = scores.detach().float().requires_grad_()
+    narrow = SinkhornFairnessLoss(num_groups=(3, 2), queue_size=4, blur=blur)
+    other = SinkhornFairnessLoss(num_groups=(3, 2), queue_size=4, blur=blur)
+    for _ in range(2):  # the second with a queue
+        got, expected = narrow(scores, codes), other(wide, codes)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, expected)
+    got.backward()
+    expected.backward()
+    assert scores.grad.dtype == dtype
+    torch.testing.assert_close(scores.grad.float(), wide.grad, rtol=0.01, atol=1e-3)
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_autocast_changes_nothing(divided):
+    scores, codes = random_batch(dtype=torch.float32)
+    loss = SinkhornFairnessLoss(num_groups=(3, 2), divide_by_group_sum=divided)
+    expected = loss(scores, codes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = loss(scores, codes)
+    assert got.dtype == torch.float32 and torch.equal(got, expected)
+
+
+def test_float64_stays_float64():
+    scores, codes = random_batch()
+    loss = SinkhornFairnessLoss(num_groups=(3, 2), queue_size=4, attribute_weights=(1, 2))
+    assert loss(scores, codes).dtype == torch.float64
+
+
+class NoReadBack(TorchDispatchMode):
+    """Fails where a value would have to come back from the device."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "masked_select", "equal")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.FORBIDDEN, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("detach", ["none", "groups"])
+@pytest.mark.parametrize("queue_size", [0, 4])
+def test_forward_and_backward_read_nothing_back(p, detach, queue_size):
+    scores, codes = random_batch()
+    loss = SinkhornFairnessLoss(
+        p=p, num_groups=(3, 2), detach=detach, queue_size=queue_size, validate=False
+    )
+    with NoReadBack():
+        loss(scores, codes).backward()
+        loss(scores, codes, valid=torch.isfinite(scores.detach())).backward()
+
+
+def test_no_gradient_is_needed():
+    scores, codes = random_batch()
+    loss = SinkhornFairnessLoss(num_groups=(3, 2), queue_size=4)
+    with torch.inference_mode():
+        got = loss(scores, codes, record=False)
+    assert not got.requires_grad and float(got) == float(loss(scores, codes).detach())
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("queue_size", [0, 4])
+def test_compiles_into_one_graph(p, queue_size):
+    torch._dynamo.reset()
+    options = {"p": p, "num_groups": {"race": 3, "sex": 2}, "queue_size": queue_size}
+    eager, inner = SinkhornFairnessLoss(**options), SinkhornFairnessLoss(**options)
+    compiled = torch.compile(inner, fullgraph=True, backend="eager")
+    for seed in range(3):
+        scores, codes = random_batch(seed=seed)
+        groups = {"sex": codes[:, 1], "race": codes[:, 0]}
+        expected, got = eager(scores, groups), compiled(scores, groups)
+        torch.testing.assert_close(got, expected)
+        (a,) = torch.autograd.grad(expected, scores)
+        (b,) = torch.autograd.grad(got, scores)
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(inner.queue, eager.queue, equal_nan=True)
+    torch.testing.assert_close(inner.last.per_group, eager.last.per_group)
+
+
+def test_compiles_with_a_blur():
+    torch._dynamo.reset()
+    scores, codes = random_batch()
+    loss = SinkhornFairnessLoss(num_groups=(3, 2), blur=0.3)
+    got = torch.compile(loss, fullgraph=True, backend="eager")(scores, codes)
+    torch.testing.assert_close(got, loss(scores, codes), rtol=1e-3, atol=1e-5)

@@ -1,0 +1,338 @@
+"""Per-pair terms against open_clip's own losses and plain double loops."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
+from torch import nn
+
+from fairclip_losses.functional import (
+    caption_pair_losses,
+    clip_pair_losses,
+    distill_pair_losses,
+    official_scores,
+    pair_logits,
+    pair_similarities,
+    reweighting,
+    siglip_pair_losses,
+)
+from fairclip_losses.pair_terms import PairTerms, pair_terms
+
+PAD = 3
+TOKENS, VOCABULARY = 5, 7
+
+LOSSES = {
+    "clip": ClipLoss(),
+    "siglip": SigLipLoss(),
+    "coca": CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=0.5, pad_id=PAD),
+    "distill": DistillClipLoss(),
+}
+
+SIZES = {"count": st.integers(1, 9), "dim": st.integers(1, 6), "seed": st.integers(0, 2**31)}
+
+
+def model_output(kind, count, dim=4, seed=0, dtype=torch.float64, scale=10.0):
+    """What the model of that loss gives, every floating point tensor a leaf with a gradient."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+
+    def features():
+        raw = torch.randn(count, dim, generator=draw, dtype=torch.float64)
+        return F.normalize(raw, dim=1).to(dtype).requires_grad_()
+
+    output = {
+        "image_features": features(),
+        "text_features": features(),
+        "logit_scale": torch.tensor(scale, dtype=dtype, requires_grad=True),
+    }
+    if kind == "siglip":
+        output["logit_bias"] = torch.tensor(-3.0, dtype=dtype, requires_grad=True)
+    if kind == "coca":
+        output["logits"] = leaf(count, TOKENS, VOCABULARY)
+        labels = torch.randint(0, VOCABULARY, (count, TOKENS), generator=draw)
+        labels[0, 0] = 0  # one token at least is no padding
+        output["labels"] = labels
+    if kind == "distill":
+        output["dist_image_features"] = features()
+        output["dist_text_features"] = features()
+        output["dist_logit_scale"] = torch.tensor(5.0, dtype=dtype, requires_grad=True)
+    return output
+
+
+def gradients(value, output):
+    leaves = [x for x in output.values() if x.requires_grad]
+    found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+# ------------------------------ against open_clip
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@settings(max_examples=25, deadline=None)
+@given(**SIZES, scale=st.floats(0.1, 100))
+def test_means_and_gradients_are_those_of_open_clip(kind, count, dim, seed, scale):
+    output = model_output(kind, count, dim, seed, scale=scale)
+    expected = LOSSES[kind](**output, output_dict=True)
+    terms = pair_terms(LOSSES[kind], output)
+    assert list(terms.named) == list(expected)
+    for name, values in terms.named.items():
+        assert values.shape == (count,)
+        torch.testing.assert_close(values.mean(), expected[name], rtol=1e-10, atol=1e-10)
+        for got, want in zip(
+            gradients(values.mean(), output), gradients(expected[name], output), strict=True
+        ):
+            torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_positional_forms_come_in_the_order_of_the_terms(kind):
+    output = model_output(kind, 6)
+    plain = LOSSES[kind](**output)
+    plain = plain if isinstance(plain, tuple) else (plain,)
+    means = [values.mean() for values in pair_terms(LOSSES[kind], output).named.values()]
+    torch.testing.assert_close(torch.stack(means), torch.stack(plain))
+
+
+def test_clip_loss_with_a_logit_bias():
+    output = model_output("clip", 5) | {"logit_bias": torch.tensor(1.5, dtype=torch.float64)}
+    mean = pair_terms(ClipLoss(), output).contrastive.mean()
+    torch.testing.assert_close(mean, ClipLoss()(**output))
+
+
+def test_coca_records_the_unscaled_contrastive_loss():
+    output = model_output("coca", 6)
+    terms = pair_terms(LOSSES["coca"], output)
+    torch.testing.assert_close(terms.contrastive, 2 * terms.named["contrastive_loss"])
+    clip = {k: output[k] for k in ("image_features", "text_features", "logit_scale")}
+    torch.testing.assert_close(terms.contrastive.mean(), ClipLoss()(**clip))
+
+
+def test_coca_without_a_contrastive_part_keeps_its_nan_out():
+    loss = CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=0.0)
+    output = model_output("coca", 6)
+    with torch.no_grad():
+        output["image_features"][0] = math.nan
+    named = pair_terms(loss, output).named
+    assert torch.equal(named["contrastive_loss"], torch.zeros(6, dtype=torch.float64))
+    torch.testing.assert_close(
+        named["caption_loss"].mean(), loss(**output, output_dict=True)["caption_loss"]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_half_precision_gives_float32_terms_near_the_loss(kind, dtype):
+    output = model_output(kind, 8, dtype=dtype)
+    wide = {k: v.detach().float() if v.is_floating_point() else v for k, v in output.items()}
+    expected = LOSSES[kind](**wide, output_dict=True)
+    for name, values in pair_terms(LOSSES[kind], output).named.items():
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(values.mean(), expected[name], rtol=0.05, atol=0.05)
+
+
+def test_float64_stays_float64():
+    for kind, loss in LOSSES.items():
+        for values in pair_terms(loss, model_output(kind, 4)).named.values():
+            assert values.dtype == torch.float64
+
+
+# ------------------------------ against double loops
+
+
+def loop_cross_entropy(row, target):
+    top = max(row)
+    return math.log(sum(math.exp(v - top) for v in row)) + top - row[target]
+
+
+def random_logits(count, seed, scale=3.0):
+    return np.random.default_rng(seed).normal(size=(count, count)) * scale
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(1, 7), seed=st.integers(0, 2**31), scale=st.floats(0, 50))
+def test_clip_pair_losses_loop(count, seed, scale):
+    logits = random_logits(count, seed, scale)
+    expected = [
+        0.5 * (loop_cross_entropy(logits[i], i) + loop_cross_entropy(logits[:, i], i))
+        for i in range(count)
+    ]
+    got = clip_pair_losses(torch.from_numpy(logits))
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(1, 7), seed=st.integers(0, 2**31), scale=st.floats(0, 50))
+def test_siglip_pair_losses_loop(count, seed, scale):
+    logits = random_logits(count, seed, scale)
+
+    def term(i, j):
+        return np.logaddexp(0.0, -(1.0 if i == j else -1.0) * logits[i, j])
+
+    expected = [
+        0.5 * sum(term(i, j) + term(j, i) for j in range(count)) for i in range(count)
+    ]  # fmt: skip
+    got = siglip_pair_losses(torch.from_numpy(logits))
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(count=st.integers(1, 6), seed=st.integers(0, 2**31), pad=st.integers(0, VOCABULARY - 1))
+def test_caption_pair_losses_loop(count, seed, pad):
+    draw = np.random.default_rng(seed)
+    logits = draw.normal(size=(count, TOKENS, VOCABULARY))
+    labels = draw.integers(0, VOCABULARY, (count, TOKENS))
+    labels[0, 0] = (pad + 1) % VOCABULARY
+    tokens = int((labels != pad).sum())
+    expected = [
+        sum(
+            loop_cross_entropy(logits[i, t], labels[i, t])
+            for t in range(TOKENS)
+            if labels[i, t] != pad
+        )
+        * count
+        / tokens
+        for i in range(count)
+    ]
+    got = caption_pair_losses(torch.from_numpy(logits), torch.from_numpy(labels), pad)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(count=st.integers(1, 6), seed=st.integers(0, 2**31))
+def test_distill_pair_losses_loop(count, seed):
+    teacher, student = random_logits(count, seed), random_logits(count, seed + 1)
+
+    def cross(p_row, q_row):
+        p = np.exp(p_row - p_row.max())
+        p /= p.sum()
+        return sum(p[j] * loop_cross_entropy(q_row, j) for j in range(count))
+
+    expected = [
+        0.5 * (cross(teacher[i], student[i]) + cross(teacher[:, i], student[:, i]))
+        for i in range(count)
+    ]
+    got = distill_pair_losses(torch.from_numpy(teacher), torch.from_numpy(student))
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(count=st.integers(1, 7), dim=st.integers(1, 5), seed=st.integers(0, 2**31))
+def test_official_scores_and_similarities_are_diagonals(count, dim, seed):
+    output = model_output("siglip", count, dim, seed)
+    logits = pair_logits(**output)
+    per_text = logits.T
+    torch.testing.assert_close(official_scores(logits), (logits @ per_text.T).diagonal())
+    torch.testing.assert_close(pair_similarities(**output), logits.diagonal())
+
+
+def test_scores_of_half_precision_are_float32():
+    output = model_output("clip", 4, dtype=torch.bfloat16)
+    assert pair_similarities(**output).dtype == torch.float32
+    assert official_scores(pair_logits(**output)).dtype == torch.float32
+
+
+# ------------------------------ re-weighting
+
+
+@pytest.mark.parametrize("normalization", ["batch", "weights"])
+@settings(max_examples=60, deadline=None)
+@given(
+    pairs=st.lists(
+        st.tuples(st.floats(-100, 100), st.one_of(st.just(1.0), st.floats(1e-6, 4))),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_reweighting_is_the_weighted_mean(normalization, pairs):
+    terms = torch.tensor([value for value, _ in pairs], dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([w for _, w in pairs], dtype=torch.float64)
+    total = 0.0
+    for value, weight in pairs:
+        total += weight * value
+    below = len(pairs) if normalization == "batch" else sum(w for _, w in pairs)
+    got = terms.mean() + reweighting(terms, weights, normalization)
+    assert float(got.detach()) == pytest.approx(total / below, rel=1e-9, abs=1e-9)
+    got.backward()
+    np.testing.assert_allclose(terms.grad, weights / below, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("normalization", ["batch", "weights"])
+@pytest.mark.parametrize(
+    "values", [[], [1.0, 2.0], [math.nan, 1.0], [math.inf, -math.inf, 3.0], [1e38] * 5]
+)
+def test_reweighting_by_ones_is_exactly_zero(normalization, values):
+    terms = torch.tensor(values, requires_grad=True)
+    change = reweighting(terms, torch.ones(len(values)), normalization)
+    change.backward()
+    assert torch.equal(change.detach(), torch.zeros(()))
+    assert torch.equal(terms.grad, torch.zeros(len(values)))
+
+
+def test_reweighting_errors():
+    with pytest.raises(ValueError, match="normalization must be 'batch' or 'weights', got 'sum'"):
+        reweighting(torch.ones(2), torch.ones(2), "sum")
+    with pytest.raises(ValueError, match=r"\(B,\), got \(2,\) and \(3,\)"):
+        reweighting(torch.ones(2), torch.ones(3))
+    with pytest.raises(ValueError, match=r"\(B,\), got \(\) and \(\)"):
+        reweighting(torch.ones(()), torch.ones(()))
+
+
+# ------------------------------ which loss is known
+
+
+class OwnLoss(nn.Module):
+    def forward(self, distances, output_dict=False):
+        value = distances.square().mean()
+        return {"distance_loss": value} if output_dict else value
+
+    def pair_terms(self, distances):
+        return PairTerms(distances.square(), {"distance_loss": distances.square()})
+
+
+class WrongLoss(OwnLoss):
+    def pair_terms(self, distances):
+        return distances.square()
+
+
+class MyClipLoss(ClipLoss):
+    pass
+
+
+def test_a_loss_of_ones_own():
+    terms = pair_terms(OwnLoss(), {"distances": torch.tensor([1.0, 2.0])})
+    assert terms.contrastive.tolist() == [1.0, 4.0]
+
+
+def test_a_subclass_counts_as_its_parent():
+    output = model_output("clip", 4)
+    torch.testing.assert_close(
+        pair_terms(MyClipLoss(), output).contrastive.mean(), ClipLoss()(**output)
+    )
+
+
+def test_unknown_losses_and_outputs_are_refused():
+    with pytest.raises(ValueError, match=r"WrongLoss\.pair_terms must return PairTerms, got Tens"):
+        pair_terms(WrongLoss(), {"distances": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"expected a ClipLoss, SigLipLoss.* got Linear"):
+        pair_terms(nn.Linear(2, 2), {})
+    output = model_output("clip", 4)
+    del output["text_features"]
+    with pytest.raises(ValueError, match=r"ClipLoss needs 'text_features' .* got \['image_fea"):
+        pair_terms(ClipLoss(), output)
+
+
+@pytest.mark.parametrize("function", [pair_logits, pair_similarities])
+def test_features_of_other_shapes_are_refused(function):
+    for image, text in (((3, 2), (4, 2)), ((3, 2), (3, 4)), ((3,), (3,)), ((2, 3, 2), (2, 3, 2))):
+        with pytest.raises(ValueError, match=r"must both be \(B, D\), got"):
+            function(torch.zeros(image), torch.zeros(text), 1.0)
