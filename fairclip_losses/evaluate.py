@@ -220,9 +220,8 @@ def load_weights(checkpoint: str | Path) -> dict[str, Tensor]:
 
 
 def _numpy_numbers() -> list[Any]:
-    """Return what a pickled NumPy float is made of; NumPy 2 has moved the first."""
-    core: Any = np._core if hasattr(np, "_core") else np.core
-    return [core.multiarray.scalar, np.dtype, type(np.dtype(np.float64))]
+    """Return what a pickled NumPy float is made of, wherever this NumPy keeps it."""
+    return [np.float64(0).__reduce__()[0], np.dtype, type(np.dtype(np.float64))]
 
 
 def read_run_settings(checkpoint: str | Path) -> dict[str, Any]:

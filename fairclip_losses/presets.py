@@ -30,8 +30,8 @@ PRESETS: dict[str, Preset] = {
     "aligned": Preset(
         "this package's default: groups out of the batch, exact distance between per-pair losses, "
         "memory by pair id, bounded weights",
-        fairness_weight=0.3,
-        miner={"warmup_epochs": 1, "noisy_sigma": 3.0, "faulty_sigma": 1.5},
+        fairness_weight=0.1,
+        miner={"warmup_epochs": 1, "noisy_sigma": 3.0, "faulty_sigma": 1.0},
         fairness={"p": 1, "blur": 0.0},
     ),
     "paper": Preset(

@@ -1,0 +1,835 @@
+"""FairLoss against open_clip's own losses, plain loops and an uninterrupted run."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+
+import numpy as np
+import ot
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
+from scipy.stats import wasserstein_distance
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fairclip_losses import BadPairMiner, FairLoss, SinkhornFairnessLoss, build_fair_loss
+from fairclip_losses.losses import FairLossState
+from fairclip_losses.pair_terms import PairTerms
+
+NUM_GROUPS = (3, 2)
+TOKENS, VOCABULARY = 4, 6
+
+BASES = {
+    "clip": ClipLoss,
+    "siglip": SigLipLoss,
+    "coca": lambda: CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=0.5),
+    "distill": DistillClipLoss,
+}
+
+
+def model_output(kind="clip", count=10, dim=8, seed=0, dtype=torch.float32):
+    """What the model of that loss gives, every floating point tensor a leaf with a gradient."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw)
+
+    def leaf(values):
+        return values.to(dtype).requires_grad_()
+
+    output = {
+        "image_features": leaf(F.normalize(normal(count, dim), dim=1)),
+        "text_features": leaf(F.normalize(normal(count, dim), dim=1)),
+        "logit_scale": leaf(torch.tensor(10.0)),
+    }
+    if kind == "siglip":
+        output["logit_bias"] = leaf(torch.tensor(-3.0))
+    if kind == "coca":
+        labels = torch.randint(0, VOCABULARY, (count, TOKENS), generator=draw)
+        output |= {"logits": leaf(normal(count, TOKENS, VOCABULARY)), "labels": labels}
+    if kind == "distill":
+        output |= {
+            "dist_image_features": leaf(F.normalize(normal(count, dim), dim=1)),
+            "dist_text_features": leaf(F.normalize(normal(count, dim), dim=1)),
+            "dist_logit_scale": leaf(torch.tensor(5.0)),
+        }
+    return output
+
+
+def metadata(count=10, seed=0, pairs=40):
+    draw = torch.Generator().manual_seed(seed)
+    codes = [torch.randint(-1, g, (count,), generator=draw) for g in NUM_GROUPS]
+    ids = torch.randperm(pairs, generator=draw)[:count]
+    return {"pair_ids": ids, "groups": torch.stack(codes, 1)}
+
+
+def parts(kind="clip", queue_size=4, **options):
+    miner = BadPairMiner(40)
+    fairness = SinkhornFairnessLoss(num_groups=NUM_GROUPS, queue_size=queue_size)
+    return FairLoss(BASES[kind](), miner, fairness, **options)
+
+
+def total(result):
+    if isinstance(result, dict):
+        return sum(result.values())
+    return sum(result) if isinstance(result, tuple) else result
+
+
+def gradients(result, output):
+    leaves = [x for x in output.values() if x.requires_grad]
+    found = torch.autograd.grad(total(result), leaves, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+def same(a, b):
+    return torch.equal(torch.nan_to_num(a, nan=7e9), torch.nan_to_num(b, nan=7e9))
+
+
+class Fixed(nn.Module):
+    """Stands for a miner that has flagged pairs: weights by pair id."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = weights
+        self.recorded = []
+
+    def forward(self, pair_losses, pair_ids, *, record=None):
+        self.recorded.append(record)
+        return self.weights[pair_ids]
+
+
+# ------------------------------ the base loss, bit for bit
+
+
+def check_equals_base(fair, kind, output, how, output_dict, given_metadata):
+    base = BASES[kind]()
+    if how == "positional":
+        expected = base(*output.values(), output_dict=output_dict)
+        got = fair(*output.values(), output_dict=output_dict, **given_metadata)
+    elif how == "mixed":
+        first, rest = next(iter(output)), dict(list(output.items())[1:])
+        expected = base(output[first], **rest, output_dict=output_dict)
+        got = fair(output[first], **rest, output_dict=output_dict, **given_metadata)
+    else:
+        expected = base(**output, output_dict=output_dict)
+        got = fair(**output, output_dict=output_dict, **given_metadata)
+    if output_dict:
+        fairness = got.pop("fairness_loss", None) if given_metadata else None
+        assert fairness is None or torch.equal(fairness, torch.zeros(()))
+        assert list(got) == list(expected)
+        assert all(same(got[name], expected[name]) for name in expected)
+    elif isinstance(expected, tuple):
+        assert isinstance(got, tuple) and all(map(same, got, expected))
+    else:
+        assert same(got, expected)
+    for a, b in zip(gradients(got, output), gradients(expected, output), strict=True):
+        finite = torch.isfinite(b)
+        assert torch.equal(torch.isfinite(a), finite)
+        assert torch.equal(a[finite], b[finite])
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("how", ["named", "positional", "mixed"])
+@pytest.mark.parametrize("output_dict", [True, False])
+def test_alone_it_is_the_base_loss(kind, how, output_dict):
+    order = {
+        "coca": ("image_features", "text_features", "logits", "labels", "logit_scale"),
+    }
+    output = model_output(kind)
+    output = {name: output[name] for name in order.get(kind, output)}
+    check_equals_base(FairLoss(BASES[kind]()), kind, output, how, output_dict, {})
+    fair = parts(kind, fairness_weight=0.0)
+    check_equals_base(fair, kind, output, how, output_dict, metadata())
+
+
+@pytest.mark.parametrize("kind", BASES)
+@settings(max_examples=15, deadline=None)
+@given(
+    count=st.integers(1, 12),
+    seed=st.integers(0, 2**31),
+    normalization=st.sampled_from(["batch", "weights"]),
+    score=st.sampled_from(["loss", "similarity", "official"]),
+    output_dict=st.booleans(),
+)
+def test_nothing_flagged_and_weight_0_is_the_base_loss(
+    kind, count, seed, normalization, score, output_dict
+):
+    fair = parts(kind, fairness_weight=0.0, normalization=normalization, score=score)
+    output = model_output(kind, count, seed=seed)
+    check_equals_base(fair, kind, output, "named", output_dict, metadata(count, seed))
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("place", ["image_features", "text_features", "logit_scale"])
+@pytest.mark.parametrize("score", ["loss", "similarity", "official"])
+def test_what_is_not_finite_comes_out_as_the_base_gives_it(kind, bad, place, score):
+    fair = parts(kind, fairness_weight=0.0, score=score)
+    output = model_output(kind)
+    with torch.no_grad():
+        if place == "logit_scale":
+            output[place].fill_(bad)
+        else:
+            output[place][2, 3] = bad
+    check_equals_base(fair, kind, output, "named", True, metadata())
+    assert torch.isfinite(fair.miner.loss_sum).all()
+    assert torch.isfinite(fair.miner.last_loss).all()
+    held = fair.fairness.queue[~fair.fairness.queue.isnan()]
+    assert torch.isfinite(held).all()
+    # The next good batch is what it would have been, but for the visits that were finite.
+    later = fair(**model_output(kind, seed=1), **metadata(seed=1), output_dict=True)
+    assert torch.isfinite(total(later))
+
+
+def test_a_nan_batch_is_forgotten():
+    clean, hit = parts(), parts()
+    output = model_output()
+    with torch.no_grad():
+        output["image_features"].fill_(math.nan)
+    hit(**output, **metadata())
+    assert not hit.miner.visits.any() and hit.fairness.queue.isnan().all()
+    for seed in (1, 2):
+        step = model_output(seed=seed) | metadata(seed=seed)
+        assert torch.equal(hit(**step).detach(), clean(**step).detach())
+    assert hit.end_epoch() == clean.end_epoch()
+
+
+def test_empty_batch():
+    fair = parts()
+    output = model_output(count=0)
+    result = fair(**output, **metadata(count=0), output_dict=True)
+    base = ClipLoss()(**output, output_dict=True)
+    assert same(result["contrastive_loss"], base["contrastive_loss"])
+    assert float(result["fairness_loss"].detach()) == 0.0
+    assert not fair.miner.visits.any()
+
+
+# ------------------------------ re-weighting
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("normalization", ["batch", "weights"])
+@settings(max_examples=15, deadline=None)
+@given(count=st.integers(1, 9), seed=st.integers(0, 2**31), output_dict=st.booleans())
+def test_weights_by_a_double_loop(kind, normalization, count, seed, output_dict):
+    draw = np.random.default_rng(seed)
+    weights = np.where(draw.random(40) < 0.4, draw.random(40) * 2, 1.0)
+    output = model_output(kind, count, seed=seed, dtype=torch.float64)
+    miner = Fixed(torch.tensor(weights))
+    fair = FairLoss(BASES[kind](), miner, normalization=normalization)
+    ids = metadata(count, seed)["pair_ids"]
+    result = fair(**output, pair_ids=ids, output_dict=output_dict)
+    w = weights[ids.numpy()]
+    expected = list(loop_terms(kind, output, w / (count if normalization == "batch" else w.sum())))
+    if output_dict:
+        values = list(result.values())
+        assert list(result) == list(BASES[kind]()(**output, output_dict=True))
+    else:
+        values = list(result) if isinstance(result, tuple) else [result]
+    values = [float(value.detach()) for value in values]
+    np.testing.assert_allclose(values, expected, rtol=1e-9, atol=1e-10)
+
+
+def loop_terms(kind, output, share):
+    """Yield sum_i share_i * term_i of every term, each from its definition."""
+    value = {k: v.detach().numpy() for k, v in output.items()}
+    count = len(share)
+    logits = value["logit_scale"] * value["image_features"] @ value["text_features"].T
+    logits = logits + value.get("logit_bias", 0.0)
+
+    def log_softmax(row):
+        return row - row.max() - math.log(np.exp(row - row.max()).sum())
+
+    if kind == "siglip":
+        loss = np.zeros(count)
+        for i in range(count):
+            for j in range(count):
+                sign = 1.0 if i == j else -1.0
+                term = np.logaddexp(0.0, -sign * logits[i, j])
+                loss[i] += term / 2
+                loss[j] += term / 2
+        yield float(share @ loss)
+        return
+    clip = np.array(
+        [-(log_softmax(logits[i])[i] + log_softmax(logits[:, i])[i]) / 2 for i in range(count)]
+    )
+    yield float(share @ clip) * (0.5 if kind == "coca" else 1.0)
+    if kind == "coca":
+        tokens = (value["labels"] != 0).sum()
+        caption = np.zeros(count)
+        for i in range(count):
+            for t in range(TOKENS):
+                label = value["labels"][i, t]
+                if label != 0:
+                    caption[i] -= log_softmax(value["logits"][i, t])[label] * count / tokens
+        yield 2.0 * float(share @ caption)
+    if kind == "distill":
+        teacher = value["dist_image_features"] @ value["dist_text_features"].T
+        teacher = value["dist_logit_scale"] * teacher
+        loss = np.zeros(count)
+        for i in range(count):
+            for t, s in ((teacher[i], logits[i]), (teacher[:, i], logits[:, i])):
+                loss[i] -= np.exp(log_softmax(t)) @ log_softmax(s) / 2
+        yield float(share @ loss)
+
+
+@pytest.mark.parametrize("normalization", ["batch", "weights"])
+def test_gradient_of_the_weighted_loss(normalization):
+    output = model_output(dtype=torch.float64)
+    ids = metadata()["pair_ids"]
+    weights = torch.rand(40, dtype=torch.float64)
+    fair = FairLoss(ClipLoss(), Fixed(weights), normalization=normalization)
+    result = fair(**output, pair_ids=ids)
+    logits = output["logit_scale"] * output["image_features"] @ output["text_features"].T
+    target = torch.arange(10)
+    each = F.cross_entropy(logits, target, reduction="none")
+    each = (each + F.cross_entropy(logits.T, target, reduction="none")) / 2
+    w = weights[ids]
+    expected = (w * each).sum() / (10 if normalization == "batch" else w.sum())
+    for a, b in zip(gradients(result, output), gradients(expected, output), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_miner_over_epochs_by_a_loop():
+    """Batches in another order every epoch; the loop keeps a list of losses for each pair."""
+    pairs, size, sigma = 24, 6, 1.0
+    fair = FairLoss(ClipLoss(), BadPairMiner(pairs, noisy_sigma=sigma, faulty_sigma=sigma))
+    draw = torch.Generator().manual_seed(0)
+    image = F.normalize(torch.randn(pairs, 5, generator=draw, dtype=torch.float64), dim=1)
+    text = F.normalize(torch.randn(pairs, 5, generator=draw, dtype=torch.float64), dim=1)
+    scale = torch.tensor(4.0, dtype=torch.float64)
+    losses_of, mean, std, flagged = {}, 0.0, 1.0, set()
+    seen_weights = set()
+    for _ in range(3):
+        for ids in torch.randperm(pairs, generator=draw).split(size):
+            got = float(fair(image[ids], text[ids], scale, pair_ids=ids))
+            logits = (scale * image[ids] @ text[ids].T).numpy()
+            expected = 0.0
+            for i, pair in enumerate(ids.tolist()):
+                row, column = logits[i], logits[:, i]
+                loss = (np.log(np.exp(row).sum()) + np.log(np.exp(column).sum())) / 2 - row[i]
+                weight = math.exp(-(((loss - mean) / std) ** 2) / 2) if pair in flagged else 1.0
+                losses_of.setdefault(pair, []).append(loss)
+                seen_weights.add(weight)
+                expected += weight * loss / size
+            assert got == pytest.approx(expected, rel=1e-5)
+        summary = fair.end_epoch()
+        history = {pair: np.mean(losses) for pair, losses in losses_of.items()}
+        mean, std = np.mean(list(history.values())), np.std(list(history.values()))
+        flagged = {pair for pair, m in history.items() if abs(m - mean) >= sigma * std}
+        assert summary.noisy + summary.faulty == len(flagged) > 0
+    assert len(seen_weights) > 3
+
+
+# ------------------------------ the fairness term
+
+
+def loop_scores(kind, output):
+    value = {k: v.detach().double() for k, v in output.items()}
+    logits = value["logit_scale"] * value["image_features"] @ value["text_features"].T
+    if kind == "similarity":
+        return logits.diagonal().numpy()
+    if kind == "official":
+        return (logits @ logits.T.T).diagonal().numpy()
+    target = torch.arange(len(logits))
+    each = F.cross_entropy(logits, target, reduction="none")
+    return ((each + F.cross_entropy(logits.T, target, reduction="none")) / 2).numpy()
+
+
+@pytest.mark.parametrize("score", ["loss", "similarity", "official"])
+@pytest.mark.parametrize("p", [1, 2])
+@settings(max_examples=15, deadline=None)
+@given(count=st.integers(1, 12), seed=st.integers(0, 2**31), weight=st.floats(1e-6, 10))
+def test_fairness_term_by_a_loop_over_groups(score, p, count, seed, weight):
+    output = model_output(count=count, seed=seed, dtype=torch.float64)
+    groups = metadata(count, seed)["groups"]
+    term = SinkhornFairnessLoss(p=p, num_groups=NUM_GROUPS)
+    fair = FairLoss(ClipLoss(), fairness=term, fairness_weight=weight, score=score)
+    result = fair(**output, groups=groups, output_dict=True)
+    scores = loop_scores(score, output)
+    expected = 0.0
+    for c, number in enumerate(NUM_GROUPS):
+        distances = []
+        for g in range(number):
+            members = scores[groups[:, c].numpy() == g]
+            if len(members) > 1 and p == 1:
+                distances.append(wasserstein_distance(scores, members))
+            elif len(members) > 1:
+                distances.append(ot.emd2_1d(scores, members) / 2)
+        expected += weight * np.mean(distances) / len(NUM_GROUPS) if distances else 0.0
+    scale = weight * (1 + np.abs(scores).max() ** p)
+    assert float(result["fairness_loss"].detach()) == pytest.approx(
+        expected, rel=1e-6, abs=1e-10 * scale
+    )
+    assert same(result["contrastive_loss"], ClipLoss()(**output))
+
+
+def test_official_scores_and_similarities_carry_gradients():
+    for score in ("similarity", "official"):
+        output = model_output()
+        fair = parts(score=score, fairness_weight=1.0)
+        term = fair(**output, **metadata(), output_dict=True)["fairness_loss"]
+        assert all(g.abs().sum() > 0 for g in gradients(term, output))
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_dict_and_plain_forms_agree(kind):
+    output, given_metadata = model_output(kind), metadata()
+    as_dict = parts(kind)(**output, **given_metadata, output_dict=True)
+    plain = parts(kind)(**output, **given_metadata)
+    assert list(as_dict) == [*BASES[kind]()(**output, output_dict=True), "fairness_loss"]
+    assert all(name.endswith("_loss") for name in as_dict)
+    assert all(value.shape == () for value in as_dict.values())
+    torch.testing.assert_close(total(plain), total(as_dict))
+    first = plain[0] if isinstance(plain, tuple) else plain
+    torch.testing.assert_close(first, as_dict["contrastive_loss"] + as_dict["fairness_loss"])
+    for a, b in zip(gradients(plain, output), gradients(as_dict, output), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_scores_that_are_not_finite_leave_the_term_of_the_others():
+    output = model_output()
+    with torch.no_grad():
+        output["image_features"][4] = math.nan
+    groups = metadata()["groups"]
+    term = SinkhornFairnessLoss(num_groups=NUM_GROUPS)
+    fair = FairLoss(ClipLoss(), fairness=term, score="similarity")
+    got = fair(**output, groups=groups, output_dict=True)["fairness_loss"]
+    keep = torch.arange(10) != 4
+    rest = {k: v[keep] if v.dim() else v for k, v in output.items()}
+    expected = FairLoss(
+        ClipLoss(), fairness=SinkhornFairnessLoss(num_groups=NUM_GROUPS), score="similarity"
+    )(**rest, groups=groups[keep], output_dict=True)["fairness_loss"]
+    torch.testing.assert_close(got, expected)
+
+
+def test_last_holds_what_the_call_saw():
+    output, given_metadata = model_output(), metadata()
+    fair = parts()
+    assert fair.last is None
+    fair(**output, **given_metadata)
+    assert isinstance(fair.last, FairLossState)
+    np.testing.assert_allclose(fair.last.pair_losses, loop_scores("loss", output), rtol=1e-5)
+    assert torch.equal(fair.last.weights, torch.ones(10))
+    assert fair.last.fairness.per_group.shape == (5,)
+    assert not fair.last.pair_losses.requires_grad
+    miner_alone = FairLoss(ClipLoss(), BadPairMiner(40))
+    miner_alone(**output, pair_ids=given_metadata["pair_ids"])
+    assert miner_alone.last.fairness is None
+
+
+# ------------------------------ what is recorded
+
+
+def test_recording():
+    output, given_metadata = model_output(), metadata()
+    fair = parts()
+
+    def state():
+        held = ~fair.fairness.queue.isnan()
+        return int(fair.miner.visits.sum()), int(held[0].sum())
+
+    fair(**output, **given_metadata, record=False)
+    assert state() == (0, 0)
+    fair.eval()
+    fair(**output, **given_metadata)
+    assert state() == (0, 0)
+    fair(**output, **given_metadata, record=True)
+    assert state() == (10, 4)
+    fair.train()
+    fair(**output, **given_metadata)
+    assert state() == (20, 4)
+
+
+def test_evaluation_needs_no_ids():
+    fair = parts().eval()
+    output, groups = model_output(), metadata()["groups"]
+    expected = FairLoss(ClipLoss(), fairness=SinkhornFairnessLoss(num_groups=NUM_GROUPS))(
+        **output, groups=groups
+    )
+    assert torch.equal(fair(**output, groups=groups).detach(), expected.detach())
+
+
+def test_the_miner_is_told_whether_to_record():
+    miner = Fixed(torch.ones(40))
+    fair = FairLoss(ClipLoss(), miner)
+    for record in (None, True, False):
+        fair(**model_output(), pair_ids=metadata()["pair_ids"], record=record)
+    assert miner.recorded == [True, True, False]
+
+
+def test_end_epoch():
+    assert FairLoss(ClipLoss()).end_epoch() is None
+    fair = parts()
+    fair(**model_output(), **metadata())
+    summary = fair.end_epoch()
+    assert (summary.epoch, summary.seen) == (1, 10)
+
+
+# ------------------------------ the published unit: the batch by its position
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31), accumulated=st.booleans())
+def test_batch_unit_by_a_loop(seed, accumulated):
+    """One mean loss a position in the epoch; a flagged one is weighed, and stored, as weighed."""
+    sigma, sizes = 0.8, (7, 7, 7, 7, 3)
+    options = {"noisy_sigma": sigma, "faulty_sigma": sigma}
+    fair = build_fair_loss(
+        ClipLoss(), preset="official", num_pairs=31, fairness=False, miner_options=options
+    )
+    stored = {position: [] for position in range(len(sizes))}
+    flagged, mean, std = set(), 0.0, 1.0
+    for epoch in range(4):
+        for position, size in enumerate(sizes):
+            output = model_output(count=size, dim=3, seed=(seed + 31 * epoch + position) % 2**31)
+            base = float(ClipLoss()(**output).detach())
+            weight = 1.0
+            if position in flagged:
+                density = math.exp(-(((base - mean) / std) ** 2) / 2)
+                weight = density / (std * math.sqrt(2 * math.pi))
+            got = fair(**output, pair_ids=torch.arange(size))
+            assert float(got.detach()) == pytest.approx(weight * base, rel=1e-4)
+            stored[position].append(weight * base)
+            if accumulated:  # the same batch once more, only read
+                again = fair(**output, pair_ids=torch.arange(size), record=False)
+                assert torch.equal(again.detach(), got.detach())
+        assert int(fair.batch_position) == len(sizes)
+        fair.end_epoch()
+        assert int(fair.batch_position) == 0
+        history = {position: np.mean(values) for position, values in stored.items()}
+        mean, std = np.mean(list(history.values())), np.std(list(history.values()))
+        distances = {position: (m - mean) / std for position, m in history.items()}
+        if any(abs(abs(z) - sigma) < 1e-3 for z in distances.values()):
+            return  # a history on the threshold: float32 may flag it or not
+        flagged = {position for position, z in distances.items() if abs(z) >= sigma}
+
+
+def test_batch_unit_weighs_the_whole_batch_alike():
+    fair = FairLoss(ClipLoss(), Fixed(torch.tensor([0.25, 3.0])), mining_unit="batch")
+    output = model_output()
+    base = ClipLoss()(**output)
+    torch.testing.assert_close(fair(**output), 0.25 * base)
+    torch.testing.assert_close(fair(**output), 3.0 * base)
+    assert torch.equal(fair.last.weights, torch.full((10,), 3.0))
+    assert int(fair.batch_position) == 2
+    fair.eval()
+    fair(**output)
+    assert int(fair.batch_position) == 2
+
+
+# ------------------------------ state
+
+
+@pytest.mark.parametrize("preset", ["aligned", "paper", "official"])
+@pytest.mark.parametrize("num_pairs", [40, None])
+def test_resumed_equals_uninterrupted(preset, num_pairs):
+    def build():
+        return build_fair_loss(
+            ClipLoss(),
+            preset=preset,
+            num_pairs=num_pairs,
+            num_groups=NUM_GROUPS,
+            miner_options={"noisy_sigma": 0.8, "faulty_sigma": 0.8},
+            fairness_options={"queue_size": 5, "blur": 0.0},
+            fairness_weight=0.5,
+        )
+
+    def run(fair, steps):
+        results = []
+        for step in steps:
+            result = fair(
+                **model_output(seed=step), **metadata(seed=step % 7), output_dict=True
+            )  # fmt: skip
+            results.append([value.detach() for value in result.values()])
+            if step % 6 == 5:
+                fair.end_epoch()
+        return results
+
+    whole = build()
+    expected = run(whole, range(22))
+    first = build()
+    run(first, range(15))  # stops within an epoch
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = build()
+    second.load_state_dict(torch.load(file, weights_only=True))
+    resumed = run(second, range(15, 22))
+    for got, want in zip(resumed, expected[15:], strict=True):
+        assert all(map(torch.equal, got, want))
+    assert any((whole.last.weights != 1).tolist()) or preset != "aligned"
+    for name, value in whole.state_dict().items():
+        other = second.state_dict()[name]
+        assert same(other, value) if isinstance(value, torch.Tensor) else other == value
+
+
+def test_copies_and_pickles():
+    fair = parts()
+    fair(**model_output(), **metadata())
+    for other in (copy.deepcopy(fair), pickle.loads(pickle.dumps(fair))):
+        step = model_output(seed=1) | metadata(seed=1)
+        assert torch.equal(other(**step).detach(), copy.deepcopy(fair)(**step).detach())
+
+
+def test_repr_shows_the_settings():
+    shown = repr(parts(score="similarity"))
+    assert "fairness_weight=0.3, score='similarity', normalization='batch'" in shown
+
+
+# ------------------------------ a loss of one's own
+
+
+class OwnLoss(nn.Module):
+    def __init__(self, named=("distance_loss",)):
+        super().__init__()
+        self.named = named
+
+    def forward(self, distances, output_dict=False):
+        value = distances.square().mean()
+        return {"distance_loss": value} if output_dict else value
+
+    def pair_terms(self, distances):
+        each = distances.square()
+        return PairTerms(each, dict.fromkeys(self.named, each))
+
+
+class PlainLoss(OwnLoss):
+    def forward(self, distances):
+        return distances.square().mean()
+
+
+class KeywordLoss(OwnLoss):
+    def forward(self, **model_out):
+        return super().forward(**model_out)
+
+
+@pytest.mark.parametrize("base", [OwnLoss, PlainLoss, KeywordLoss])
+def test_a_loss_of_ones_own(base):
+    distances = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    weights, ids = torch.tensor([1.0, 0.5, 0.0]), torch.arange(3)
+    got = FairLoss(base(), Fixed(weights))(distances=distances, pair_ids=ids)
+    assert float(got.detach()) == pytest.approx((1 + 0.5 * 4 + 0) / 3)
+    assert float(FairLoss(base())(distances=distances).detach()) == pytest.approx(14 / 3)
+
+
+def test_any_module_will_do_alone():
+    assert torch.equal(FairLoss(nn.Identity())(torch.ones(2)), torch.ones(2))
+
+
+def test_terms_that_do_not_fit_the_base_are_refused():
+    step = {"distances": torch.ones(2), "pair_ids": torch.arange(2)}
+    wrong = FairLoss(OwnLoss(named=("other_loss",)), Fixed(torch.ones(2)))
+    with pytest.raises(ValueError, match=r"names \['other_loss'\], but .* \['distance_loss'\]"):
+        wrong(**step, output_dict=True)
+    two = FairLoss(OwnLoss(named=("a_loss", "b_loss")), Fixed(torch.ones(2)))
+    with pytest.raises(ValueError, match=r"\['a_loss', 'b_loss'\], but .* returned 1 terms"):
+        two(**step)
+    with pytest.raises(ValueError, match="output_dict=True needs a base loss that takes it, got P"):
+        FairLoss(PlainLoss(), Fixed(torch.ones(2)))(**step, output_dict=True)
+    with pytest.raises(ValueError, match="expected a ClipLoss, .* got L1Loss"):
+        FairLoss(nn.L1Loss(), Fixed(torch.ones(2)))(
+            torch.ones(2), torch.ones(2), pair_ids=torch.arange(2)
+        )
+    scored = FairLoss(OwnLoss(), fairness=SinkhornFairnessLoss(), score="similarity")
+    with pytest.raises(ValueError, match="needs image_features, text_features, logit_scale in"):
+        scored(distances=torch.ones(2), groups=torch.zeros(2, dtype=torch.int64))
+
+
+# ------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fairness_weight": -1.0}, "fairness_weight must be finite and >= 0, got -1.0"),
+        ({"fairness_weight": math.nan}, "fairness_weight must be finite and >= 0, got nan"),
+        ({"fairness_weight": math.inf}, "fairness_weight must be finite and >= 0, got inf"),
+        ({"score": "losses"}, "score must be one of .*'official'.*, got 'losses'"),
+        ({"normalization": "sum"}, "normalization must be one of .*, got 'sum'"),
+        ({"mining_unit": "epoch"}, "mining_unit must be one of .*, got 'epoch'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        FairLoss(ClipLoss(), **options)
+
+
+@pytest.mark.parametrize("base", [ClipLoss, SigLipLoss])
+def test_several_processes_are_refused(base):
+    with pytest.raises(ValueError, match="works in one process so far, .* world_size=2"):
+        FairLoss(base(world_size=2))
+
+
+@pytest.mark.parametrize("output_dict", [True, False])
+def test_missing_metadata_is_refused_before_anything_is_recorded(output_dict):
+    fair, output = parts(), model_output()
+    given_metadata = metadata()
+    for name, message in (
+        ("pair_ids", r"the miner needs pair_ids \(B,\), got None"),
+        ("groups", r"the fairness term needs groups \(B,\), .* got None"),
+    ):
+        rest = {k: v for k, v in given_metadata.items() if k != name}
+        with pytest.raises(ValueError, match=message):
+            fair(**output, **rest, output_dict=output_dict)
+    assert not fair.miner.visits.any() and fair.fairness.queue.isnan().all()
+
+
+def test_metadata_that_does_not_fit():
+    output, given_metadata = model_output(), metadata()
+    ids, groups = given_metadata["pair_ids"], given_metadata["groups"]
+    for wrong, message in (
+        ({"pair_ids": ids.float(), "groups": groups}, "pair_ids must be integers"),
+        ({"pair_ids": ids[:3], "groups": groups}, r"must both have shape \(B,\)"),
+        ({"pair_ids": ids + 40, "groups": groups}, r"pair_ids must lie in 0\.\.39"),
+        ({"pair_ids": ids, "groups": groups[:3]}, "10 scores, 3 rows"),
+        ({"pair_ids": ids, "groups": groups.float()}, "group codes must be integers"),
+        ({"pair_ids": ids, "groups": groups + 5}, "group codes must lie in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parts()(**output, **wrong)
+
+
+def test_arguments_that_do_not_fit_the_base():
+    output = model_output()
+    fair = FairLoss(ClipLoss())
+    values = list(output.values())
+    with pytest.raises(ValueError, match=r"at most 5 positional .*image_features.*, got 7"):
+        fair(*values, *values, values[0])
+    with pytest.raises(ValueError, match="expected image_features once, got it by position and"):
+        fair(values[0], **output)
+    with pytest.raises(ValueError, match=r"ClipLoss needs 'logit_scale' in|logit_scale"):
+        FairLoss(ClipLoss(), Fixed(torch.ones(40)))._combine(
+            {}, PairTerms(torch.ones(1), {"logit_scale": torch.ones(1)}), torch.ones(1), None
+        )
+
+
+def test_output_dict_by_position():
+    output = model_output()
+    values = [*output.values(), None]
+    expected = ClipLoss()(*values, True)
+    got = FairLoss(ClipLoss())(*values, True)
+    assert got.keys() == expected.keys()
+    assert torch.equal(got["contrastive_loss"], expected["contrastive_loss"])
+
+
+# ------------------------------ precision, devices, compilation
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("score", ["loss", "similarity", "official"])
+def test_autocast(kind, score):
+    fair = parts(kind, score=score)
+    output = model_output(kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = fair(**output, **metadata(), output_dict=True)
+        base = BASES[kind]()(**output, output_dict=True)
+    assert result["fairness_loss"].dtype == torch.float32
+    for name, value in base.items():
+        assert torch.equal(result[name].float(), value.float())
+    assert fair.last.pair_losses.dtype == torch.float32
+    assert all(torch.isfinite(g).all() for g in gradients(result, output))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", BASES)
+def test_half_precision(kind, dtype):
+    fair = parts(kind)
+    output = model_output(kind, dtype=dtype)
+    result = fair(**output, **metadata(), output_dict=True)
+    assert result["fairness_loss"].dtype == torch.float32
+    wide = {k: v.detach().float() if v.is_floating_point() else v for k, v in output.items()}
+    expected = parts(kind)(**wide, **metadata(), output_dict=True)
+    for name, value in expected.items():
+        torch.testing.assert_close(result[name].float(), value, rtol=0.1, atol=0.1)
+    for leaf, grad in zip(
+        [x for x in output.values() if x.requires_grad], gradients(result, output), strict=True
+    ):
+        assert grad.dtype == dtype and torch.isfinite(grad).all() and grad.shape == leaf.shape
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_float64_stays_float64(kind):
+    output = model_output(kind, dtype=torch.float64)
+    result = parts(kind)(**output, **metadata(), output_dict=True)
+    assert {value.dtype for value in result.values()} == {torch.float64}
+
+
+class NoReadBack(TorchDispatchMode):
+    """Fails where a value would have to come back from the device."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "masked_select", "equal")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.FORBIDDEN, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("score", ["loss", "similarity", "official"])
+@pytest.mark.parametrize("unit", ["pair", "batch"])
+def test_forward_and_backward_read_nothing_back(score, unit):
+    miner = BadPairMiner(40, validate=False)
+    fairness = SinkhornFairnessLoss(num_groups=NUM_GROUPS, queue_size=4, validate=False)
+    fair = FairLoss(ClipLoss(), miner, fairness, score=score, mining_unit=unit)
+    for seed in range(2):
+        output = model_output(seed=seed)
+        with NoReadBack():
+            total(fair(**output, **metadata(seed=seed), output_dict=True)).backward()
+        fair.end_epoch()
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_compiles_into_one_graph(kind):
+    torch._dynamo.reset()
+    eager, inner = parts(kind), parts(kind)
+    compiled = torch.compile(inner, fullgraph=True, backend="eager")
+    for seed in range(3):
+        output, given_metadata = model_output(kind, seed=seed), metadata(seed=seed)
+        expected = eager(**output, **given_metadata, output_dict=True)
+        got = compiled(**output, **given_metadata, output_dict=True)
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value)
+        for a, b in zip(gradients(got, output), gradients(expected, output), strict=True):
+            torch.testing.assert_close(a, b)
+    assert torch.equal(inner.miner.visits, eager.miner.visits)
+    torch.testing.assert_close(inner.fairness.queue, eager.fairness.queue, equal_nan=True)
+
+
+@pytest.mark.parametrize("score", ["similarity", "official"])
+@pytest.mark.parametrize("unit", ["pair", "batch"])
+def test_compiles_with_other_scores_and_units(score, unit):
+    torch._dynamo.reset()
+    options = {"score": score, "mining_unit": unit}
+    compiled = torch.compile(parts(**options), fullgraph=True, backend="eager")
+    step = model_output() | metadata()
+    torch.testing.assert_close(compiled(**step), parts(**options)(**step))
+
+
+def test_a_training_run_lowers_the_term():
+    torch.manual_seed(0)
+    count, hidden = 64, torch.randn(64, 6)
+    group = (torch.arange(count) % 4 == 0).long()
+    noise = torch.where(group == 1, 1.5, 0.2)[:, None] * torch.randn(count, 6)
+    measured = {}
+    for weight in (0.0, 1.0):
+        torch.manual_seed(1)
+        tower = nn.Linear(6, 6)
+        fair = FairLoss(ClipLoss(), None, SinkhornFairnessLoss(p=1, num_groups=2), weight)
+        optimizer = torch.optim.Adam(tower.parameters(), 0.02)
+        for _ in range(60):
+            image = F.normalize(tower(hidden + noise), dim=1)
+            loss = fair(image, F.normalize(hidden, dim=1), torch.tensor(5.0), groups=group)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        measured[weight] = float(fair.last.fairness.total)
+    assert measured[1.0] < 0.5 * measured[0.0]

@@ -1,0 +1,194 @@
+"""Gradients of the divergence: finite differences, unrolled autograd, POT, the plan."""
+
+from __future__ import annotations
+
+import numpy as np
+import ot
+import pytest
+import torch
+from hypothesis import given, settings
+from sinkhorn_cases import POWERS, clouds, float64, random_problem
+from torch.autograd import gradcheck
+
+from fairclip_losses.ops import sinkhorn_divergence
+from fairclip_losses.ops.reference import cost_matrix, sinkhorn_divergence_reference
+
+
+def wanting(*tensors):
+    return [tensor.clone().requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize(
+    ("blur", "dimension"), [(0.0, 1), (0.05, 1), (0.5, 1), (3.0, 1), (0.05, 2), (0.8, 3)]
+)
+@pytest.mark.parametrize("debias", [True, False])
+def test_gradcheck_of_points_and_weights(p, blur, dimension, debias):
+    inputs = wanting(*random_problem(5, 6, rows=2, dimension=dimension, seed=3))
+
+    def divergence(x, y, a, b):
+        return sinkhorn_divergence(x, y, a, b, p=p, blur=blur, debias=debias)
+
+    assert gradcheck(divergence, inputs)
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("blur", [0.0, 0.05, 0.5])
+def test_gradcheck_on_common_points(p, blur):
+    x, _, a, _ = random_problem(8)
+    weights = torch.stack([a * (torch.arange(8) % 3 == row) for row in range(3)])
+    inputs = wanting(x, a)
+    assert gradcheck(lambda x, a: sinkhorn_divergence(x, x, a, weights, p=p, blur=blur), inputs)
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("blur", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("n", [40, 300])
+def test_directional_finite_differences(p, blur, n):
+    """Second-order differences of the value along random directions, at sizes of a batch."""
+    x, y, a, b = random_problem(n, n - 5, rows=2, seed=4)
+    inputs = wanting(x, y, a, b)
+    sinkhorn_divergence(*inputs, p=p, blur=blur).sum().backward()
+    generator = torch.Generator().manual_seed(1)
+    step = 1e-5 if blur else 1e-7  # the exact gradient is piecewise constant
+    directions = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in inputs]
+    directions = [
+        d * (t if i >= 2 else 1) * 0.3
+        for i, (d, t) in enumerate(zip(directions, (x, y, a, b), strict=True))
+    ]
+
+    def value(sign):
+        moved = [t + sign * step * d for t, d in zip((x, y, a, b), directions, strict=True)]
+        return sinkhorn_divergence(*moved, p=p, blur=blur).sum().item()
+
+    expected = (value(1) - value(-1)) / (2 * step)
+    actual = sum((t.grad * d).sum().item() for t, d in zip(inputs, directions, strict=True))
+    assert actual == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("blur", [0.4, 1.5])
+@pytest.mark.parametrize("dimension", [1, 2])
+def test_envelope_equals_autograd_through_the_reference(p, blur, dimension):
+    x, y, a, b = random_problem(5, 6, rows=1, dimension=dimension, seed=2)
+    ours, unrolled = wanting(x, y, a, b[0]), wanting(x, y, a, b[0])
+    sinkhorn_divergence(*ours, p=p, blur=blur).backward()
+    sinkhorn_divergence_reference(*unrolled, p=p, blur=blur, iterations=1500).backward()
+    for mine, theirs in zip(ours, unrolled, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("blur", [0.4, 1.5])
+def test_envelope_equals_pots(blur):
+    """POT's plan gives d OT / d x; its own envelope gives the same up to its convergence."""
+    x, y, a, b = random_problem(6, 7, rows=1, seed=5)
+    a, b = a / a.sum(), b[0] / b[0].sum()
+    points, others = wanting(x, y)
+    sinkhorn_divergence(points, others, a, b, blur=blur, debias=False).backward()
+    plan = ot.bregman.sinkhorn_log(
+        a.numpy(), b.numpy(), cost_matrix(x, y, 2).numpy(), blur**2, stopThr=1e-14,
+        numItermax=100_000,
+    )  # fmt: skip
+    shift = (x - y.T).numpy()
+    np.testing.assert_allclose(points.grad[:, 0], (plan * shift).sum(1), atol=1e-8)
+    np.testing.assert_allclose(others.grad[:, 0], -(plan * shift).sum(0), atol=1e-8)
+
+    (pot_points,) = wanting(x)
+    solution = ot.solve(
+        cost_matrix(pot_points, y, 2), a, b, reg=blur**2, reg_type="KL", max_iter=100_000,
+        tol=1e-13, grad="envelope",
+    )  # fmt: skip
+    solution.value.backward()
+    torch.testing.assert_close(points.grad, pot_points.grad, rtol=1e-6, atol=1e-8)
+
+
+def test_exact_gradient_is_the_monotone_plan():
+    x, y, a, b = random_problem(9, 7, rows=1, seed=6)
+    points, others = wanting(x, y)
+    sinkhorn_divergence(points, others, a, b[0], blur=0).backward()
+    plan = ot.emd_1d(
+        x[:, 0].numpy(), y[:, 0].numpy(), (a / a.sum()).numpy(), (b[0] / b[0].sum()).numpy()
+    )
+    shift = (x - y.T).numpy()
+    np.testing.assert_allclose(points.grad[:, 0], (plan * shift).sum(1), atol=1e-12)
+    np.testing.assert_allclose(others.grad[:, 0], -(plan * shift).sum(0), atol=1e-12)
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("blur", [0.0, 0.1])
+@settings(max_examples=20, deadline=None)
+@given(cloud=clouds(rows=2))
+def test_points_without_weight_do_nothing(p, blur, cloud):
+    """A ragged row with zero weights is the same problem without those points."""
+    x, weights = cloud
+    (points,) = wanting(x)
+    values = sinkhorn_divergence(points, points, weights[0], weights, p=p, blur=blur)
+    for row, value in zip(weights, values, strict=True):
+        there, others = weights[0] > 0, row > 0
+        alone = sinkhorn_divergence(
+            x[there], x[others], weights[0][there], row[others], p=p, blur=blur
+        )
+        assert value.item() == pytest.approx(alone.item(), rel=1e-6, abs=1e-9)
+    values.sum().backward()
+    assert points.grad.isfinite().all()
+    assert not points.grad[(weights == 0).all(0)].any()
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("blur", [0.0, 0.2])
+@pytest.mark.parametrize("dimension", [1, 2])
+def test_the_same_tensor_twice_is_a_clone(p, blur, dimension):
+    if blur == 0 and dimension > 1:
+        pytest.skip("exact transport is for a line")
+    x, _, a, _ = random_problem(9, dimension=dimension)
+    weights = torch.stack([a, a.flip(0)])
+    together, apart, clone = wanting(x, x, x)
+    one = sinkhorn_divergence(together, together, a.cos(), weights, p=p, blur=blur)
+    two = sinkhorn_divergence(apart, clone, a.cos(), weights, p=p, blur=blur)
+    torch.testing.assert_close(one, two)
+    one.sum().backward()
+    two.sum().backward()
+    torch.testing.assert_close(together.grad, apart.grad + clone.grad)
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("blur", [0.0, 0.05, 1.0])
+def test_a_collapsed_batch_is_not_torn_apart(p, blur):
+    x = torch.full((6, 1), 0.3, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(4, 6, dtype=torch.float64)
+    sinkhorn_divergence(x, x, None, weights, p=p, blur=blur).sum().backward()
+    assert x.grad.abs().max() < 1e-12
+
+
+def test_tied_points_share_their_slope():
+    """p = 1: points that coincide move by their own surplus, whatever the order of the sort."""
+    x = float64([0.0, 0.0, 0.0, 1.0])[:, None].requires_grad_()
+    a, b = float64([0.1, 0.3, 0.1, 0.5]), float64([0.2, 0.1, 0.1, 0.6])
+    sinkhorn_divergence(x, x, a, b, p=1, blur=0).backward()
+    torch.testing.assert_close(x.grad[:, 0], float64([0.1, -0.2, 0.0, 0.1]))
+
+
+@pytest.mark.parametrize("blur", [0.0, 0.5])
+def test_a_second_derivative_is_refused(blur):
+    x, y, a, b = random_problem()
+    (points,) = wanting(x)
+    value = sinkhorn_divergence(points, y, a, b, blur=blur).sum()
+    (gradient,) = torch.autograd.grad(value, points, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("blur", [0.0, 0.5])
+def test_rows_without_mass_cost_nothing(blur):
+    x, y, a, b = random_problem(rows=3)
+    b[1] = 0
+    inputs = wanting(x, y, a, b)
+    values = sinkhorn_divergence(*inputs, blur=blur)
+    assert values[1] == 0
+    assert (values[[0, 2]] > 0).all()
+    values.sum().backward()
+    alone = wanting(x, y, a, b[[0, 2]])
+    sinkhorn_divergence(*alone, blur=blur).sum().backward()
+    for with_empty, without in zip(inputs[:3], alone[:3], strict=True):
+        torch.testing.assert_close(with_empty.grad, without.grad)
+    assert not inputs[3].grad[1].any()
