@@ -380,8 +380,8 @@ class FairLoss(nn.Module):
             return self._base(model_out, output_dict)
         recording = self.training if record is None else record
         self._check_metadata(pair_ids, groups, recording)
-        base = self._base(model_out, output_dict)
         terms = pair_terms(self.base_loss, model_out)
+        base = self._base(model_out, output_dict)
         weights = self._mine(terms, pair_ids, recording)
         fairness = self._fairness(terms, groups, model_out, recording)
         self.last = FairLossState(

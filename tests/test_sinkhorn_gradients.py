@@ -7,11 +7,17 @@ import ot
 import pytest
 import torch
 from hypothesis import given, settings
-from sinkhorn_cases import POWERS, clouds, float64, random_problem
+from sinkhorn_cases import POWERS, clouds, float64, one_thread, random_problem
 from torch.autograd import gradcheck
 
 from fairclip_losses.ops import sinkhorn_divergence
 from fairclip_losses.ops.reference import cost_matrix, sinkhorn_divergence_reference
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    with one_thread():
+        yield
 
 
 def wanting(*tensors):
@@ -24,12 +30,12 @@ def wanting(*tensors):
 )
 @pytest.mark.parametrize("debias", [True, False])
 def test_gradcheck_of_points_and_weights(p, blur, dimension, debias):
-    inputs = wanting(*random_problem(5, 6, rows=2, dimension=dimension, seed=3))
+    inputs = wanting(*random_problem(3, 4, rows=2, dimension=dimension, seed=3))
 
     def divergence(x, y, a, b):
         return sinkhorn_divergence(x, y, a, b, p=p, blur=blur, debias=debias)
 
-    assert gradcheck(divergence, inputs)
+    assert gradcheck(divergence, inputs, fast_mode=dimension > 1)
 
 
 @pytest.mark.parametrize("p", POWERS)
@@ -43,14 +49,14 @@ def test_gradcheck_on_common_points(p, blur):
 
 @pytest.mark.parametrize("p", POWERS)
 @pytest.mark.parametrize("blur", [0.0, 0.05, 0.3])
-@pytest.mark.parametrize("n", [40, 300])
+@pytest.mark.parametrize("n", [20, 120])
 def test_directional_finite_differences(p, blur, n):
     """Second-order differences of the value along random directions, at sizes of a batch."""
     x, y, a, b = random_problem(n, n - 5, rows=2, seed=4)
     inputs = wanting(x, y, a, b)
     sinkhorn_divergence(*inputs, p=p, blur=blur).sum().backward()
     generator = torch.Generator().manual_seed(1)
-    step = 1e-5 if blur else 1e-7  # the exact gradient is piecewise constant
+    step = 1e-5 if blur and p == 2 else 1e-7  # elsewhere crossing points make kinks
     directions = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in inputs]
     directions = [
         d * (t if i >= 2 else 1) * 0.3
@@ -174,7 +180,7 @@ def test_a_second_derivative_is_refused(blur):
     (points,) = wanting(x)
     value = sinkhorn_divergence(points, y, a, b, blur=blur).sum()
     (gradient,) = torch.autograd.grad(value, points, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="once differentiable"):
         gradient.sum().backward()
 
 

@@ -8,6 +8,7 @@ changes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -156,3 +157,42 @@ def solve_entropic(
     g_self, g_next = solve_self(DenseKernel(y, y, options.p), log_b, options)
     cost = cost - 0.5 * (a * (f_self + f_next)).sum(-1) - 0.5 * (b * (g_self + g_next)).sum(-1)
     return cost, Potentials(f, g, f_self, g_self)
+
+
+def entropic_gradients(
+    grad: Tensor, x: Tensor, y: Tensor, a: Tensor, b: Tensor, potentials: Potentials,
+    options: SinkhornOptions, wanted: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Return ``grad`` times the derivatives in x, y, a and b, None where not ``wanted``.
+
+    Envelope theorem: x_i moves by ``a_i (pull towards b - pull towards a itself)``, and the
+    derivative in a is f, up to a constant that normalising the weights removes.
+    """
+    f, g, f_self, g_self = potentials
+    grads: list[Tensor | None] = [None, None, None, None]
+    if wanted[0] or wanted[1]:
+        kernel = DenseKernel(x, y, options.p)
+        if wanted[0]:
+            pull = _debiased_pull(kernel, a, b, g, f_self, options)
+            grads[0] = (grad[..., None, None] * a[..., None] * pull).sum_to_size(x.shape)
+        if wanted[1]:
+            pull = _debiased_pull(kernel.transposed, b, a, f, g_self, options)
+            grads[1] = (grad[..., None, None] * b[..., None] * pull).sum_to_size(y.shape)
+    if wanted[2]:
+        slope = f if f_self is None else f - f_self
+        grads[2] = (grad[..., None] * slope).sum_to_size(a.shape)
+    if wanted[3]:
+        slope = g if g_self is None else g - g_self
+        grads[3] = (grad[..., None] * slope).sum_to_size(b.shape)
+    return grads
+
+
+def _debiased_pull(
+    kernel: DenseKernel, a: Tensor, b: Tensor, g: Tensor, f_self: Tensor | None,
+    options: SinkhornOptions,
+) -> Tensor:  # fmt: skip
+    pull = kernel.pull(options.epsilon, b.log(), g)
+    if f_self is None:
+        return pull
+    own = DenseKernel(kernel.x, kernel.x, options.p)
+    return pull - own.pull(options.epsilon, a.log(), f_self)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .checks import broadcast_shapes, check_finite, check_weights, should_validate
-from .dense import DenseKernel
-from .entropic import solve_entropic
+from .entropic import entropic_gradients, solve_entropic
 from .exact import solve_exact, working_dtype
 from .options import Potentials, SinkhornOptions
 
@@ -27,7 +26,7 @@ def sinkhorn_divergence(
     debias: bool = True,
     scaling: float = 0.5,
     iterations: int | None = None,
-    tol: float = 1e-5,
+    tol: float = 1e-6,
     max_iterations: int = 1000,
     validate: bool | None = None,
 ) -> Tensor:
@@ -220,6 +219,30 @@ def _no_measure(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Ten
     return sum((0.0 * term for term in terms[1:]), 0.0 * terms[0])
 
 
+class _OnceDifferentiable(torch.autograd.Function):
+    """Identity on a gradient that refuses to be differentiated, instead of passing as constant."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, source: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "sinkhorn_divergence is once differentiable: its envelope gradient has no derivative"
+        )
+
+
+def _refuse_second(grads: Sequence[Tensor | None], sources: Sequence[Tensor]) -> list[Any]:
+    """Guard the gradients found under ``create_graph=True``."""
+    if not torch.is_grad_enabled():
+        return list(grads)
+    return [
+        None if grad is None else _OnceDifferentiable.apply(grad, source)
+        for grad, source in zip(grads, sources, strict=True)
+    ]
+
+
 class _ExactCost(torch.autograd.Function):
     """Exact cost on a line; the gradients are found in forward and O(N) per row is kept."""
 
@@ -231,24 +254,21 @@ class _ExactCost(torch.autograd.Function):
         solution = solve_exact(
             x[..., 0], y[..., 0], a, b, p=p, same_points=same_points, potentials=wants_weights
         )
-        ctx.save_for_backward(solution.grad_x, solution.grad_y, solution.f, solution.g)
-        ctx.shapes = (x.shape, y.shape, a.shape, b.shape)
+        ctx.save_for_backward(x, y, a, b, solution.grad_x, solution.grad_y, solution.f, solution.g)
         return solution.cost.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        inputs, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         grads: list[Tensor | None] = []
-        for saved, shape, wanted, is_points in zip(
-            ctx.saved_tensors, ctx.shapes, ctx.needs_input_grad, (True, True, False, False),
-            strict=False,
-        ):  # fmt: skip
-            if saved is None or not wanted:
-                grads.append(None)
-                continue
-            rows = saved.to(grad.dtype) * grad[..., None]
-            grads.append((rows[..., None] if is_points else rows).sum_to_size(shape))
-        return (*grads, None, None)
+        with torch.no_grad():
+            for k, (source, slope) in enumerate(zip(inputs, saved, strict=True)):
+                if slope is None or not ctx.needs_input_grad[k]:
+                    grads.append(None)
+                    continue
+                rows = slope.to(grad.dtype) * grad[..., None]
+                grads.append((rows[..., None] if k < 2 else rows).sum_to_size(source.shape))
+        return (*_refuse_second(grads, inputs), None, None)
 
 
 class _EntropicDivergence(torch.autograd.Function):
@@ -264,42 +284,10 @@ class _EntropicDivergence(torch.autograd.Function):
         return cost
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, y, a, b, *saved = ctx.saved_tensors
-        potentials = Potentials(*saved)
-        options: SinkhornOptions = ctx.options
-        grad_x = grad_y = grad_a = grad_b = None
-        with torch.autocast(x.device.type, enabled=False):
-            kernel = DenseKernel(x, y, options.p)
-            if ctx.needs_input_grad[0]:
-                grad_x = _points_gradient(
-                    grad, kernel, a, b, potentials.g, potentials.f_self, options
-                ).sum_to_size(x.shape)
-            if ctx.needs_input_grad[1]:
-                grad_y = _points_gradient(
-                    grad, kernel.transposed, b, a, potentials.f, potentials.g_self, options
-                ).sum_to_size(y.shape)
-        if ctx.needs_input_grad[2]:
-            grad_a = _weights_gradient(grad, potentials.f, potentials.f_self, a)
-        if ctx.needs_input_grad[3]:
-            grad_b = _weights_gradient(grad, potentials.g, potentials.g_self, b)
-        return grad_x, grad_y, grad_a, grad_b, None
-
-
-def _points_gradient(
-    grad: Tensor, kernel: DenseKernel, a: Tensor, b: Tensor, g: Tensor,
-    f_self: Tensor | None, options: SinkhornOptions,
-) -> Tensor:  # fmt: skip
-    """Envelope theorem: ``a_i (pull towards b - pull towards a itself)``."""
-    pull = kernel.pull(options.epsilon, b.log(), g)
-    if f_self is not None:
-        own = DenseKernel(kernel.x, kernel.x, options.p)
-        pull = pull - own.pull(options.epsilon, a.log(), f_self)
-    return grad[..., None, None] * a[..., None] * pull
-
-
-def _weights_gradient(grad: Tensor, f: Tensor, f_self: Tensor | None, a: Tensor) -> Tensor:
-    """Envelope theorem: d OT / d a = f, up to a constant that normalising the weights removes."""
-    slope = f if f_self is None else f - f_self
-    return (grad[..., None] * slope).sum_to_size(a.shape)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            grads = entropic_gradients(
+                grad, x, y, a, b, Potentials(*saved), ctx.options, ctx.needs_input_grad
+            )
+        return (*_refuse_second(grads, (x, y, a, b)), None)

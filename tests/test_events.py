@@ -1,0 +1,184 @@
+"""Training events, callbacks and their registry."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from fairclip_losses.errors import CallbackError, UsageError
+from fairclip_losses.integrations import events
+from fairclip_losses.integrations.events import (
+    Callback,
+    CallbackRegistry,
+    Event,
+    TrainState,
+    default_registry,
+    register,
+)
+
+
+class Recorder(Callback):
+    """Notes every event that it hears, with its own name before."""
+
+    def __init__(self, label, heard):
+        self.label, self.heard = label, heard
+
+    def __getattribute__(self, name):
+        if name.startswith("on_"):
+            return lambda state: self.heard.append((self.label, name, state))
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("event", Event)
+def test_order_and_its_reverse_after(event):
+    heard, state = [], TrainState()
+    registry = CallbackRegistry([Recorder(label, heard) for label in "abc"])
+    registry.fire(event, state)
+    order = "cba" if event.value.endswith("_end") else "abc"
+    assert heard == [(label, f"on_{event.value}", state) for label in order]
+    assert event.is_after == event.name.endswith("_END")
+
+
+@pytest.mark.parametrize("event", Event)
+def test_the_base_callback_does_nothing(event):
+    CallbackRegistry([Callback()]).fire(event, TrainState())
+    assert callable(getattr(Callback, f"on_{event.value}"))
+
+
+def test_callback_methods_are_those_of_the_events():
+    methods = [name for name in vars(Callback) if name.startswith("on_")]
+    assert methods == [f"on_{event.value}" for event in Event]
+
+
+def test_the_docstring_marks_every_event_once():
+    marks = re.findall(r"^ *# ([A-Z_]+)", Event.__doc__, flags=re.MULTILINE)
+    assert marks == [event.name for event in Event]
+    assert [event.value for event in Event] == [event.name.lower() for event in Event]
+
+
+class Fails(Callback):
+    def __init__(self, error):
+        self.error = error
+
+    def on_batch_end(self, state):
+        raise self.error
+
+
+class Named(Fails):
+    name = "the loader's guard"
+
+
+def test_a_failure_names_the_callback_and_the_event():
+    error = KeyError("column")
+    with pytest.raises(CallbackError, match="callback Fails failed at batch_end: KeyError: 'colu"):
+        CallbackRegistry([Fails(error)]).fire(Event.BATCH_END, TrainState())
+    with pytest.raises(CallbackError, match="callback the loader's guard failed") as caught:
+        CallbackRegistry([Named(error)]).fire(Event.BATCH_END, TrainState())
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error", [UsageError("no such column"), CallbackError("inner"), KeyboardInterrupt()]
+)
+def test_what_passes_as_it_is(error):
+    with pytest.raises(type(error)) as caught:
+        CallbackRegistry([Fails(error)]).fire(Event.BATCH_END, TrainState())
+    assert caught.value is error
+
+
+def test_a_failure_stops_the_delivery():
+    heard = []
+    after = Recorder("after", heard)
+    registry = CallbackRegistry([after, Fails(ValueError("x"))])  # after-events run backwards
+    with pytest.raises(CallbackError):
+        registry.fire(Event.BATCH_END, TrainState())
+    assert heard == []
+
+
+def test_the_state_is_handed_on():
+    class Changes(Callback):
+        def on_batch_start(self, state):
+            state.batch = ("changed", state.batch)
+
+    state = TrainState(batch="batch")
+    CallbackRegistry([Changes(), Changes()]).fire(Event.BATCH_START, state)
+    assert state.batch == ("changed", ("changed", "batch"))
+
+
+def test_states_do_not_share_their_dicts():
+    one, other = TrainState(), TrainState()
+    one.loss_inputs["x"] = one.metrics["y"] = 1
+    assert other.loss_inputs == {} and other.metrics == {}
+
+
+def test_register_and_unregister():
+    registry = CallbackRegistry()
+    first, second = Callback(), Callback()
+    assert registry.register(first) is first
+    registry.register(second)
+    assert list(registry) == [first, second] and len(registry) == 2
+    registry.unregister(first)
+    assert list(registry) == [second]
+    registry.register(first)
+    assert list(registry) == [second, first]
+
+
+class AllAlike(Callback):
+    """Compares equal to everything: registries go by identity."""
+
+    __hash__ = None
+
+    def __eq__(self, other):
+        return True
+
+
+def test_callbacks_are_told_apart_by_identity():
+    one, other = AllAlike(), AllAlike()
+    registry = CallbackRegistry([one, other])
+    registry.unregister(other)
+    assert len(registry) == 1 and next(iter(registry)) is one
+    with pytest.raises(ValueError, match="AllAlike is not registered"):
+        registry.unregister(other)
+
+
+def test_register_errors():
+    callback = Callback()
+    registry = CallbackRegistry([callback])
+    with pytest.raises(ValueError, match="callback Callback is registered already"):
+        registry.register(callback)
+    with pytest.raises(ValueError, match="expected a Callback, got 3"):
+        registry.register(3)
+    with pytest.raises(ValueError, match="register an instance, not the class"):
+        registry.register(Callback)
+    with pytest.raises(ValueError, match="registered already"):
+        CallbackRegistry([callback, callback])
+    with pytest.raises(ValueError, match="Callback is not registered"):
+        registry.unregister(Callback())
+    with pytest.raises(ValueError, match="3 is not registered"):
+        registry.unregister(3)
+    assert list(registry) == [callback]
+
+
+def test_a_callback_may_leave_while_it_is_called():
+    heard = []
+
+    class Leaves(Callback):
+        def on_epoch_start(self, state):
+            heard.append(self)
+            registry.unregister(self)
+
+    registry = CallbackRegistry([Leaves(), Leaves()])
+    registry.fire(Event.EPOCH_START, TrainState())
+    assert len(heard) == 2 and len(registry) == 0
+
+
+def test_the_default_registry():
+    assert len(default_registry) == 0
+    callback = Callback()
+    try:
+        assert register(callback) is callback
+        assert list(events.default_registry) == [callback]
+    finally:
+        default_registry.unregister(callback)
+    assert len(default_registry) == 0

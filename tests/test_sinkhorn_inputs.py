@@ -1,0 +1,228 @@
+"""What may be passed in: dtypes, autocast, bad input; and what runs without waiting or breaks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from sinkhorn_cases import BLURS, POWERS, one_thread, random_problem
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fairclip_losses.ops import sinkhorn_divergence
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    with one_thread():
+        yield
+
+
+def scores(n: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, 1, generator=torch.Generator().manual_seed(seed))
+
+
+def groups(n: int = 16) -> torch.Tensor:
+    return (torch.arange(n) % 3 == torch.arange(3)[:, None]).float()
+
+
+@pytest.mark.parametrize("blur", BLURS)
+@pytest.mark.parametrize(
+    ("dtype", "result"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+def test_dtypes(blur, dtype, result):
+    x = scores().to(dtype).requires_grad_()
+    value = sinkhorn_divergence(x, x, None, groups(), blur=blur)
+    assert value.dtype == result
+    value.sum().backward()
+    assert x.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("blur", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_low_precision_loses_only_its_own_rounding(p, blur, dtype):
+    """The values are those of the rounded scores, in float32; the gradient is rounded once."""
+    x = scores(64).to(dtype).requires_grad_()
+    truth = x.detach().double().requires_grad_()
+    value = sinkhorn_divergence(x, x, None, groups(64), p=p, blur=blur)
+    exact = sinkhorn_divergence(truth, truth, None, groups(64), p=p, blur=blur)
+    torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=1e-9)
+    value.sum().backward()
+    exact.sum().backward()
+    rounding = torch.finfo(dtype).eps
+    atol = 2 * torch.finfo(dtype).tiny
+    torch.testing.assert_close(x.grad.double(), truth.grad, rtol=2 * rounding, atol=max(atol, 1e-7))
+
+
+@pytest.mark.parametrize("blur", BLURS)
+def test_autocast_changes_nothing(blur):
+    plain, cast = scores().requires_grad_(), scores().requires_grad_()
+    expected = sinkhorn_divergence(plain, plain, None, groups(), blur=blur)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = sinkhorn_divergence(cast, cast, None, groups(), blur=blur)
+        actual.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(actual, expected)
+    assert torch.equal(cast.grad, plain.grad)
+
+
+def test_inputs_are_left_as_they_are():
+    x, y, a, b = random_problem()
+    before = [t.clone() for t in (x, y, a, b)]
+    for blur in BLURS:
+        sinkhorn_divergence(x, y, a, b, blur=blur)
+    assert all(torch.equal(*pair) for pair in zip(before, (x, y, a, b), strict=True))
+
+
+def test_no_points_are_no_measure():
+    x = torch.zeros(0, 1, requires_grad=True)
+    value = sinkhorn_divergence(x, scores(), None, torch.ones(4, 16))
+    assert value.tolist() == [0.0] * 4
+    value.sum().backward()
+    assert x.grad.shape == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"blur": -0.1}, "blur must be a finite number >= 0, got -0.1"),
+        ({"blur": math.nan}, "blur must be a finite number >= 0, got nan"),
+        ({"blur": math.inf}, "blur must be a finite number >= 0, got inf"),
+        ({"p": 3}, "p must be 1 or 2, got 3"),
+        ({"p": 0.5}, "p must be 1 or 2, got 0.5"),
+        ({"scaling": 1.0}, "scaling must lie strictly between 0 and 1, got 1.0"),
+        ({"iterations": 0}, "iterations must be None or >= 1, got 0"),
+        ({"tol": 0.0}, "tol must be > 0, got 0.0"),
+        ({"max_iterations": 0}, "max_iterations must be >= 1, got 0"),
+    ],
+)
+def test_bad_options(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sinkhorn_divergence(scores(), scores(), **arguments)
+
+
+def test_exact_transport_needs_a_line():
+    with pytest.raises(ValueError, match=r"blur=0 .* needs points on a line, D = 1, got D = 2"):
+        sinkhorn_divergence(torch.zeros(4, 2), torch.zeros(4, 2), blur=0)
+
+
+@pytest.mark.parametrize("blur", [0.0, 0.1])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["x", "y"])
+def test_points_that_are_not_finite(blur, wrong, side):
+    points = scores()
+    points[3] = wrong
+    pair = (points, scores(5)) if side == "x" else (scores(5), points)
+    with pytest.raises(ValueError, match=f"{side} must be finite .* at 1 of 16 points"):
+        sinkhorn_divergence(*pair, blur=blur)
+
+
+@pytest.mark.parametrize("blur", BLURS)
+def test_an_absent_point_may_be_nan(blur):
+    x = scores().requires_grad_()
+    with_nan = torch.cat([x.detach(), torch.tensor([[math.nan]])]).requires_grad_()
+    weights = torch.cat([groups(), torch.zeros(3, 1)], 1)
+    expected = sinkhorn_divergence(x, x, torch.ones(16), groups(), blur=blur)
+    actual = sinkhorn_divergence(
+        with_nan, with_nan, 1.0 * (torch.arange(17) < 16), weights, blur=blur
+    )
+    torch.testing.assert_close(actual, expected)
+    expected.sum().backward()
+    actual.sum().backward()
+    torch.testing.assert_close(with_nan.grad[:16], x.grad)
+    assert with_nan.grad[16] == 0
+
+
+@pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_bad_weights(wrong, side):
+    weights = torch.ones(2, 16)
+    weights[1, 2] = wrong
+    with pytest.raises(ValueError, match=f"weights {side} must be finite and >= 0, got .*1 such"):
+        sinkhorn_divergence(scores(), scores(), **{side: weights})
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "a", "b", "message"),
+    [
+        ((16,), (16, 1), None, None, r"x must have shape \(\*, N, D\), got \(16,\)"),
+        ((16, 1), (16,), None, None, r"y must have shape \(\*, N, D\), got \(16,\)"),
+        ((16, 1), (16, 2), None, None, "share their dimension D, got 1 and 2"),
+        ((16, 1), (9, 1), (9,), None, r"weights a must have shape \(\*, 16\), got \(9,\)"),
+        ((16, 1), (9, 1), None, (2, 16), r"weights b must have shape \(\*, 9\), got \(2, 16\)"),
+        ((16, 1), (9, 1), (), None, r"weights a must have shape \(\*, 16\), got \(\)"),
+        ((2, 16, 1), (3, 9, 1), None, None, r"do not broadcast: \(2,\), \(3,\)"),
+        ((16, 1), (9, 1), (2, 16), (3, 9), r"do not broadcast: \(\), \(\), \(2,\), \(3,\)"),
+    ],
+)
+def test_bad_shapes(x, y, a, b, message):
+    weights = [None if shape is None else torch.ones(shape) for shape in (a, b)]
+    with pytest.raises(ValueError, match=message):
+        sinkhorn_divergence(torch.zeros(x), torch.zeros(y), *weights)
+
+
+def test_integers_are_refused():
+    whole = torch.arange(4)[:, None]
+    with pytest.raises(ValueError, match="x must be floating point, got"):
+        sinkhorn_divergence(whole, whole)
+    with pytest.raises(ValueError, match="weights b must be floating point"):
+        sinkhorn_divergence(scores(), scores(), None, torch.ones(16, dtype=torch.int64))
+
+
+class NoSync(TorchDispatchMode):
+    """Fails where a number is read back from the device, or a shape depends on values."""
+
+    forbidden = ("_local_scalar_dense", "nonzero", "item", "equal", "masked_select", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.forbidden, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("blur", BLURS)
+@pytest.mark.parametrize("dimension", [1, 2])
+def test_nothing_is_read_back(p, blur, dimension):
+    if blur == 0 and dimension > 1:
+        pytest.skip("exact transport is for a line")
+    x = torch.cat([scores(), scores(seed=1)], 1)[:, :dimension].requires_grad_()
+    with NoSync():
+        value = sinkhorn_divergence(
+            x, x, None, groups(), p=p, blur=blur, validate=False, iterations=5
+        )
+        value.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("wants_weights", [False, True])
+def test_compiles_without_graph_breaks(p, wants_weights):
+    def step(x, weights):
+        return sinkhorn_divergence(x, x, None, weights, p=p, blur=0.0).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    eager_x, x = scores().requires_grad_(), scores().requires_grad_()
+    eager_b, b = (groups().requires_grad_(wants_weights) for _ in range(2))
+    expected, actual = step(eager_x, eager_b), compiled(x, b)
+    expected.backward()
+    actual.backward()
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(x.grad, eager_x.grad)
+    if wants_weights:
+        torch.testing.assert_close(b.grad, eager_b.grad)
+
+
+def test_a_fixed_number_of_iterations_is_near_the_tolerance():
+    x, y, a, b = random_problem(30, 20)
+    for p in POWERS:
+        free = sinkhorn_divergence(x, y, a, b, p=p, blur=0.1)
+        fixed = sinkhorn_divergence(x, y, a, b, p=p, blur=0.1, iterations=12)
+        torch.testing.assert_close(fixed, free, rtol=1e-7, atol=1e-9)

@@ -1,0 +1,144 @@
+"""What holds for every problem: symmetry, invariances, bounds, and never a NaN."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sinkhorn_cases import BLURS, POWERS, clouds, float64, one_thread, random_problem
+
+from fairclip_losses.ops import sinkhorn_divergence
+
+quick = settings(max_examples=15, deadline=None)
+every_kind = pytest.mark.parametrize(("p", "blur"), list(itertools.product(POWERS, BLURS)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    with one_thread():
+        yield
+
+
+@every_kind
+@quick
+@given(cloud=clouds())
+def test_zero_from_a_measure_to_itself(p, blur, cloud):
+    x, a = cloud
+    assert sinkhorn_divergence(x, x.clone(), a, a, p=p, blur=blur).abs() < 1e-9
+    assert sinkhorn_divergence(x, x, a, a, p=p, blur=blur).abs() < 1e-9
+
+
+@every_kind
+@quick
+@given(one=clouds(), other=clouds())
+def test_symmetric_and_not_negative(p, blur, one, other):
+    (x, a), (y, b) = one, other
+    there = sinkhorn_divergence(x, y, a, b, p=p, blur=blur)
+    back = sinkhorn_divergence(y, x, b, a, p=p, blur=blur)
+    torch.testing.assert_close(there, back, rtol=1e-6, atol=1e-8)
+    assert there > -1e-9
+
+
+@every_kind
+@quick
+@given(one=clouds(), other=clouds(), shift=st.floats(-100, 100), seed=st.integers(0, 9))
+def test_invariant_to_order_and_common_shift(p, blur, one, other, shift, seed):
+    (x, a), (y, b) = one, other
+    expected = sinkhorn_divergence(x, y, a, b, p=p, blur=blur)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    moved = sinkhorn_divergence(x[order] + shift, y + shift, a[order], b, p=p, blur=blur)
+    torch.testing.assert_close(moved, expected, rtol=1e-6, atol=1e-8)
+
+
+@every_kind
+@quick
+@given(one=clouds(), other=clouds(), scale=st.sampled_from([1e-3, 0.5, -2.0, 1e3]))
+def test_scale_law(p, blur, one, other, scale):
+    """S(t x, t y; |t| blur) = |t|^p S(x, y; blur)."""
+    (x, a), (y, b) = one, other
+    expected = abs(scale) ** p * sinkhorn_divergence(x, y, a, b, p=p, blur=blur)
+    scaled = sinkhorn_divergence(scale * x, scale * y, a, b, p=p, blur=abs(scale) * blur)
+    torch.testing.assert_close(scaled, expected, rtol=1e-6, atol=1e-8 * abs(scale) ** p)
+
+
+@every_kind
+@quick
+@given(cloud=clouds(rows=3))
+def test_mass_does_not_matter(p, blur, cloud):
+    x, weights = cloud
+    one = sinkhorn_divergence(x, x, None, weights, p=p, blur=blur)
+    two = sinkhorn_divergence(x, x, None, weights * float64([[3.0], [0.1], [1e6]]), p=p, blur=blur)
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)
+
+
+@every_kind
+def test_leading_dimensions_broadcast(p, blur):
+    x, y, a, b = random_problem(rows=6)
+    b = b.view(2, 3, 9)
+    whole = sinkhorn_divergence(x, y, a, b, p=p, blur=blur)
+    assert whole.shape == (2, 3)
+    clouds_of_y = y.expand(2, 1, 9, 1) + float64([0.0, 0.5]).view(2, 1, 1, 1)
+    moved = sinkhorn_divergence(x, clouds_of_y, None, b, p=p, blur=blur)
+    assert moved.shape == (2, 3)
+    for i, j in itertools.product(range(2), range(3)):
+        alone = sinkhorn_divergence(x, y, a, b[i, j], p=p, blur=blur)
+        torch.testing.assert_close(whole[i, j], alone, rtol=1e-6, atol=1e-9)
+        alone = sinkhorn_divergence(x, y + 0.5 * i, None, b[i, j], p=p, blur=blur)
+        torch.testing.assert_close(moved[i, j], alone, rtol=1e-6, atol=1e-9)
+    assert sinkhorn_divergence(x, y, p=p, blur=blur).shape == ()
+    assert sinkhorn_divergence(x, y[None], p=p, blur=blur).shape == (1,)
+
+
+HARD = {
+    "one point": (float64([2.0]), float64([[1.0], [3.0]])),
+    "identical points": (torch.full((6,), 0.4, dtype=torch.float64), torch.rand(3, 6).double()),
+    "all weight on one point": (torch.linspace(-1, 1, 6).double(), torch.eye(6).double()[:3]),
+    "ties": (float64([0, 1, 1, 1, 0, 2, 2]), torch.rand(3, 7).double()),
+    "a row of zeros": (torch.linspace(-1, 1, 5).double(), float64([[0.0] * 5, [1.0] * 5])),
+    "tiny weights": (torch.linspace(-1, 1, 4).double(), float64([[1e-30, 1, 1e-12, 1]])),
+    "no weights at all": (torch.linspace(-1, 1, 4).double(), torch.zeros(2, 4).double()),
+    "two far clusters": (float64([0, 1e-3, 2e-3, 1e3, 1e3 + 1]), torch.rand(3, 5).double()),
+    "one outlier": (float64([0, 0.1, 0.2, 0.3, 1e8]), torch.rand(3, 5).double()),
+}
+
+
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@every_kind
+def test_never_a_nan(kind, dtype, p, blur):
+    points, table = HARD[kind]
+    for offset, scale in itertools.product([0.0, 1e4], [1.0, 1e-6, 1e6]):
+        x = ((points + offset) * scale).to(dtype)[:, None].requires_grad_()
+        weights = table.to(dtype, copy=True).requires_grad_()
+        value = sinkhorn_divergence(x, x, None, weights, p=p, blur=blur, iterations=4)
+        value.sum().backward()
+        assert value.isfinite().all()
+        assert x.grad.isfinite().all()
+        assert weights.grad.isfinite().all()
+
+
+@every_kind
+def test_an_offset_costs_no_digits(p, blur):
+    """Scores near 1e4 in float32 differ in few digits; those that they have must count."""
+    generator = torch.Generator().manual_seed(0)
+    x = (1e4 + torch.randn(64, 1, generator=generator)).requires_grad_()
+    truth = x.detach().double().requires_grad_()
+    weights = torch.rand(3, 64, generator=generator)
+    value = sinkhorn_divergence(x, x, None, weights, p=p, blur=blur)
+    exact = sinkhorn_divergence(truth, truth, None, weights.double(), p=p, blur=blur)
+    torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-8)
+    value.sum().backward()
+    exact.sum().backward()
+    torch.testing.assert_close(x.grad.double(), truth.grad, rtol=1e-4, atol=1e-8)
+
+
+def test_a_point_without_weight_may_lie_anywhere():
+    x, y, a, b = random_problem(rows=1)
+    far = torch.cat([float64([[1e200]]), x])
+    weights = torch.cat([float64([0.0]), a])
+    for blur in BLURS:
+        alone = sinkhorn_divergence(x, y, a, b, blur=blur)
+        torch.testing.assert_close(sinkhorn_divergence(far, y, weights, b, blur=blur), alone)
