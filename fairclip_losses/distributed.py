@@ -1,6 +1,6 @@
-"""Bringing a batch that is spread over processes together, by the conventions of open_clip's losses.
+"""A batch that is spread over processes, brought together by the conventions of open_clip's losses.
 
-Each process holds b pairs of a global batch of W b, rank by rank. The gradients of the processes are
+Each process holds b pairs of a global batch of W b, rank by rank. The processes' gradients are
 averaged afterwards (by DistributedDataParallel), which decides how a term must be scaled.
 """
 

@@ -15,8 +15,6 @@ from .functional import (
     FairnessTerms,
     GroupReduction,
     Normalization,
-    check_options,
-    check_scores,
     group_membership,
     official_scores,
     pair_logits,
@@ -25,6 +23,7 @@ from .functional import (
     sinkhorn_fairness,
     stack_groups,
 )
+from .functional.fairness import check_options, check_scores
 from .ops.checks import should_validate
 from .pair_terms import PairTerms, pair_terms
 

@@ -18,8 +18,6 @@ from fairclip_losses.functional import (
     NOISY,
     History,
     Weighting,
-    _check_choice,
-    _check_sigma,
     bad_pair_kinds,
     bad_pair_weights,
     history_statistics,
@@ -28,6 +26,7 @@ from fairclip_losses.functional import (
     pair_history,
     visit_weight,
 )
+from fairclip_losses.functional.mining import check_choice, check_sigma
 
 __all__ = ["BadPairMiner", "EpochSummary", "MinerReport"]
 
@@ -211,12 +210,12 @@ class BadPairMiner(nn.Module):
         validate: bool | None = None,
     ) -> None:
         super().__init__()
-        _check_sigma("noisy_sigma", noisy_sigma)
-        _check_sigma("faulty_sigma", faulty_sigma)
-        _check_choice("history", history, ("mean", "linear"))
-        _check_choice("weighting", weighting, ("relative", "density"))
-        _check_choice("record", record, ("raw", "weighted"))
-        _check_choice("detector", detector, ("threshold", "mixture"))
+        check_sigma("noisy_sigma", noisy_sigma)
+        check_sigma("faulty_sigma", faulty_sigma)
+        check_choice("history", history, ("mean", "linear"))
+        check_choice("weighting", weighting, ("relative", "density"))
+        check_choice("record", record, ("raw", "weighted"))
+        check_choice("detector", detector, ("threshold", "mixture"))
         if not 0 < mixture_threshold <= 1:
             raise ValueError(f"mixture_threshold must be in (0, 1], got {mixture_threshold!r}")
         if history == "linear" and not renormalize and total_epochs is None:

@@ -260,8 +260,8 @@ def comparison(
         (comparison([0.02, 0.03, 0.01], 0.01, 0.04, "DEOdds"), "plain is better"),
         (comparison([0.05, 0.03, -0.01], 0.01, 0.04), "fair leads on average"),
         (comparison([-0.05, -0.03, 0.01], -0.04, -0.01), "plain leads on average"),
-        (comparison([0.02, 0.03, 0.01], -0.01, 0.04), "no difference shown: fair is ahead"),
-        (comparison([-0.02, -0.03, 0.01], -0.05, 0.02), "no difference shown: plain is ahead"),
+        (comparison([0.02, 0.03, 0.01], -0.01, 0.04), "no difference shown (fair ahead"),
+        (comparison([-0.02, -0.03, 0.01], -0.05, 0.02), "no difference shown (plain ahead"),
         (comparison([0.0, 0.0], 0.0, 0.0), "no difference"),
     ],
 )

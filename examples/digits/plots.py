@@ -122,8 +122,9 @@ def loss_history(results: Sequence[SeedResult]) -> str:
             false = [[m.false_flag_rate[group] for m in row] for row in found]
             _over_epochs(axes[2], numbers, false, colour, f"{group}, right but flagged", "--")
         axes[2].set(title="flag rate by group", xlabel="epoch")
-        axes[2].set_ylim(bottom=0)
-        axes[2].legend(loc="best", fontsize=7.5)
+        # Room for the legend above the curves.
+        axes[2].set_ylim(0, 1.6 * axes[2].get_ylim()[1])
+        axes[2].legend(loc="upper right", fontsize=7.5)
         return _svg(figure)
 
 

@@ -25,7 +25,7 @@ def verdict(comparison: Comparison) -> str:
     leaning = "fair" if gain.value > 0 else "plain"
     if gain.excludes_zero:
         return f"{leaning} leads on average, not in every seed"
-    return f"no difference shown: {leaning} is ahead, but the interval holds 0"
+    return f"no difference shown ({leaning} ahead, but 0 is in the interval)"
 
 
 def sentences(comparisons: Sequence[Comparison], results: Sequence[SeedResult]) -> list[str]:
@@ -51,7 +51,7 @@ def sentences(comparisons: Sequence[Comparison], results: Sequence[SeedResult]) 
     control = by_title["ES-AUC, site (control)"]
     out.append(
         f"Control: nothing was planted on the attribute site; its ES-AUC moves by "
-        f"{control.difference.value:+.3f} ({verdict(control)})."
+        f"{control.difference.value:+.3f}: {verdict(control)}."
     )
     out.append(mined([mining(result.last) for result in results]))
     if len(results) < 3:
@@ -64,8 +64,8 @@ def sentences(comparisons: Sequence[Comparison], results: Sequence[SeedResult]) 
 
 def _gaps(comparisons: Sequence[Comparison]) -> str:
     parts = [
-        f"{c.metric.title} {c.values['plain'].mean():.3f} to {c.values['fair'].mean():.3f} "
-        f"({verdict(c)})"
+        f"{c.metric.title} {c.values['plain'].mean():.3f} to {c.values['fair'].mean():.3f}, "
+        f"{verdict(c)}"
         for c in comparisons
     ]
     return "Gaps in the decisions, where lower is fairer: " + "; ".join(parts) + "."

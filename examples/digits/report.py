@@ -143,6 +143,7 @@ h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-t
 table { border-collapse: collapse; font-size: 13.5px; margin: .6rem 0; }
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #ddd;
          vertical-align: top; font-variant-numeric: tabular-nums }
+td:not(:last-child) { white-space: nowrap }
 th { border-bottom: 1px solid #888; font-weight: 600 }
 img.figure { width: 100%; max-width: 56rem; display: block }
 .gallery { display: flex; flex-wrap: wrap; gap: .9rem } .gallery figure { margin: 0; width: 7.4rem }

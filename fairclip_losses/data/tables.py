@@ -45,7 +45,7 @@ __all__ = [
 IntArray = npt.NDArray[np.int64]
 
 UNKNOWN = -1
-"""The group code of a value that is not known."""
+"""Group code of a value that is not known: it counts in the whole and in no group."""
 
 MAX_GROUPS = 64
 """A column with more distinct values is an id or a measurement, not a protected attribute."""

@@ -68,12 +68,24 @@ def _start(
     watched = options.is_watched(x)
     if x.shape[-1] > 1:
         return torch.zeros_like(log_b), _Schedule(options, _diameter(x, y), watched)
-    exact = solve_exact(
-        x[..., 0], y[..., 0], log_a.exp(), log_b.exp(),
-        p=options.p, same_points=False, potentials=True,
-    )  # fmt: skip
-    assert exact.g is not None  # asked for
-    return exact.g.to(x.dtype), _Schedule(options, None, watched)
+    return _exact_potential(x, y, log_a.exp(), log_b.exp(), options.p).to(x.dtype), _Schedule(
+        options, None, watched
+    )
+
+
+def _exact_potential(x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: int) -> Tensor:
+    """Return a Kantorovich potential of b, in the middle of what the ties of the plan leave free.
+
+    Where a level of one measure meets one of the other's, the walk along the plan picks an extreme
+    potential, and the opposite one once the measures are exchanged.
+    """
+    there = solve_exact(x[..., 0], y[..., 0], a, b, p=p, same_points=False, potentials=True)
+    back = solve_exact(y[..., 0], x[..., 0], b, a, p=p, same_points=False, potentials=True)
+    assert there.g is not None and back.f is not None  # asked for
+    one, other = there.g, back.f
+    weights = b.to(one.dtype)
+    level = (weights * (one - other)).sum(-1, keepdim=True)
+    return 0.5 * (one + other + level)
 
 
 def solve_pair(

@@ -107,7 +107,8 @@ def sinkhorn_divergence(
         weights_b, has_b = _normalise(b, y, dtype)
         points_x, points_y = _centred(x, y, a, b, dtype)
         if blur == 0:
-            cost = _ExactCost.apply(points_x, points_y, weights_a, weights_b, p, same_points)
+            other = None if same_points else points_y
+            cost = _ExactCost.apply(points_x, other, weights_a, weights_b, p)
         else:
             cost = _EntropicDivergence.apply(points_x, points_y, weights_a, weights_b, options)
         assert isinstance(cost, Tensor)
@@ -233,7 +234,7 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-def _refuse_second(grads: Sequence[Tensor | None], sources: Sequence[Tensor]) -> list[Any]:
+def _refuse_second(grads: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> list[Any]:
     """Guard the gradients found under ``create_graph=True``."""
     if not torch.is_grad_enabled():
         return list(grads)
@@ -244,31 +245,34 @@ def _refuse_second(grads: Sequence[Tensor | None], sources: Sequence[Tensor]) ->
 
 
 class _ExactCost(torch.autograd.Function):
-    """Exact cost on a line; the gradients are found in forward and O(N) per row is kept."""
+    """Exact cost on a line; the gradients are found in forward and O(N) per row is kept.
+
+    y None: both measures lie on x, whose gradient is then the sum of both sides'.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: int, same_points: bool
-    ) -> Tensor:
-        wants_weights = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    def forward(ctx: Any, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, p: int) -> Tensor:
         solution = solve_exact(
-            x[..., 0], y[..., 0], a, b, p=p, same_points=same_points, potentials=wants_weights
-        )
-        ctx.save_for_backward(x, y, a, b, solution.grad_x, solution.grad_y, solution.f, solution.g)
+            x[..., 0], x[..., 0] if y is None else y[..., 0], a, b, p=p, same_points=y is None,
+            potentials=ctx.needs_input_grad[2] or ctx.needs_input_grad[3],
+        )  # fmt: skip
+        grad_x, grad_y = solution.grad_x, solution.grad_y
+        if y is None and grad_y is not None:
+            grad_x, grad_y = grad_x + grad_y, None
+        ctx.save_for_backward(x, y, a, b, grad_x, grad_y, solution.f, solution.g)
         return solution.cost.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        inputs, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        grads: list[Tensor | None] = []
+        inputs, slopes = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        grads: list[Tensor | None] = [None, None, None, None]
         with torch.no_grad():
-            for k, (source, slope) in enumerate(zip(inputs, saved, strict=True)):
+            for k, (source, slope) in enumerate(zip(inputs, slopes, strict=True)):
                 if slope is None or not ctx.needs_input_grad[k]:
-                    grads.append(None)
                     continue
                 rows = slope.to(grad.dtype) * grad[..., None]
-                grads.append((rows[..., None] if k < 2 else rows).sum_to_size(source.shape))
-        return (*_refuse_second(grads, inputs), None, None)
+                grads[k] = (rows[..., None] if k < 2 else rows).sum_to_size(source.shape)
+        return (*_refuse_second(grads, inputs), None)
 
 
 class _EntropicDivergence(torch.autograd.Function):

@@ -1,8 +1,4 @@
-"""Every method of the package as a pure, typed function: formula, shapes, source.
-
-The modules keep the state and call these; a training loop with a state of its own can call them
-directly.
-"""
+"""Dynamic bad pair mining as pure functions: histories, thresholds, weights."""
 
 from __future__ import annotations
 
@@ -25,10 +21,6 @@ __all__ = [
     "pair_history",
     "visit_weight",
 ]
-
-# --------------------------------------------------------------------------------------------------
-# Dynamic bad pair mining
-# --------------------------------------------------------------------------------------------------
 
 CLEAN, NOISY, FAULTY = 0, 1, 2
 """Codes of a pair's kind, as :func:`bad_pair_kinds` returns them."""
@@ -61,7 +53,7 @@ def visit_weight(epoch: int | Tensor, history: History = "mean") -> float | Tens
 
     Source: Lan et al., ICLR 2024 (arXiv:2302.03357), the weighted loss history.
     """
-    _check_choice("history", history, ("mean", "linear"))
+    check_choice("history", history, ("mean", "linear"))
     if history == "mean":
         return 1.0
     return epoch + 1 if isinstance(epoch, Tensor) else float(epoch + 1)
@@ -168,8 +160,8 @@ def bad_pair_kinds(
 
     Source: Lan et al., ICLR 2024 (arXiv:2302.03357), the conditions on noisy and faulty pairs.
     """
-    _check_sigma("noisy_sigma", noisy_sigma)
-    _check_sigma("faulty_sigma", faulty_sigma)
+    check_sigma("noisy_sigma", noisy_sigma)
+    check_sigma("faulty_sigma", faulty_sigma)
     candidate = _seen_mask(history, seen) & _has_spread(mean, std)
     kinds = torch.full_like(history, CLEAN, dtype=torch.int8)
     kinds = kinds.masked_fill(candidate & (history <= mean - noisy_sigma * std), NOISY)
@@ -270,7 +262,7 @@ def bad_pair_weights(
 
     Source: Lan et al., ICLR 2024 (arXiv:2302.03357), the weight of a bad pair.
     """
-    _check_choice("weighting", weighting, ("relative", "density"))
+    check_choice("weighting", weighting, ("relative", "density"))
     _check_same_shape("losses", losses, "kinds", kinds)
     losses = losses.detach()
     dtype = torch.promote_types(losses.dtype, torch.float32)
@@ -402,15 +394,13 @@ def _check_same_shape(name: str, value: Tensor, other_name: str, other: Tensor) 
         )
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _check_sigma(name: str, value: float) -> None:
+def check_sigma(name: str, value: float) -> None:
+    """Refuse a number of standard deviations that is negative or NaN."""
     if not value >= 0:
         raise ValueError(f"{name} must be 0 or more (infinity = never), got {value!r}")
-
-
-from ._f_fairness import *  # noqa: E402,F403
-from ._f_pairs import *  # noqa: E402,F403

@@ -8,11 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops import sinkhorn_divergence
-from .ops.checks import should_validate
-
-UNKNOWN = -1
-"""Group code of a sample whose group is not known: it counts in the batch and in no group."""
+from ..ops import sinkhorn_divergence
+from ..ops.checks import should_validate
 
 GroupReduction = Literal["mean", "sum"]
 Detach = Literal["none", "groups", "total"]
