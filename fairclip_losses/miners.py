@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from fairclip_losses.functional import (
     CLEAN,
@@ -46,8 +47,12 @@ _LOG_SHARE = 8
 
 
 def _eager(function: _F) -> _F:
-    """Keep a function out of compiled graphs (torch's own decorator loses its type)."""
-    disable: Any = torch.compiler.disable
+    """Keep a function out of compiled graphs.
+
+    torch.compiler.disable would do, but imports the whole compiler at once; this one, which torch's
+    own modules use, does so at the first call under compilation.
+    """
+    disable: Any = _disable_dynamo
     return cast(_F, disable(function))
 
 

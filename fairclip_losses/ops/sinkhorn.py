@@ -121,7 +121,7 @@ def _check_options(
 ) -> SinkhornOptions:  # fmt: skip
     if p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, got {p!r}")
-    if not (math.isfinite(blur) and blur >= 0):
+    if not 0 <= blur < math.inf:
         raise ValueError(f"blur must be a finite number >= 0, got {blur!r}")
     if not 0 < scaling < 1:
         raise ValueError(f"scaling must lie strictly between 0 and 1, got {scaling!r}")
@@ -199,7 +199,8 @@ def _centred(
     mean = kept.sum(list(range(x.dim() - 1))) / there.sum().clamp(min=1)
     centred_x = torch.where(there, points - mean, 0.0)
     if y is x:
-        return centred_x, centred_x
+        # A view: torch.compile refuses one tensor as two inputs of an autograd.Function.
+        return centred_x, centred_x.view_as(centred_x)
     there = _present(y, b)
     return centred_x, torch.where(there, torch.where(there, y, 0.0).to(dtype) - mean, 0.0)
 
