@@ -37,6 +37,11 @@ class Processes:
         torch.distributed.all_gather(parts, values.detach().contiguous())
         return torch.cat(parts)
 
+    def gather_with_gradient(self, values: Tensor) -> Tensor:
+        """Return the values of all processes; what they do there comes back as gradient here."""
+        gathered: Tensor = _GatherWithGradient.apply(values, self)
+        return gathered
+
     def gather_live(self, values: Tensor) -> Tensor:
         """Return the values of all processes, this one's with their graph.
 
@@ -55,3 +60,18 @@ class Processes:
             return term
         fixed = term.detach()
         return fixed + self.world_size * (term - fixed)
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """all_gather whose backward adds up what every process has made of these values."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, processes: Processes) -> Tensor:
+        ctx.own = processes.own(values.shape[0])
+        return processes.gather(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous()
+        torch.distributed.all_reduce(grad)
+        return grad[ctx.own], None

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .distributed import Processes
 from .functional import (
     Detach,
     FairnessTerms,
     GroupReduction,
     Normalization,
     group_membership,
+    normalized_weights,
     official_scores,
     pair_logits,
     pair_similarities,
@@ -270,7 +272,7 @@ def _order_weights(
 class FairLossState(NamedTuple):
     """What the last call of `FairLoss` saw, detached."""
 
-    pair_losses: Tensor  # (B,) raw, not re-weighted
+    pair_losses: Tensor  # (B,) raw, not re-weighted; of all processes, as the next two
     weights: Tensor  # (B,) of the miner, ones without one
     fairness: FairnessTerms | None
 
@@ -283,8 +285,9 @@ class FairLoss(nn.Module):
     with per-pair losses l and weights w of the miner, and F the fairness term over the scores s.
 
     Args:
-        base_loss: open_clip's ClipLoss, SigLipLoss, CoCaLoss or DistillClipLoss (one process), or
-            any module with a method ``pair_terms(**model_out)``; see `fairclip_losses.pair_terms`.
+        base_loss: open_clip's ClipLoss, SigLipLoss, CoCaLoss or DistillClipLoss, in one process or
+            several, or any module with a method ``pair_terms(**model_out)``, in one process; see
+            `fairclip_losses.pair_terms`.
             Without miner and fairness any module will do.
         miner: a `BadPairMiner`, or None.
         fairness: a `SinkhornFairnessLoss`, or None.
@@ -305,10 +308,15 @@ class FairLoss(nn.Module):
     the result equals the base loss bit for bit. Scores that are not finite take no part in the
     fairness term and are not recorded; the base loss then is what it is without this module.
 
+    Over several processes (a base loss with ``world_size`` > 1) each process passes its own pairs,
+    as many as every other; mining and fairness see the global batch, every process keeps the
+    same memory, and gradients averaged over processes are those of one process on that batch where
+    the base loss's are (``gather_with_grad``).
+
     Call `end_epoch` after each epoch. `last` holds the last call's `FairLossState`.
 
     Raises:
-        ValueError: a base loss over several processes, options out of range; in ``forward`` a base
+        ValueError: options out of range; in ``forward`` a base
             loss whose per-pair terms are not known or do not fit what it returns, missing ids or
             groups, and what miner and fairness refuse.
 
@@ -338,10 +346,11 @@ class FairLoss(nn.Module):
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-        if getattr(base_loss, "world_size", 1) > 1:
+        self.processes = Processes.of(base_loss)
+        if score == "official" and self.processes.world_size > 1:
             raise ValueError(
-                "FairLoss works in one process so far, got a base loss with "
-                f"world_size={base_loss.world_size}"
+                "score='official' is for comparisons in one process, got a base loss with "
+                f"world_size={self.processes.world_size}"
             )
         self.base_loss = base_loss
         self.miner = miner
@@ -381,12 +390,11 @@ class FairLoss(nn.Module):
         self._check_metadata(pair_ids, groups, recording)
         terms = pair_terms(self.base_loss, model_out)
         base = self._base(model_out, output_dict)
-        weights = self._mine(terms, pair_ids, recording)
+        losses = self._of_all_processes(terms.contrastive.detach(), model_out)
+        weights = self._mine(losses, pair_ids, recording)
         fairness = self._fairness(terms, groups, model_out, recording)
         self.last = FairLossState(
-            terms.contrastive.detach(),
-            weights,
-            self.fairness.last if self.fairness is not None else None,
+            losses, weights, self.fairness.last if self.fairness is not None else None
         )
         return self._combine(base, terms, weights, fairness)
 
@@ -440,8 +448,16 @@ class FairLoss(nn.Module):
                 "the fairness term needs groups (B,), (B, C) or name -> (B,), got None"
             )
 
-    def _mine(self, terms: PairTerms, pair_ids: Tensor | None, recording: bool) -> Tensor:
-        losses = terms.contrastive.detach()
+    def _is_local(self, values: Tensor, model_out: dict[str, Any]) -> bool:
+        """Whether values are of this process's pairs alone, not of all processes'."""
+        several = self.processes.world_size > 1
+        return several and values.shape[0] == model_out["image_features"].shape[0]
+
+    def _of_all_processes(self, values: Tensor, model_out: dict[str, Any]) -> Tensor:
+        return self.processes.gather(values) if self._is_local(values, model_out) else values
+
+    def _mine(self, losses: Tensor, pair_ids: Tensor | None, recording: bool) -> Tensor:
+        """Return the weights of all processes' pairs; each process keeps the whole memory."""
         if self.miner is None:
             return torch.ones_like(losses)
         if self.mining_unit == "batch":
@@ -457,6 +473,7 @@ class FairLoss(nn.Module):
             return weight.expand_as(losses)
         if pair_ids is None:
             return torch.ones_like(losses)
+        pair_ids = self.processes.gather(pair_ids.to(losses.device))
         weights: Tensor = self.miner(losses, pair_ids, record=recording)
         return weights
 
@@ -470,9 +487,29 @@ class FairLoss(nn.Module):
         if self.fairness is None or groups is None:
             return None
         scores = self._scores(terms, model_out)
+        processes = self.processes
+        if processes.world_size > 1:
+            if isinstance(groups, Mapping):
+                groups = {k: processes.gather(v.to(scores.device)) for k, v in groups.items()}
+            else:
+                groups = processes.gather(groups.to(scores.device))
+        local = self._is_local(scores, model_out)
+        if local:
+            scores = processes.gather_live(scores)
         term: Tensor = self.fairness(scores, groups, valid=torch.isfinite(scores), record=recording)
+        if local and self._counts_once():
+            term = processes.averaged(term)
         # Weight 0 leaves no trace: 0 times a term that overflowed would be NaN.
         return self.fairness_weight * term if self.fairness_weight else torch.zeros_like(term)
+
+    def _counts_once(self) -> bool:
+        """Whether the processes' gradients of the base loss average to the global batch's.
+
+        With neither ``local_loss`` nor ``gather_with_grad`` open_clip's average is 1/W of it; the
+        fairness term keeps its proportion to the base loss.
+        """
+        base = self.base_loss
+        return bool(getattr(base, "local_loss", True) or getattr(base, "gather_with_grad", True))
 
     def _scores(self, terms: PairTerms, model_out: dict[str, Any]) -> Tensor:
         if self.score == "loss":
@@ -490,11 +527,18 @@ class FairLoss(nn.Module):
             return pair_similarities(image, text, scale, bias)
         return official_scores(pair_logits(image, text, scale, bias))
 
+    def _weights_of(self, values: Tensor, weights: Tensor) -> Tensor:
+        """Return the weights of the pairs that values are of: all processes' or this one's."""
+        if values.shape == weights.shape:
+            return weights
+        return weights[self.processes.own(values.shape[0])]
+
     def _combine(
         self, base: Any, terms: PairTerms, weights: Tensor, fairness: Tensor | None
     ) -> Any:
+        weights = normalized_weights(weights, self.normalization)
         changes = {
-            name: reweighting(values, weights, self.normalization)
+            name: reweighting(values, self._weights_of(values, weights))
             for name, values in terms.named.items()
         }
         if isinstance(base, dict):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .distributed import Processes
 from .functional import (
     caption_pair_losses,
     clip_pair_losses,
@@ -25,6 +26,8 @@ class PairTerms(NamedTuple):
 
     ``named`` maps each entry of the loss's dict form to its terms (B,), whose mean is that entry.
     ``contrastive`` (B,) is what the miner records and the fairness term compares, unscaled.
+    Over several processes B is either the global batch, the same everywhere, or this process's
+    part, with terms whose mean over pairs and processes is that of the entry.
     """
 
     contrastive: Tensor
@@ -63,27 +66,64 @@ def pair_terms(loss: nn.Module, model_out: Mapping[str, Any]) -> PairTerms:
     )
 
 
-def _logits(model_out: Mapping[str, Any], prefix: str = "") -> Tensor:
-    return pair_logits(
-        model_out[f"{prefix}image_features"],
-        model_out[f"{prefix}text_features"],
-        model_out[f"{prefix}logit_scale"],
-        model_out.get(f"{prefix}logit_bias"),
-    )
+def _inputs(model_out: Mapping[str, Any], prefix: str = "") -> tuple[Any, ...]:
+    names = ("image_features", "text_features", "logit_scale")
+    return (*(model_out[prefix + name] for name in names), model_out.get(f"{prefix}logit_bias"))
+
+
+class _Directions(NamedTuple):
+    """Logits of images against texts and back, a row a pair; ``labels`` is each row's own column.
+
+    In one process the second is the first transposed. Over several the loss gathers them by its own
+    rules: all pairs, or this process's pairs against all (``local_loss``).
+    """
+
+    per_image: Tensor
+    per_text: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, loss: Any, model_out: Mapping[str, Any], prefix: str = "") -> _Directions:
+        image, text, scale, bias = _inputs(model_out, prefix)
+        if Processes.of(loss).world_size == 1:
+            per_image = pair_logits(image, text, scale, bias)
+            per_text = per_image.t()
+            labels = torch.arange(per_image.shape[0], device=per_image.device)
+        else:
+            options = {} if bias is None else {"logit_bias": bias}
+            per_image, per_text = loss.get_logits(image, text, scale, **options)
+            labels = loss.get_ground_truth(image.device, per_image.shape[0])
+        return cls(per_image, per_text, labels)
+
+    def losses(self) -> Tensor:
+        return clip_pair_losses(self.per_image, self.per_text, self.labels)
 
 
 def _clip(loss: Any, model_out: Mapping[str, Any]) -> PairTerms:
-    contrastive = clip_pair_losses(_logits(model_out))
+    contrastive = _Directions.of(loss, model_out).losses()
     return PairTerms(contrastive, {"contrastive_loss": contrastive})
 
 
 def _siglip(loss: Any, model_out: Mapping[str, Any]) -> PairTerms:
-    contrastive = siglip_pair_losses(_logits(model_out))
+    image, text, scale, bias = _inputs(model_out)
+    processes = Processes.of(loss)
+    if processes.world_size == 1:
+        contrastive = siglip_pair_losses(pair_logits(image, text, scale, bias))
+    else:
+        # This process's rows and columns of the global matrix, never the whole of it.
+        all_image = processes.gather_with_gradient(image)
+        all_text = processes.gather_with_gradient(text)
+        shift = 0.0 if bias is None else bias
+        per_image = scale * image @ all_text.t() + shift
+        per_text = scale * text @ all_image.t() + shift
+        own = torch.arange(image.shape[0], device=image.device)
+        own = own + processes.own(image.shape[0]).start
+        contrastive = siglip_pair_losses(per_image, per_text, own)
     return PairTerms(contrastive, {"contrastive_loss": contrastive})
 
 
 def _coca(loss: Any, model_out: Mapping[str, Any]) -> PairTerms:
-    contrastive = clip_pair_losses(_logits(model_out))
+    contrastive = _Directions.of(loss, model_out).losses()
     caption = caption_pair_losses(
         model_out["logits"], model_out["labels"], loss.caption_loss.ignore_index
     )
@@ -102,9 +142,12 @@ def _scaled(terms: Tensor, weight: float) -> Tensor:
 
 
 def _distill(loss: Any, model_out: Mapping[str, Any]) -> PairTerms:
-    logits = _logits(model_out)
-    contrastive = clip_pair_losses(logits)
-    distill = distill_pair_losses(_logits(model_out, "dist_"), logits)
+    student = _Directions.of(loss, model_out)
+    teacher = _Directions.of(loss, model_out, "dist_")
+    contrastive = student.losses()
+    distill = distill_pair_losses(
+        teacher.per_image, student.per_image, teacher.per_text, student.per_text
+    )
     return PairTerms(contrastive, {"contrastive_loss": contrastive, "distill_loss": distill})
 
 

@@ -56,25 +56,50 @@ def _check_features(image_features: Tensor, text_features: Tensor) -> None:
         )
 
 
-def clip_pair_losses(logits: Tensor) -> Tensor:
+def clip_pair_losses(
+    logits: Tensor, text_logits: Tensor | None = None, labels: Tensor | None = None
+) -> Tensor:
     """Return ``l_i = (CE(L[i, :], i) + CE(L[:, i], i)) / 2``, (B,) float32 or wider.
+
+    Args:
+        logits: L (B, B), or the rows (B, M) of B pairs of a larger batch.
+        text_logits: the same from the texts' side, (B, M); None: ``logits`` transposed.
+        labels: (B,) column of each pair; None: its own number.
 
     Source: Radford et al. 2021 (arXiv:2103.00020), figure 3, before the mean.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return -0.5 * (logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal())
+    per_image, per_text, labels = _both_sides(logits, text_logits, labels)
+    return 0.5 * (
+        F.cross_entropy(per_image, labels, reduction="none")
+        + F.cross_entropy(per_text, labels, reduction="none")
+    )
 
 
-def siglip_pair_losses(logits: Tensor) -> Tensor:
+def siglip_pair_losses(
+    logits: Tensor, text_logits: Tensor | None = None, labels: Tensor | None = None
+) -> Tensor:
     """Return ``l_i = (sum_j s_ij + sum_j s_ji) / 2``, (B,), s the sigmoid loss of each image-text.
 
-    ``s_ij = -log sigmoid(z_ij L_ij)``, z = 1 on the diagonal and -1 off it.
+    ``s_ij = -log sigmoid(z_ij L_ij)``, z = 1 on the diagonal and -1 off it. Arguments as for
+    `clip_pair_losses`.
+
     Source: Zhai et al. 2023 (arXiv:2303.15343), eq. 1, before the mean.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    sign = 2.0 * torch.eye(logits.shape[0], dtype=logits.dtype, device=logits.device) - 1.0
-    terms = -F.logsigmoid(sign * logits)
-    return 0.5 * (terms.sum(1) + terms.sum(0))
+    per_image, per_text, labels = _both_sides(logits, text_logits, labels)
+    columns = torch.arange(per_image.shape[1], device=labels.device)
+    sign = torch.where(columns == labels[:, None], 1.0, -1.0).to(per_image.dtype)
+    return -0.5 * (F.logsigmoid(sign * per_image) + F.logsigmoid(sign * per_text)).sum(1)
+
+
+def _both_sides(
+    logits: Tensor, text_logits: Tensor | None, labels: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits.to(dtype)
+    per_text = logits.t() if text_logits is None else text_logits.to(dtype)
+    if labels is None:
+        labels = torch.arange(logits.shape[0], device=logits.device)
+    return logits, per_text, labels
 
 
 def caption_pair_losses(logits: Tensor, labels: Tensor, pad_id: int = 0) -> Tensor:
@@ -89,18 +114,41 @@ def caption_pair_losses(logits: Tensor, labels: Tensor, pad_id: int = 0) -> Tens
     return tokens.sum(1) * labels.shape[0] / (labels != pad_id).sum()
 
 
-def distill_pair_losses(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+def distill_pair_losses(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    teacher_text_logits: Tensor | None = None,
+    student_text_logits: Tensor | None = None,
+) -> Tensor:
     """Return each pair's cross-entropy against the teacher, (B,) float32 or wider.
 
     ``d_i = (H(softmax T[i, :], softmax S[i, :]) + H(softmax T[:, i], softmax S[:, i])) / 2`` with
-    the cross-entropy ``H(p, q) = -sum_j p_j log q_j``, for logits (B, B) of teacher T, student S.
+    the cross-entropy ``H(p, q) = -sum_j p_j log q_j``, for logits (B, B) of teacher T, student S;
+    or for the rows (B, M) of B pairs of a larger batch, which need those of the texts' side too.
     Source: Hinton et al. 2015 (arXiv:1503.02531), at temperature 1.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    teacher, student = teacher_logits.to(dtype), student_logits.to(dtype)
-    rows = -(teacher.softmax(1) * student.log_softmax(1)).sum(1)
-    columns = -(teacher.softmax(0) * student.log_softmax(0)).sum(0)
-    return 0.5 * (rows + columns)
+    if teacher_text_logits is None or student_text_logits is None:
+        teacher_text_logits, student_text_logits = teacher_logits.t(), student_logits.t()
+    sides = ((teacher_logits, student_logits), (teacher_text_logits, student_text_logits))
+    images, texts = (
+        -(teacher.to(dtype).softmax(1) * student.to(dtype).log_softmax(1)).sum(1)
+        for teacher, student in sides
+    )
+    return 0.5 * (images + texts)
+
+
+def normalized_weights(weights: Tensor, normalization: Normalization = "batch") -> Tensor:
+    """Return the weights u (B,) of a mean: ``"batch"``: u = w; ``"weights"``: u = B w / sum(w).
+
+    Raises:
+        ValueError: an unknown normalization.
+    """
+    if normalization == "weights":
+        return weights * (weights.numel() / weights.sum())
+    if normalization != "batch":
+        raise ValueError(f"normalization must be 'batch' or 'weights', got {normalization!r}")
+    return weights
 
 
 def reweighting(terms: Tensor, weights: Tensor, normalization: Normalization = "batch") -> Tensor:
@@ -119,10 +167,6 @@ def reweighting(terms: Tensor, weights: Tensor, normalization: Normalization = "
             "terms and weights must both be (B,), "
             f"got {tuple(terms.shape)} and {tuple(weights.shape)}"
         )
-    if normalization == "weights":
-        weights = weights * (weights.numel() / weights.sum())
-    elif normalization != "batch":
-        raise ValueError(f"normalization must be 'batch' or 'weights', got {normalization!r}")
-    change = weights.to(terms.dtype) - 1.0
+    change = normalized_weights(weights, normalization).to(terms.dtype) - 1.0
     flagged = change != 0
     return (change * torch.where(flagged, terms, 0.0)).sum() / max(terms.numel(), 1)

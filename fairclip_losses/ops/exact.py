@@ -43,34 +43,34 @@ def solve_exact(
     """
     dtype = working_dtype(x.device)
     x_sorted, x_order = x.to(dtype).sort(dim=-1)
-    a_sorted = _along(a.to(dtype), x_order)
+    a_sorted = along(a.to(dtype), x_order)
     if same_points:
         y_sorted, y_order = x_sorted, x_order
     else:
         y_sorted, y_order = y.to(dtype).sort(dim=-1)
-    b_sorted = _along(b.to(dtype), y_order)
+    b_sorted = along(b.to(dtype), y_order)
     if p == 1 and same_points:
         solution = _solve_by_distribution_functions(x_sorted, a_sorted, b_sorted, potentials)
     else:
         solution = _solve_by_quantiles(x_sorted, y_sorted, a_sorted, b_sorted, p, potentials)
     return ExactSolution(
         solution.cost,
-        _unsort(solution.grad_x, x_order),
-        None if solution.grad_y is None else _unsort(solution.grad_y, y_order),
-        None if solution.f is None else _unsort(solution.f, x_order),
-        None if solution.g is None else _unsort(solution.g, y_order),
+        unsort(solution.grad_x, x_order),
+        None if solution.grad_y is None else unsort(solution.grad_y, y_order),
+        None if solution.f is None else unsort(solution.f, x_order),
+        None if solution.g is None else unsort(solution.g, y_order),
     )
 
 
-def _along(values: Tensor, order: Tensor) -> Tensor:
-    """Return ``values`` permuted by ``order`` along the last dimension, leading dims broadcast."""
+def along(values: Tensor, order: Tensor) -> Tensor:
+    """Read ``values`` (*, K) at the places ``order`` (*, N), (*, N); leading dims broadcast."""
     if order.dim() == 1:
         return values.index_select(-1, order)
-    shape = broadcast_shapes(values.shape, order.shape)
-    return values.expand(shape).gather(-1, order.expand(shape))
+    lead = broadcast_shapes(values.shape[:-1], order.shape[:-1])
+    return values.expand(*lead, -1).gather(-1, order.expand(*lead, -1))
 
 
-def _unsort(values: Tensor, order: Tensor) -> Tensor:
+def unsort(values: Tensor, order: Tensor) -> Tensor:
     """Undo the permutation ``order`` along the last dimension."""
     if order.dim() == 1:
         inverse = torch.empty_like(order)
@@ -94,7 +94,7 @@ def _solve_by_distribution_functions(
     excess = levels[..., 1:-1]
     cost = (excess.abs() * gap).sum(-1)
     before, after = _ends_of_ties(gap)
-    left, right = _along(levels, before), _along(levels, after + 1)
+    left, right = along(levels, before), along(levels, after + 1)
     rise = right - left
     ratio = (left.abs() - right.abs()) / torch.where(rise == 0, 1.0, rise)
     grad = surplus * torch.where(rise == 0, -left.sign(), ratio)
