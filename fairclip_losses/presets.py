@@ -21,6 +21,7 @@ class Preset:
     fairness_weight: float
     miner: Mapping[str, Any] = field(default_factory=dict)
     fairness: Mapping[str, Any] = field(default_factory=dict)
+    warmup_share: float = 0.0  # of the epochs, where their number is known; at least one epoch
     score: Score = "loss"
     normalization: Normalization = "batch"
     mining_unit: MiningUnit = "pair"
@@ -31,8 +32,9 @@ PRESETS: dict[str, Preset] = {
         "this package's default: groups out of the batch, exact distance between per-pair losses, "
         "memory by pair id, bounded weights",
         fairness_weight=0.1,
-        miner={"warmup_epochs": 1, "noisy_sigma": 3.0, "faulty_sigma": 1.0},
+        miner={"noisy_sigma": 3.0, "faulty_sigma": 1.0},
         fairness={"p": 1, "blur": 0.0},
+        warmup_share=1 / 7,
     ),
     "paper": Preset(
         "the paper's formulas and published constants, on correct pair ids",
@@ -79,12 +81,16 @@ def build_fair_loss(
     Args:
         base_loss: the loss to wrap.
         preset: ``"aligned"``, ``"paper"`` or ``"official"``.
-        mining, fairness: which of the two parts to use.
+        mining: whether to use a `BadPairMiner`.
+        fairness: whether to use a `SinkhornFairnessLoss`.
         num_pairs: size of the training set if ids are row numbers, None for any int64 ids.
-        total_epochs: see `BadPairMiner`.
+        total_epochs: length of the training; ``aligned`` flags its first pairs after a seventh of
+            it, and after one epoch where it is not known.
         num_groups: see `SinkhornFairnessLoss`.
-        miner_options, fairness_options: keyword arguments that replace the preset's.
-        fairness_weight, score: replace the preset's where not None.
+        miner_options: keyword arguments of the miner that replace the preset's.
+        fairness_options: keyword arguments of the fairness term that replace the preset's.
+        fairness_weight: replaces the preset's where not None.
+        score: replaces the preset's where not None.
 
     Raises:
         ValueError: an unknown preset, or what the parts refuse.
@@ -97,8 +103,9 @@ def build_fair_loss(
     if mining:
         # The published unit counts batches, of which the data set's size says nothing.
         pairs = num_pairs if chosen.mining_unit == "pair" else None
-        sizes = {"num_pairs": pairs, "total_epochs": total_epochs}
-        options = {**sizes, **chosen.miner, **(miner_options or {})}
+        warmup = max(1, round(chosen.warmup_share * (total_epochs or 0)))
+        known = {"num_pairs": pairs, "total_epochs": total_epochs, "warmup_epochs": warmup}
+        options = {**known, **chosen.miner, **(miner_options or {})}
         miner = BadPairMiner(**options)
     if fairness:
         options = {"num_groups": num_groups, **chosen.fairness, **(fairness_options or {})}

@@ -662,10 +662,9 @@ def test_bad_options(options, message):
         FairLoss(ClipLoss(), **options)
 
 
-@pytest.mark.parametrize("base", [ClipLoss, SigLipLoss])
-def test_several_processes_are_refused(base):
-    with pytest.raises(ValueError, match=r"works in one process so far, .* world_size=2"):
-        FairLoss(base(world_size=2))
+def test_the_published_score_is_refused_over_several_processes():
+    with pytest.raises(ValueError, match=r"'official' is for comparisons in one process"):
+        FairLoss(ClipLoss(world_size=2), score="official")
 
 
 @pytest.mark.parametrize("output_dict", [True, False])

@@ -161,3 +161,23 @@ def test_presets_give_options_that_exist():
     assert sinkhorn_fairness.__kwdefaults__.keys() >= {
         name for preset in PRESETS.values() for name in preset.fairness
     }
+
+
+@pytest.mark.parametrize(
+    ("epochs", "expected"), [(None, 1), (1, 1), (3, 1), (10, 1), (14, 2), (36, 5), (80, 11)]
+)
+def test_aligned_warms_up_for_a_seventh_of_the_training(epochs, expected):
+    fair = build_fair_loss(ClipLoss(), num_pairs=9, num_groups=2, total_epochs=epochs)
+    assert fair.miner.warmup_epochs == expected
+    given = build_fair_loss(
+        ClipLoss(),
+        num_pairs=9,
+        num_groups=2,
+        total_epochs=epochs,
+        miner_options={"warmup_epochs": 3},
+    )
+    assert given.miner.warmup_epochs == 3
+    published = build_fair_loss(
+        ClipLoss(), preset="paper", num_pairs=9, num_groups=2, total_epochs=epochs
+    )
+    assert published.miner.warmup_epochs == 1

@@ -38,17 +38,28 @@ def data(tmp_path_factory):
     }
 
 
-@pytest.fixture(autouse=True)
-def quiet_logging():
-    """Take back what the host's setup_logging leaves on the root logger."""
+@pytest.fixture(autouse=True, scope="module")
+def own_levels():
+    """Take back the level that the host's setup_logging gives to every logger there is."""
     root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    levels = {name: logging.getLogger(name).level for name in root.manager.loggerDict}
+    level = root.level
+    yield
+    root.setLevel(level)
+    for name in list(root.manager.loggerDict):
+        logging.getLogger(name).setLevel(levels.get(name, logging.NOTSET))
+
+
+@pytest.fixture(autouse=True)
+def own_handlers():
+    """Take back the handlers that the host's setup_logging leaves on the root logger."""
+    root = logging.getLogger()
+    handlers = list(root.handlers)
     yield
     for handler in list(root.handlers):
         if handler not in handlers:
             root.removeHandler(handler)
             handler.close()
-    root.setLevel(level)
 
 
 def arguments(data, logs, name, *more, epochs=EPOCHS):
@@ -474,3 +485,26 @@ def test_the_module_runs_as_a_command_with_several_workers(data, tmp_path):
     assert failed.returncode == 2
     assert failed.stderr.strip().splitlines()[-1].startswith("fairclip_losses.train: error: ")
     assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.skipif(not HAS_LOCAL_DIR, reason="another process does not know the test's model")
+@pytest.mark.parametrize("local", [(), ("--local-loss", "--gather-with-grad")])
+def test_two_processes_under_torchrun_keep_one_memory(data, tmp_path, local):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    flags = (
+        *(*FAIR, *local, "--dist-backend", "gloo", "--batch-size", "4", "--fair-save-pairs"),
+        *("--fair-callback", "cpu_processes:AllowCpu"),
+    )
+    done = subprocess.run(
+        [*command, "-m", "fairclip_losses.train", "--", *arguments(data, tmp_path, "run", *flags)],
+        capture_output=True, text=True, timeout=300,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
+        },
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "run" / "checkpoints" / f"pairs_epoch_{EPOCHS}.csv")
+    assert [int(row["visits"]) for row in rows] == [EPOCHS] * PAIRS
+    assert (tmp_path / "run" / "checkpoints" / f"epoch_{EPOCHS}.fair").exists()

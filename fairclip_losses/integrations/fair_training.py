@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,12 @@ class FairTrainingCallback(Callback):
             self.table = table
             # Built for its checks of the options alone; the real one wraps the host's loss.
             self._build(torch.nn.Identity(), args.epochs)
-        if len(table) < args.batch_size * args.accum_freq:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if len(table) < args.batch_size * args.accum_freq * processes:
             raise UsageError(
                 f"{args.train_data} holds {len(table)} pairs, fewer than one step takes "
-                f"(--batch-size {args.batch_size} x --accum-freq {args.accum_freq})"
+                f"(--batch-size {args.batch_size} x --accum-freq {args.accum_freq} x "
+                f"{processes} process{'es' * (processes > 1)})"
             )
 
     def on_data_ready(self, state: TrainState) -> None:
@@ -113,7 +116,8 @@ class FairTrainingCallback(Callback):
             self.codebook.to_json(Path(state.args.checkpoint_path).parent / "fair_codebook.json")
         if state.start_epoch > 0:
             self._resume(state)
-        log.info("Fair loss: %s", self.loss)
+        if state.args.rank == 0:
+            log.info("Fair loss: %s", self.loss)
 
     def on_epoch_start(self, state: TrainState) -> None:
         """Forget rows of a step that the last epoch did not complete."""
@@ -154,6 +158,8 @@ class FairTrainingCallback(Callback):
         assert self.loss is not None and self.table is not None  # both set before any epoch
         self.summary = self.loss.end_epoch()
         completed = state.epoch + 1
+        if state.args.rank != 0:  # every process has the same memory; one speaks of it
+            return
         report = self._report()
         if report is not None and self.summary is not None:
             self.rates = flag_rates(report, self.ids, self.codes, self.codebook)

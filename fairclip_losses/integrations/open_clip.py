@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from types import ModuleType, TracebackType
@@ -17,7 +16,6 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import UsageError
 from .events import CallbackRegistry, Event, TrainState, default_registry
 from .fair_evaluation import FairEvaluationCallback
 from .fair_training import FairTrainingCallback
@@ -287,8 +285,6 @@ def run_training(argv: Sequence[str]) -> int:
         UsageError: flags or data that do not fit, before training.
         CallbackError: a callback failed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and split_flags(argv)[0].fair_loss:
-        raise UsageError("--fair-loss trains in one process so far; start it without torchrun")
     token = _current_run.set(None)
     try:
         with patch() as patched:
