@@ -124,7 +124,7 @@ def available_cores() -> int:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a data set and two runs each")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="a data set and two runs each")
     add("--epochs", type=int, default=36)
     add("--output", default="build/demo", help="folder for data, runs and report")
     add("--workers", type=int, default=0, help="loader processes of each training")
