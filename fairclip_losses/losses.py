@@ -330,7 +330,7 @@ class FairLoss(nn.Module):
         base_loss: nn.Module,
         miner: BadPairMiner | None = None,
         fairness: SinkhornFairnessLoss | None = None,
-        fairness_weight: float = 0.3,
+        fairness_weight: float = 0.1,
         score: Score = "loss",
         *,
         normalization: Normalization = "batch",

@@ -97,7 +97,8 @@ def sinkhorn_fairness(
         groups: codes (B,), (B, C) or name -> (B,); -1 is unknown.
         num_groups: G_c of each attribute, in the attributes' order; a code outside 0..G_c-1 counts
             as unknown.
-        p, blur: see `sinkhorn_divergence`; blur=0 is the exact distance.
+        p: see `sinkhorn_divergence`.
+        blur: see `sinkhorn_divergence`; 0 is the exact distance.
         attribute_weights: w_c, default 1/C each.
         group_reduction: ``"mean"`` over the groups present, as above, or ``"sum"`` (published;
             attributes with more groups then weigh more).
