@@ -508,3 +508,33 @@ def test_two_processes_under_torchrun_keep_one_memory(data, tmp_path, local):
     rows = rows_of(tmp_path / "run" / "checkpoints" / f"pairs_epoch_{EPOCHS}.csv")
     assert [int(row["visits"]) for row in rows] == [EPOCHS] * PAIRS
     assert (tmp_path / "run" / "checkpoints" / f"epoch_{EPOCHS}.fair").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--precision", "fp32"),
+        ("--precision", "amp_bf16"),
+        ("--precision", "pure_bf16"),
+        ("--grad-checkpointing",),
+        ("--grad-clip-norm", "1"),
+        ("--lock-image",),
+        ("--lock-text", "--lock-text-freeze-layer-norm"),
+        ("--force-patch-dropout", "0.5"),
+        ("--siglip",),
+    ],
+    ids="".join,
+)
+def test_the_hosts_own_options_work_with_the_fair_loss(data, tmp_path, record, flags):
+    assert train.main(arguments(data, tmp_path, "run", *FAIR, *flags, epochs=2)) == 0
+    assert len(record.steps) == 2 * STEPS
+    assert all(np.isfinite(list(step.values())).all() for step in record.steps)
+    rows = (tmp_path / "run" / "checkpoints").glob("flagged_epoch_*.csv")
+    assert len(list(rows)) == 2
+
+
+def test_plain_siglip_equals_the_idle_fair_loss(data, tmp_path):
+    idle = ("--fair-weight", "0", "--fair-faulty-sigma", "inf", "--fair-noisy-sigma", "inf")
+    assert train.main(arguments(data, tmp_path, "plain", "--siglip", epochs=1)) == 0
+    assert train.main(arguments(data, tmp_path, "idle", "--siglip", *FAIR, *idle, epochs=1)) == 0
+    assert_same_weights(weights(tmp_path, "plain", 1), weights(tmp_path, "idle", 1))
