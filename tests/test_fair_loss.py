@@ -581,7 +581,7 @@ def test_copies_and_pickles():
 
 def test_repr_shows_the_settings():
     shown = repr(parts(score="similarity"))
-    assert "fairness_weight=0.3, score='similarity', normalization='batch'" in shown
+    assert "fairness_weight=0.1, score='similarity', normalization='batch'" in shown
 
 
 # ------------------------------ a loss of one's own

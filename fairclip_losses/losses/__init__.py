@@ -1,0 +1,6 @@
+"""The losses: the fairness term, and `FairLoss` round the loss that you have."""
+
+from .fair_loss import FairLoss, FairLossState, MiningUnit, Score
+from .sinkhorn_fairness import SinkhornFairnessLoss
+
+__all__ = ["FairLoss", "FairLossState", "MiningUnit", "Score", "SinkhornFairnessLoss"]

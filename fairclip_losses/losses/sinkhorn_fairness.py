@@ -1,0 +1,253 @@
+"""`SinkhornFairnessLoss`: how far each group's scores lie from the batch's, as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import (
+    Detach,
+    FairnessTerms,
+    GroupReduction,
+    group_membership,
+    sinkhorn_fairness,
+    stack_groups,
+)
+from ..functional.fairness import check_options, check_scores
+from ..ops.checks import should_validate
+
+
+class SinkhornFairnessLoss(nn.Module):
+    r"""Distance between each protected group's score distribution and the whole batch's.
+
+    The module form of `fairclip_losses.functional.sinkhorn_fairness`, with an optional queue.
+
+    .. math::
+        F = \sum_c w_c \frac{1}{|G_c|} \sum_{g \in G_c} S_\varepsilon(D_{batch}, D_g)
+
+    Args:
+        p: 1 or 2, the power of the cost ``|x - y|^p / p``.
+        blur: length scale of the Sinkhorn divergence, in units of the scores; 0 (the default, and
+            the fastest) is the exact distance on the line.
+        num_groups: number of groups of each attribute: an int for one attribute, a sequence, or a
+            mapping name -> int. None reads it off each batch, which on an accelerator waits for the
+            device once a call: pass it in training.
+        attribute_weights: w_c in the attributes' order, or name -> weight; default 1/C each.
+        group_reduction: ``"mean"`` over the groups present or ``"sum"``.
+        min_group_size: groups with fewer members in the batch (and queue) add 0.
+        queue_size: recent scores remembered for the batch and for each group, so that a rare group
+            has a distribution at all; 0 is none. Needs ``num_groups``. Queued scores are detached,
+            and are part of the state dict.
+        detach: ``"none"``, ``"groups"`` or ``"total"``: the side that gets no gradient.
+        divide_by_group_sum: the published code's scaling, for comparison only.
+        validate: look at values (finite scores, codes in range); None looks on the CPU only.
+
+    After each call `last` holds the detached `FairnessTerms` (per attribute, per group, counts).
+
+    Raises:
+        ValueError: options out of range, and in ``forward`` what `sinkhorn_fairness` refuses or a
+            group code >= num_groups or < -1.
+
+    Source: Bansal et al. (arXiv:2505.03153); FairCLIP (arXiv:2403.19949).
+    """
+
+    queue: Tensor
+    queue_next: Tensor
+
+    def __init__(
+        self,
+        *,
+        p: int = 2,
+        blur: float = 0.0,
+        num_groups: int | Sequence[int] | Mapping[str, int] | None = None,
+        attribute_weights: Sequence[float] | Mapping[str, float] | None = None,
+        group_reduction: GroupReduction = "mean",
+        min_group_size: int = 2,
+        queue_size: int = 0,
+        detach: Detach = "none",
+        divide_by_group_sum: bool = False,
+        validate: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if p not in (1, 2):
+            raise ValueError(f"p must be 1 or 2, got {p!r}")
+        if not 0 <= blur < float("inf"):
+            raise ValueError(f"blur must be a finite number >= 0, got {blur!r}")
+        check_options(group_reduction, detach, min_group_size)
+        if queue_size < 0 or (queue_size and num_groups is None):
+            raise ValueError(f"queue_size must be >= 0 and needs num_groups, got {queue_size!r}")
+        self.p = p
+        self.blur = float(blur)
+        self.group_reduction: GroupReduction = group_reduction
+        self.min_group_size = min_group_size
+        self.queue_size = queue_size
+        self.detach: Detach = detach
+        self.divide_by_group_sum = divide_by_group_sum
+        self.validate = validate
+        self.attribute_names, self.num_groups = _name_groups(num_groups)
+        self.attribute_weights = _order_weights(
+            attribute_weights, self.attribute_names, self.num_groups
+        )
+        rows = 1 + sum(self.num_groups or ()) if queue_size else 0
+        self.register_buffer("queue", torch.full((rows, queue_size), float("nan")))
+        self.register_buffer("queue_next", torch.zeros(rows, dtype=torch.int64))
+        self.last: FairnessTerms | None = None
+
+    def forward(
+        self,
+        scores: Tensor,
+        groups: Tensor | Mapping[str, Tensor],
+        *,
+        valid: Tensor | None = None,
+        record: bool | None = None,
+    ) -> Tensor:
+        """Return the scalar fairness term.
+
+        Args:
+            scores: (B,), floating point.
+            groups: LongTensor (B,), (B, C), or name -> (B,); -1 is unknown.
+            valid: (B,) bool, the scores that count; None is all.
+            record: put the scores into the queue; None does so in training mode. One that is not
+                finite (in float32) never enters it.
+
+        Returns:
+            (), float64 for float64 scores, else float32.
+        """
+        check_scores(scores)
+        names, codes = self._codes(groups)
+        num_groups = self._num_groups(codes)
+        codes = codes.to(scores.device, non_blocking=scores.device.type == "cuda")
+        if scores.device != self.queue.device:
+            with torch.inference_mode(False):
+                self.to(scores.device)
+        terms = sinkhorn_fairness(
+            scores,
+            codes,
+            num_groups,
+            p=self.p,
+            blur=self.blur,
+            attribute_weights=self._weights(names, codes.shape[1]),
+            group_reduction=self.group_reduction,
+            min_group_size=self.min_group_size,
+            detach=self.detach,
+            divide_by_group_sum=self.divide_by_group_sum,
+            valid=valid,
+            queue=self.queue if self.queue_size else None,
+            validate=self.validate,
+        )
+        if self.queue_size and (self.training if record is None else record):
+            self._enqueue(scores.detach(), codes, num_groups, valid)
+        self.last = FairnessTerms(*(part.detach() for part in terms))
+        return terms.total
+
+    def extra_repr(self) -> str:
+        """Return the settings for ``repr``."""
+        return (
+            f"p={self.p}, blur={self.blur}, num_groups={self.num_groups}, "
+            f"queue_size={self.queue_size}"
+        )
+
+    def _codes(self, groups: Tensor | Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor]:
+        if not isinstance(groups, Mapping):
+            return self.attribute_names, stack_groups(groups)
+        if self.attribute_names:
+            if set(groups) != set(self.attribute_names):
+                raise ValueError(
+                    f"groups must name the attributes {list(self.attribute_names)}, "
+                    f"got {list(groups)}"
+                )
+            groups = {name: groups[name] for name in self.attribute_names}
+        return tuple(groups), stack_groups(groups)
+
+    def _num_groups(self, codes: Tensor) -> tuple[int, ...]:
+        look = should_validate(codes, self.validate) and codes.numel() > 0
+        if self.num_groups is None:
+            if codes.numel() == 0:
+                return (1,) * codes.shape[1]
+            if bool((codes < -1).any()):
+                raise ValueError(f"group codes must be >= -1, got {int(codes.min())}")
+            return tuple(max(int(top) + 1, 1) for top in codes.amax(0).tolist())
+        if codes.shape[1] != len(self.num_groups):
+            raise ValueError(
+                f"expected codes of {len(self.num_groups)} attributes, got {codes.shape[1]}"
+            )
+        if look:
+            top = torch.tensor(self.num_groups, device=codes.device)
+            if bool(((codes < -1) | (codes >= top)).any()):
+                raise ValueError(
+                    f"group codes must lie in -1..G-1 with G = {self.num_groups}, "
+                    f"got {codes.amin(0).tolist()}..{codes.amax(0).tolist()}"
+                )
+        return self.num_groups
+
+    def _weights(self, names: tuple[str, ...], count: int) -> tuple[float, ...] | None:
+        given = self.attribute_weights
+        # A mapping is still one where no names were known before this batch.
+        if isinstance(given, dict) and set(given) != set(names):
+            raise ValueError(f"attribute_weights names {list(given)}, the groups are {list(names)}")
+        weights = tuple(given[name] for name in names) if isinstance(given, dict) else given
+        if weights is not None and len(weights) != count:
+            raise ValueError(f"attribute_weights has {len(weights)} entries for {count} attributes")
+        return weights
+
+    def _enqueue(
+        self, scores: Tensor, codes: Tensor, num_groups: tuple[int, ...], valid: Tensor | None
+    ) -> None:
+        """Write each row's newest scores over its oldest, without reading anything back."""
+        scores = scores.to(self.queue.dtype)
+        members = group_membership(codes, num_groups)
+        members = torch.cat([torch.ones_like(members[:1]), members]) & torch.isfinite(scores)
+        if valid is not None:
+            members = members & valid
+        rank = members.cumsum(1)
+        count = members.sum(1, keepdim=True)
+        kept = members & (rank > count - self.queue_size)
+        slot = (self.queue_next[:, None] + rank - 1) % self.queue_size
+        # What is not kept goes to a column past the end, which is cut off again.
+        slot = torch.where(kept, slot, self.queue_size)
+        widened = torch.nn.functional.pad(self.queue, (0, 1))
+        widened.scatter_(1, slot, scores.expand(slot.shape))
+        self.queue.copy_(widened[:, :-1])
+        self.queue_next.copy_((self.queue_next + count[:, 0]) % self.queue_size)
+
+
+def _name_groups(
+    num_groups: int | Sequence[int] | Mapping[str, int] | None,
+) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    if num_groups is None:
+        return (), None
+    names: tuple[str, ...] = ()
+    if isinstance(num_groups, Mapping):
+        names, given = tuple(num_groups), tuple(num_groups.values())
+    else:
+        given = tuple(num_groups) if isinstance(num_groups, Sequence) else (num_groups,)
+    if not given or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in given):
+        raise ValueError(f"num_groups must be integers >= 1, got {num_groups!r}")
+    return names, tuple(int(n) for n in given)
+
+
+def _order_weights(
+    weights: Sequence[float] | Mapping[str, float] | None,
+    names: tuple[str, ...],
+    num_groups: tuple[int, ...] | None,
+) -> tuple[float, ...] | dict[str, float] | None:
+    """Return the weights in the attributes' order, or as they are while no names are known."""
+    if weights is None:
+        return None
+    values = tuple(weights.values()) if isinstance(weights, Mapping) else tuple(weights)
+    if any(not 0 <= w < float("inf") for w in values):
+        raise ValueError(f"attribute_weights must be finite and >= 0, got {weights!r}")
+    if isinstance(weights, Mapping):
+        if not names:
+            return dict(weights)
+        if set(weights) != set(names):
+            raise ValueError(f"attribute_weights must name {list(names)}, got {list(weights)}")
+        return tuple(weights[name] for name in names)
+    if num_groups is not None and len(values) != len(num_groups):
+        raise ValueError(
+            f"attribute_weights must have {len(num_groups)} entries, got {len(values)}"
+        )
+    return values
