@@ -1,5 +1,6 @@
-"""The Sinkhorn kernel: public entry, exact path on a line, entropic path, dense reference."""
+"""The Sinkhorn kernel: public entries, exact path on a line, entropic paths, dense reference."""
 
+from .result import SinkhornResult, sinkhorn_solve
 from .sinkhorn import sinkhorn_divergence
 
-__all__ = ["sinkhorn_divergence"]
+__all__ = ["SinkhornResult", "sinkhorn_divergence", "sinkhorn_solve"]

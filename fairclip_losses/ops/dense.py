@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_MOST_COSTS = 512**2
+
 
 class DenseKernel:
     """The Gibbs kernel between x (*, N, D) and y (*, M, D), all N x M costs in memory."""
+
+    @staticmethod
+    def fits(n: int, m: int) -> bool:
+        """Whether so many costs may stay in memory."""
+        return n * m <= _MOST_COSTS
 
     def __init__(self, x: Tensor, y: Tensor, p: int) -> None:
         self.x, self.y, self.p = x, y, p
@@ -38,6 +45,21 @@ class DenseKernel:
     def conditional(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """``P(j | i)``, shape (*, N, M): where the mass of x_i goes under the potential g."""
         return self._exponent(epsilon, log_b, g).softmax(-1)
+
+    def softmin_and_conditional(
+        self, epsilon: Tensor | float, log_b: Tensor, g: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both of the above for little more than the time of one."""
+        exponent = self._exponent(epsilon, log_b, g)
+        largest = exponent.amax(-1, keepdim=True)
+        share = exponent.sub_(largest).exp_()
+        total = share.sum(-1, keepdim=True)
+        share = share.div_(total)
+        return (largest + total.log())[..., 0].mul(-epsilon), share
+
+    def average(self, epsilon: float, log_b: Tensor, g: Tensor, values: Tensor) -> Tensor:
+        """``sum_j P(j | i) values_j``, shape (*, N)."""
+        return (self.conditional(epsilon, log_b, g) @ values[..., None])[..., 0]
 
     def pull(self, epsilon: float, log_b: Tensor, g: Tensor) -> Tensor:
         """``sum_j P(j | i) grad_x c(x_i, y_j)``, shape (*, N, D): the gradient per unit of mass."""

@@ -13,9 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .band import BandKernel
+from .dense import DenseKernel
 from .exact import along, unsort
 from .line import LaplaceLine
 from .options import SinkhornOptions
+from .streamed import StreamedKernel
+
+LineKernel = BandKernel | DenseKernel | LaplaceLine | StreamedKernel
 
 # Rounds after which the diffusion is measured anew: it changes with the plan.
 _MEASURED_AFTER = frozenset({0, 1, 2, 4, 8, 16, 32, 64})
@@ -23,21 +28,21 @@ _MEASURED_AFTER = frozenset({0, 1, 2, 4, 8, 16, 32, 64})
 _SHARE = 0.7
 # Longest change by it, in units of epsilon, between two neighbouring points and at all.
 _TRUST_BETWEEN, _TRUST = 3.0, 5.0
-_ROUNDS, _UNWATCHED_ROUNDS = 200, 40
+_ROUNDS, _UNWATCHED_ROUNDS = 100, 40
 
 
 def diffusion_rounds(
-    kernel: LaplaceLine, g: Tensor, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
-) -> tuple[Tensor, Tensor]:
-    """Return the potentials (f, g) of ``OT_eps(a, b)``, from a near g."""
+    kernel: LineKernel, g: Tensor, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
+) -> tuple[Tensor, Tensor, int]:
+    """Return the potentials f and g of ``OT_eps(a, b)``, from a near g, and the rounds taken."""
     epsilon, back = options.epsilon, kernel.transposed
     watched = options.is_watched(kernel.x)
     a, b = log_a.exp(), log_b.exp()
     f = kernel.softmin(epsilon, log_b, g)
     plain, value = f, torch.full_like((a * f).sum(-1), -torch.inf)
     share = torch.full_like(value, _SHARE)[..., None]
-    conductance = None
-    for k in range(_rounds(options, watched)):
+    conductance, taken = None, _rounds(options, watched)
+    for k in range(taken):
         g = back.softmin(epsilon, log_a, f)
         following = kernel.softmin(epsilon, log_b, g)
         reached = (a * f).sum(-1) + (b * g).sum(-1)
@@ -45,7 +50,7 @@ def diffusion_rounds(
         # a round of its own never lowers the dual value: where the diffusion did, take it back
         miss = a * -torch.expm1((f - following) / epsilon)
         if watched and not bool((miss.abs().sum(-1) > options.tol).any()):
-            f = following
+            f, taken = following, k + 1
             break
         if conductance is None or k in _MEASURED_AFTER:
             conductance = _conductance(kernel, f, g, log_a, log_b, epsilon)
@@ -54,11 +59,11 @@ def diffusion_rounds(
         plain = torch.where(better, following, plain)
         share = torch.where(better, (1.2 * share).clamp(max=_SHARE), 0.5 * share)
         value = torch.maximum(value, reached)
-    return f, back.softmin(epsilon, log_a, f)
+    return f, back.softmin(epsilon, log_a, f), taken
 
 
 def _conductance(
-    kernel: LaplaceLine, f: Tensor, g: Tensor, log_a: Tensor, log_b: Tensor, epsilon: float
+    kernel: LineKernel, f: Tensor, g: Tensor, log_a: Tensor, log_b: Tensor, epsilon: float
 ) -> Tensor:
     """Return the diffusion's conductance in the gaps between sorted points, (*, N - 1).
 

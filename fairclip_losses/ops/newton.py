@@ -21,7 +21,7 @@ from .options import SinkhornOptions
 # quadratic model of an exponential holds no further.
 _TRUST = 5.0
 # Most points on the smaller side of a problem that Newton is used for.
-MAX_POINTS = 1024
+MAX_POINTS = 512
 # Most rounds at the target, and at a larger epsilon on the way down to it, where `_TOL_ON_THE_WAY`
 # is near enough; and their numbers where nothing may be read back from the device.
 _ROUNDS, _ROUNDS_ON_THE_WAY, _TOL_ON_THE_WAY = 40, 15, 0.1
@@ -45,7 +45,7 @@ def fits_newton(kernel: DenseKernel) -> bool:
 def newton_pair(
     kernel: DenseKernel, f: Tensor, log_a: Tensor, log_b: Tensor, options: SinkhornOptions,
     epsilon: Tensor | float | None = None,
-) -> Tensor:  # fmt: skip
+) -> tuple[Tensor, int]:  # fmt: skip
     """Return the f that maximises the semi-dual ``<a, f> + <b, softmin f>``, from a near one.
 
     With P the plan that meets b, the gradient is ``a - P 1`` and the Hessian ``-S / eps``,
@@ -62,13 +62,13 @@ def newton_pair(
     root_b = b.sqrt()
 
     def look(f: Tensor) -> _Look:
-        g = back.softmin(epsilon, log_a, f)
-        share = back.conditional(epsilon, log_a, f)  # (*, M, N), P / b transposed
+        g, share = back.softmin_and_conditional(epsilon, log_a, f)  # (*, M, N), P / b transposed
         reached = (share.transpose(-1, -2) @ b[..., None])[..., 0]
         miss = a - reached
-        half = share * root_b[..., None] * inverse_root_a[..., None, :]
+        half = share.mul_(root_b[..., None]).mul_(inverse_root_a[..., None, :])
         # constants are its null space: the outer product of the null vector fills it
-        laplacian = root_a[..., :, None] * root_a[..., None, :] - half.transpose(-1, -2) @ half
+        null = root_a[..., :, None] * root_a[..., None, :]
+        laplacian = (half.transpose(-1, -2) @ half).neg_().add_(null)
         diagonal = (reached * inverse_root_a.square()).clamp(min=1e-3)
         step = _solve(laplacian, diagonal, miss * inverse_root_a) * inverse_root_a
         return _Look(step, miss.abs().sum(-1), (a * f).sum(-1) + (b * g).sum(-1))
@@ -76,7 +76,9 @@ def newton_pair(
     return _iterate(look, f, epsilon, options, kernel.x, on_the_way)
 
 
-def newton_self(kernel: DenseKernel, f: Tensor, log_a: Tensor, options: SinkhornOptions) -> Tensor:
+def newton_self(
+    kernel: DenseKernel, f: Tensor, log_a: Tensor, options: SinkhornOptions
+) -> tuple[Tensor, int]:
     """Return the potential of ``OT_eps(a, a)``, from a near one.
 
     The symmetric plan has marginal ``a exp((f - softmin f) / eps)``; with the conditional plan Q,
@@ -87,11 +89,12 @@ def newton_self(kernel: DenseKernel, f: Tensor, log_a: Tensor, options: Sinkhorn
     there = a > 0
 
     def look(f: Tensor) -> _Look:
-        share = kernel.conditional(epsilon, log_a, f) * there[..., None]
-        excess = torch.where(there, f - kernel.softmin(epsilon, log_a, f), 0.0) / epsilon
+        due, share = kernel.softmin_and_conditional(epsilon, log_a, f)
+        excess = torch.where(there, f - due, 0.0) / epsilon
         reached = a * excess.exp()
         root = torch.where(there, reached, 1.0).sqrt()
-        scaled = share * root[..., :, None] / root[..., None, :]  # symmetric
+        left = torch.where(there, root, 0.0)[..., :, None]
+        scaled = share.mul_(left).div_(root[..., None, :])  # symmetric
         step = _solve(scaled, torch.ones_like(root), -excess * root) / root
         value = (a * (2.0 * f) - epsilon * reached).sum(-1)
         return _Look(step, (a - reached).abs().sum(-1), value)
@@ -115,8 +118,8 @@ def _iterate(
     options: SinkhornOptions,
     points: Tensor,
     on_the_way: bool = False,
-) -> Tensor:
-    """Take steps until the marginals were met to ``tol`` before the last one.
+) -> tuple[Tensor, int]:
+    """Take steps until the marginals were met to ``tol`` before the last one; count them too.
 
     The error is squared by a step near the optimum, so the last step goes far below ``tol``.
     Each row has a trust region: a step that lowers its dual value is taken back and shortened.
@@ -126,11 +129,11 @@ def _iterate(
     tol = max(options.tol, _TOL_ON_THE_WAY) if on_the_way else options.tol
     best = look(f)
     radius = torch.full_like(best.value, _TRUST)[..., None]
-    for _ in range(rounds):
+    for k in range(rounds):
         longest = best.step.abs().amax(-1, keepdim=True)
         candidate = f + epsilon * best.step * (radius / torch.maximum(longest, radius))
         if watched and not bool((best.error > tol).any()):
-            return candidate
+            return candidate, k + 1
         new = look(candidate)
         slack = 1e-12 * (best.value.abs() + new.value.abs())
         better = (new.value >= best.value - slack)[..., None]
@@ -141,7 +144,7 @@ def _iterate(
             torch.where(better[..., 0], new.error, best.error),
             torch.where(better[..., 0], new.value, best.value),
         )
-    return f
+    return f, rounds
 
 
 def _rounds(options: SinkhornOptions, watched: bool, on_the_way: bool) -> int:

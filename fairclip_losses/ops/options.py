@@ -1,12 +1,14 @@
-"""What the solvers are asked for and what they answer."""
+"""What the solvers are asked for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Backend = Literal["auto", "dense", "streamed", "prefix"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class SinkhornOptions:
     iterations: int | None
     tol: float
     max_iterations: int
+    backend: Backend = "auto"
 
     @property
     def epsilon(self) -> float:
@@ -30,12 +33,3 @@ class SinkhornOptions:
         """Whether reading a number back is free, so that convergence can be tested."""
         on_host = points.device.type == "cpu" and not torch.compiler.is_compiling()
         return on_host and self.iterations is None
-
-
-class Potentials(NamedTuple):
-    """Dual potentials of the three transport problems of one divergence."""
-
-    f: Tensor  # (*, N): a -> b
-    g: Tensor  # (*, M): b -> a
-    f_self: Tensor | None  # (*, N): a -> a, None without debiasing
-    g_self: Tensor | None  # (*, M): b -> b

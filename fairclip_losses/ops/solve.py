@@ -1,24 +1,20 @@
-"""The general entropic kernel: batched log-domain Sinkhorn for points in any dimension.
-
-The solver speaks to the geometry through two operators, the soft minimum and the pull, so a faster
-geometry (sorted, banded, on a grid, streamed) takes the place of `DenseKernel` and nothing else
-changes.
-"""
+"""The potentials of one entropic problem: where to start and which method to go on with."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .band import BandKernel
 from .dense import DenseKernel
 from .diffusion import diffusion_rounds
 from .exact import solve_exact
 from .line import LaplaceLine
 from .newton import fits_newton, newton_pair, newton_self
-from .options import Potentials, SinkhornOptions
+from .options import SinkhornOptions
+from .streamed import StreamedKernel
 
 # Rounds between two looks at the marginals: a look costs less than a round, yet it is not free.
 _ROUNDS_PER_CHECK = 5
@@ -28,10 +24,11 @@ _UNWATCHED_ROUNDS = 100
 _UNWATCHED_RANGE = 1e4
 # Step and memory of the heavy ball for a linear map with eigenvalues in [1, 2].
 _BALL_STEP, _BALL_MEMORY = 0.686, 0.0294
-# Points a side up to which costs in memory and Newton beat prefix sums.
-_SMALL_LINE = 256
+# First width of a band, in points, and the marginal error, in units of ``tol``, above which it is
+# widened.
+_BAND, _BAND_ERROR = 48, 1.0
 
-Kernel = DenseKernel | LaplaceLine
+Kernel = DenseKernel | LaplaceLine | StreamedKernel
 
 
 def _diameter(x: Tensor, y: Tensor) -> Tensor:
@@ -98,36 +95,68 @@ def _exact_potential(x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: int) -> Tens
 
 def solve_pair(
     kernel: Kernel, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
-) -> tuple[Tensor, Tensor]:
-    """Return the potentials (f, g) of ``OT_eps(a, b)``.
+) -> tuple[Tensor, Tensor, int]:
+    """Return the potentials f and g of ``OT_eps(a, b)`` and the rounds taken.
 
     The last update is f's, so ``<a, f> + <b, g>`` is a value of the dual and the error is of 2nd
     order in that of the potentials.
     """
     g, schedule = _start(kernel, log_a, log_b, options)
-    if isinstance(kernel, LaplaceLine):
-        return diffusion_rounds(kernel, g, log_a, log_b, options)
-    back = kernel.transposed
-    if not fits_newton(kernel):
+    if not (isinstance(kernel, DenseKernel) and fits_newton(kernel)):
+        if kernel.x.shape[-1] == 1:
+            if isinstance(kernel, StreamedKernel) and options.is_watched(kernel.x):
+                return _in_a_band(kernel, g, log_a, log_b, options)
+            return diffusion_rounds(kernel, g, log_a, log_b, options)
         return _alternate(kernel, g, log_a, log_b, options, schedule)
+    back = kernel.transposed
     f = kernel.softmin(schedule(0), log_b, g)
+    taken = 0
     for k in range(schedule.rounds_down):
         epsilon = schedule(k)
         g = back.softmin(epsilon, log_a, f)
-        f = newton_pair(kernel, kernel.softmin(epsilon, log_b, g), log_a, log_b, options, epsilon)
-    f = newton_pair(kernel, f, log_a, log_b, options)
+        f = kernel.softmin(epsilon, log_b, g)
+        f, rounds = newton_pair(kernel, f, log_a, log_b, options, epsilon)
+        taken += rounds
+    f, rounds = newton_pair(kernel, f, log_a, log_b, options)
     g = back.softmin(options.epsilon, log_a, f)
-    return kernel.softmin(options.epsilon, log_b, g), g
+    return kernel.softmin(options.epsilon, log_b, g), g, taken + rounds
+
+
+def _in_a_band(
+    kernel: StreamedKernel, g: Tensor, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
+) -> tuple[Tensor, Tensor, int]:
+    """Solve near the monotone coupling, in bands that widen until the whole kernel agrees."""
+    epsilon, back = options.epsilon, kernel.transposed
+    a, b = log_a.exp(), log_b.exp()
+    points, width = max(a.shape[-1], b.shape[-1]), _BAND
+    taken = 0
+    while 2 * width < points:
+        band = BandKernel(kernel.x, kernel.y, options.p, a, b, width)
+        f, g, rounds = diffusion_rounds(band, g, log_a, log_b, options)
+        taken += rounds
+        whole_f, whole_g = kernel.softmin(epsilon, log_b, g), back.softmin(epsilon, log_a, f)
+        narrow_f = band.softmin(epsilon, log_b, g)
+        narrow_g = band.transposed.softmin(epsilon, log_a, f)
+        missed = torch.maximum(
+            (a * torch.expm1((narrow_f - whole_f) / epsilon).abs()).sum(-1),
+            (b * torch.expm1((narrow_g - whole_g) / epsilon).abs()).sum(-1),
+        )
+        if not bool((missed > _BAND_ERROR * options.tol).any()):
+            return f, whole_g, taken
+        width *= 4
+    f, g, rounds = diffusion_rounds(kernel, g, log_a, log_b, options)
+    return f, g, taken + rounds
 
 
 def _alternate(
-    kernel: DenseKernel, g: Tensor, log_a: Tensor, log_b: Tensor,
+    kernel: Kernel, g: Tensor, log_a: Tensor, log_b: Tensor,
     options: SinkhornOptions, schedule: _Schedule,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, int]:  # fmt: skip
     watched = options.is_watched(kernel.x)
     back = kernel.transposed
     f = kernel.softmin(schedule(0), log_b, g)
-    for k in range(_rounds(watched, options, schedule)):
+    taken = _rounds(watched, options, schedule)
+    for k in range(taken):
         epsilon = schedule(k)
         previous = g
         g = back.softmin(epsilon, log_a, f)
@@ -136,8 +165,9 @@ def _alternate(
         if watched and k >= schedule.rounds_down and k % _ROUNDS_PER_CHECK == 0:
             miss = (log_b.exp() * torch.expm1((previous - g) / options.epsilon).abs()).sum(-1)
             if not bool((miss > options.tol).any()):
+                taken = k + 1
                 break
-    return f, g
+    return f, g, taken
 
 
 def solve_self(kernel: Kernel, log_a: Tensor, options: SinkhornOptions) -> tuple[Tensor, Tensor]:
@@ -150,7 +180,7 @@ def solve_self(kernel: Kernel, log_a: Tensor, options: SinkhornOptions) -> tuple
     epsilon = options.epsilon
     f = 0.5 * kernel.softmin(epsilon, log_a, torch.zeros_like(log_a))
     if isinstance(kernel, DenseKernel) and fits_newton(kernel):
-        f = newton_self(kernel, f, log_a, options)
+        f, _ = newton_self(kernel, f, log_a, options)
         return f, kernel.softmin(epsilon, log_a, f)
     watched = options.is_watched(kernel.x)
     following = kernel.softmin(epsilon, log_a, f)
@@ -165,66 +195,3 @@ def solve_self(kernel: Kernel, log_a: Tensor, options: SinkhornOptions) -> tuple
             if not bool((miss > options.tol).any()):
                 break
     return f, following
-
-
-def choose_kernel(x: Tensor, y: Tensor, p: int) -> Kernel:
-    """Return the fastest geometry: prefix sums for p = 1 on a line, unless the problem is small."""
-    small = x.shape[-2] * y.shape[-2] <= _SMALL_LINE**2
-    if p == 1 and x.shape[-1] == 1 and not small:
-        return LaplaceLine(x, y)
-    return DenseKernel(x, y, p)
-
-
-def solve_entropic(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions
-) -> tuple[Tensor, Potentials]:
-    """Return the divergences (*,) and the potentials; weights (*, N), (*, M) with rows of sum 1."""
-    log_a, log_b = a.log(), b.log()
-    kernel = choose_kernel(x, y, options.p)
-    f, g = solve_pair(kernel, log_a, log_b, options)
-    cost = (a * f).sum(-1) + (b * g).sum(-1)
-    if not options.debias:
-        return cost, Potentials(f, g, None, None)
-    f_self, f_next = solve_self(choose_kernel(x, x, options.p), log_a, options)
-    g_self, g_next = solve_self(choose_kernel(y, y, options.p), log_b, options)
-    cost = cost - 0.5 * (a * (f_self + f_next)).sum(-1) - 0.5 * (b * (g_self + g_next)).sum(-1)
-    return cost, Potentials(f, g, f_self, g_self)
-
-
-def entropic_gradients(
-    grad: Tensor, x: Tensor, y: Tensor, a: Tensor, b: Tensor, potentials: Potentials,
-    options: SinkhornOptions, wanted: Sequence[bool],
-) -> list[Tensor | None]:  # fmt: skip
-    """Return ``grad`` times the derivatives in x, y, a and b, None where not ``wanted``.
-
-    Envelope theorem: x_i moves by ``a_i (pull towards b - pull towards a itself)``, and the
-    derivative in a is f, up to a constant that normalising the weights removes.
-    """
-    f, g, f_self, g_self = potentials
-    grads: list[Tensor | None] = [None, None, None, None]
-    if wanted[0] or wanted[1]:
-        kernel = choose_kernel(x, y, options.p)
-        if wanted[0]:
-            pull = _debiased_pull(kernel, a, b, g, f_self, options)
-            grads[0] = (grad[..., None, None] * a[..., None] * pull).sum_to_size(x.shape)
-        if wanted[1]:
-            pull = _debiased_pull(kernel.transposed, b, a, f, g_self, options)
-            grads[1] = (grad[..., None, None] * b[..., None] * pull).sum_to_size(y.shape)
-    if wanted[2]:
-        slope = f if f_self is None else f - f_self
-        grads[2] = (grad[..., None] * slope).sum_to_size(a.shape)
-    if wanted[3]:
-        slope = g if g_self is None else g - g_self
-        grads[3] = (grad[..., None] * slope).sum_to_size(b.shape)
-    return grads
-
-
-def _debiased_pull(
-    kernel: Kernel, a: Tensor, b: Tensor, g: Tensor, f_self: Tensor | None,
-    options: SinkhornOptions,
-) -> Tensor:  # fmt: skip
-    pull = kernel.pull(options.epsilon, b.log(), g)
-    if f_self is None:
-        return pull
-    own = choose_kernel(kernel.x, kernel.x, options.p)
-    return pull - own.pull(options.epsilon, a.log(), f_self)

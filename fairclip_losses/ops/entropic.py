@@ -1,0 +1,65 @@
+"""The entropic divergence and its gradients, put together from up to three problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .options import SinkhornOptions
+from .problem import Between, Side, solve_between, solve_within
+from .quadrature import Measure
+
+
+class EntropicSolution(NamedTuple):
+    """Divergences (*,), and their derivatives a row in x, y, a and b, None where not wanted."""
+
+    cost: Tensor
+    slopes: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+    between: Between
+    within_a: Side | None
+    within_b: Side | None
+
+
+def solve_entropic(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, wanted: Sequence[bool]
+) -> EntropicSolution:
+    """Solve for points x (*, N, D), y (*, M, D) and weights a (*, N), b (*, M) of sum one.
+
+    Envelope theorem: x_i moves by ``a_i (pull towards b - pull towards a itself)``, and the
+    derivative in a is f, up to a constant that normalising the weights removes.
+    """
+    one, other = Measure(x, a), Measure(y, b)
+    between = solve_between(one, other, options)
+    side_a, side_b, cost = between.side_a, between.side_b, between.cost
+    self_a = self_b = None
+    if options.debias:
+        self_a, cost_a = solve_within(one, between.light_a, options)
+        self_b, cost_b = solve_within(other, between.light_b, options)
+        cost = cost - 0.5 * cost_a - 0.5 * cost_b
+    return EntropicSolution(
+        cost,
+        (
+            _points_slope(a, side_a, self_a, options) if wanted[0] else None,
+            _points_slope(b, side_b, self_b, options) if wanted[1] else None,
+            _weights_slope(side_a, self_a) if wanted[2] else None,
+            _weights_slope(side_b, self_b) if wanted[3] else None,
+        ),
+        between,
+        self_a,
+        self_b,
+    )
+
+
+def _points_slope(
+    weights: Tensor, side: Side, own: Side | None, options: SinkhornOptions
+) -> Tensor:
+    pull = side.pull(options.epsilon)
+    if own is not None:
+        pull = pull - own.pull(options.epsilon)
+    return weights[..., None] * pull
+
+
+def _weights_slope(side: Side, own: Side | None) -> Tensor:
+    return side.potential if own is None else side.potential - own.potential

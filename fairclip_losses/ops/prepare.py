@@ -1,0 +1,158 @@
+"""From what was passed in to a problem that the solvers take: checked, centred, rows of sum one."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from .checks import broadcast_shapes, check_finite, check_weights, should_validate
+from .exact import working_dtype
+from .options import Backend, SinkhornOptions
+
+
+class Prepared(NamedTuple):
+    """A problem in the working precision."""
+
+    x: Tensor  # (*, N, D)
+    y: Tensor | None  # (*, M, D), None: the same tensor as x
+    a: Tensor  # (*, N)
+    b: Tensor  # (*, M)
+    has_mass: Tensor  # (*,) whether both measures have any
+    result: torch.dtype
+
+
+def prepare(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, validate: bool | None
+) -> Prepared:
+    """Check the values where asked for, centre the points and normalise the weights."""
+    same_points = x is y
+    if should_validate(x, validate):
+        check_weights(a, "a")
+        check_weights(b, "b")
+        x = check_finite(x, a, "x")
+        y = x if same_points else check_finite(y, b, "y")
+    result = torch.promote_types(x.dtype, y.dtype)
+    dtype = working_dtype(x.device)
+    weights_a, has_a = _normalise(a, x, dtype)
+    weights_b, has_b = _normalise(b, y, dtype)
+    points_x, points_y = _centred(x, y, a, b, dtype)
+    return Prepared(
+        points_x, None if same_points else points_y, weights_a, weights_b, has_a & has_b,
+        result if result == torch.float64 else torch.float32,
+    )  # fmt: skip
+
+
+def check_options(
+    p: int, blur: float, debias: bool, scaling: float,
+    iterations: int | None, tol: float, max_iterations: int, backend: Backend,
+) -> SinkhornOptions:  # fmt: skip
+    """Return the options as one value, or say which of them is wrong."""
+    if p not in (1, 2):
+        raise ValueError(f"p must be 1 or 2, got {p!r}")
+    if not 0 <= blur < math.inf:
+        raise ValueError(f"blur must be a finite number >= 0, got {blur!r}")
+    if not 0 < scaling < 1:
+        raise ValueError(f"scaling must lie strictly between 0 and 1, got {scaling!r}")
+    if iterations is not None and iterations < 1:
+        raise ValueError(f"iterations must be None or >= 1, got {iterations!r}")
+    if not tol > 0:
+        raise ValueError(f"tol must be > 0, got {tol!r}")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations must be >= 1, got {max_iterations!r}")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
+    if backend == "prefix" and p != 1:
+        raise ValueError(f"backend 'prefix' is for p = 1, got p = {p}")
+    return SinkhornOptions(
+        p, float(blur), debias, scaling, iterations, tol, max_iterations, backend
+    )
+
+
+def check_shapes(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, options: SinkhornOptions
+) -> None:
+    """Refuse tensors of dtypes and shapes that do not make a problem together."""
+    for name, points in (("x", x), ("y", y)):
+        if not points.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {points.dtype}")
+        if points.dim() < 2:
+            raise ValueError(
+                f"{name} must have shape (*, N, D), got {tuple(points.shape)}; "
+                f"scores (N,) on a line are {name}[:, None]"
+            )
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(
+            f"x and y must share their dimension D, got {x.shape[-1]} and {y.shape[-1]}"
+        )
+    if options.blur == 0 and x.shape[-1] != 1:
+        raise ValueError(
+            f"blur=0 (exact transport) needs points on a line, D = 1, got D = {x.shape[-1]}; "
+            "use blur > 0"
+        )
+    if options.backend == "prefix" and x.shape[-1] != 1:
+        raise ValueError(f"backend 'prefix' needs points on a line, D = 1, got D = {x.shape[-1]}")
+    for name, weights, count in (("a", a, x.shape[-2]), ("b", b, y.shape[-2])):
+        if weights is None:
+            continue
+        if not weights.is_floating_point():
+            raise ValueError(f"weights {name} must be floating point, got {weights.dtype}")
+        if weights.dim() < 1 or weights.shape[-1] != count:
+            raise ValueError(
+                f"weights {name} must have shape (*, {count}), got {tuple(weights.shape)}"
+            )
+    leads = [x.shape[:-2], y.shape[:-2]] + [w.shape[:-1] for w in (a, b) if w is not None]
+    try:
+        broadcast_shapes(*leads)
+    except RuntimeError:
+        shown = ", ".join(str(tuple(lead)) for lead in leads)
+        raise ValueError(f"leading dimensions do not broadcast: {shown}") from None
+
+
+def _normalise(weights: Tensor | None, points: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return rows of sum one and which rows had mass; a row without becomes uniform, unused."""
+    count = points.shape[-2]
+    uniform = torch.full((count,), 1.0 / count, dtype=dtype, device=points.device)
+    if weights is None:
+        return uniform, torch.ones((), dtype=torch.bool, device=points.device)
+    weights = weights.to(dtype)
+    total = weights.sum(-1, keepdim=True)
+    has_mass = total > 0
+    normalised = torch.where(has_mass, weights / torch.where(has_mass, total, 1.0), uniform)
+    return normalised, has_mass[..., 0]
+
+
+def _centred(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the points about their mean, which keeps the digits that differ; absent ones are 0.
+
+    An absent point may be NaN or far away: at the mean it can neither overflow nor spoil a sum.
+    """
+    there = _present(x, a)
+    if y is x and there is not None:
+        also = _present(y, b)
+        there = None if also is None else there | also
+    points = (x if there is None else torch.where(there, x, 0.0)).to(dtype)
+    count = points[..., 0].numel() if there is None else there.sum().clamp(min=1)
+    mean = points.detach().sum(list(range(x.dim() - 1))) / count
+    centred = points - mean
+    centred_x = centred if there is None else torch.where(there, centred, 0.0)
+    if y is x:
+        return centred_x, centred_x
+    there = _present(y, b)
+    if there is None:
+        return centred_x, y.to(dtype) - mean
+    return centred_x, torch.where(there, torch.where(there, y, 0.0).to(dtype) - mean, 0.0)
+
+
+def _present(points: Tensor, weights: Tensor | None) -> Tensor | None:
+    """Return which points any row gives weight, (*, N, 1); None is all of them."""
+    if weights is None:
+        return None
+    shape = points.shape[:-1]
+    used = (weights > 0).to(torch.float32)
+    used = used.expand(broadcast_shapes(shape, used.shape)).sum_to_size(shape)
+    return (used > 0)[..., None]

@@ -1,0 +1,249 @@
+"""Every way to the same number: backends against each other, their limits, and the result type."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from sinkhorn_cases import POWERS, clouds, one_thread, random_problem
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fairclip_losses.ops import SinkhornResult, sinkhorn_divergence, sinkhorn_solve
+from fairclip_losses.ops.band import BandKernel
+from fairclip_losses.ops.dense import DenseKernel
+from fairclip_losses.ops.line import LaplaceLine
+from fairclip_losses.ops.quadrature import Measure, compress
+from fairclip_losses.ops.reference import cost_matrix
+from fairclip_losses.ops.streamed import StreamedKernel
+
+BACKENDS = {1: ("dense", "streamed", "prefix"), 2: ("dense", "streamed")}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    with one_thread():
+        yield
+
+
+def training_batch(n, groups=3, clustered=False, seed=0):
+    """Return scores (n, 1) and group weights (groups, n), the groups' means apart."""
+    draw = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, groups, (n,), generator=draw)
+    scores = torch.randn(n, generator=draw, dtype=torch.float64) + 0.2 * codes
+    if clustered:  # most mass in one place, the rest far away
+        tail = torch.rand(n, generator=draw, dtype=torch.float64) < 0.1
+        scores = torch.where(tail, 1 + scores.abs(), 0.01 * scores)
+    return scores[:, None], (codes == torch.arange(groups)[:, None]).double()
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("clustered", [False, True])
+@pytest.mark.parametrize("blur", [1.0, 0.2, 0.05])
+def test_auto_is_the_dense_truth_at_the_size_of_a_batch(p, clustered, blur):
+    x, weights = training_batch(420, clustered=clustered)
+    found, truth = x.clone().requires_grad_(), x.clone().requires_grad_()
+    value = sinkhorn_divergence(found, found, None, weights, p=p, blur=blur)
+    exact = sinkhorn_divergence(
+        truth, truth, None, weights, p=p, blur=blur, backend="dense", tol=1e-10
+    )
+    torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-12)
+    value.sum().backward()
+    exact.sum().backward()
+    error = (found.grad - truth.grad).norm() / truth.grad.norm()
+    assert error < (2e-4 if clustered else 2e-5)
+
+
+@pytest.mark.parametrize("p", POWERS)
+@settings(max_examples=15, deadline=None)
+@given(one=clouds(), other=clouds(rows=2))
+def test_backends_agree_on_ragged_problems(p, one, other):
+    (x, a), (y, b) = one, other
+    dense, *rest = (
+        sinkhorn_divergence(x, y, a, b, p=p, blur=0.5, backend=backend) for backend in BACKENDS[p]
+    )
+    for value in rest:
+        torch.testing.assert_close(value, dense, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "p", "dimension"),
+    [(StreamedKernel, 1, 1), (StreamedKernel, 2, 3), (LaplaceLine, 1, 1)],
+)
+@pytest.mark.parametrize("blur", [1e-3, 0.3, 30.0])
+def test_operators_are_those_of_the_dense_kernel(kind, p, dimension, blur):
+    """Every operator, on points with ties and with absent ones, to rounding."""
+    x, y, _, b = random_problem(40, 50, rows=3, dimension=dimension)
+    x, y = x.round(decimals=1), y.round(decimals=1)
+    log_b = torch.where(b > 0.3, b, 0.0).log()
+    g = torch.sin(3 * y[:, 0]).expand(3, -1)
+    dense, kernel = DenseKernel(x, y, p), kind(x, y) if kind is LaplaceLine else kind(x, y, p)
+    epsilon = blur**p
+    there, here = dense, kernel.transposed.transposed
+    torch.testing.assert_close(
+        here.softmin(epsilon, log_b, g), there.softmin(epsilon, log_b, g), rtol=1e-10, atol=1e-11
+    )
+    torch.testing.assert_close(
+        here.pull(epsilon, log_b, g), there.pull(epsilon, log_b, g), rtol=1e-7, atol=1e-9
+    )
+    places = y[:, 0]
+    torch.testing.assert_close(
+        here.average(epsilon, log_b, g, places), there.average(epsilon, log_b, g, places),
+        rtol=1e-7, atol=1e-9,
+    )  # fmt: skip
+
+
+def test_streaming_crosses_its_blocks(monkeypatch):
+    x, y, a, b = random_problem(30, 20, rows=2, dimension=2)
+    whole = sinkhorn_divergence(x, y, a, b, blur=0.5, backend="streamed")
+    monkeypatch.setattr("fairclip_losses.ops.streamed._BLOCK", 100)
+    torch.testing.assert_close(sinkhorn_divergence(x, y, a, b, blur=0.5, backend="streamed"), whole)
+
+
+@settings(max_examples=25, deadline=None)
+@given(cloud=clouds(max_points=40, rows=2))
+def test_compressing_keeps_mass_and_moments(cloud):
+    points, weights = cloud
+    weights = weights / weights.sum(-1, keepdim=True)
+    light = compress(Measure(points, weights), blur=2.0)
+    if light.points is points:
+        return
+    assert (light.weights >= 0).all()
+    for power in range(4):
+        torch.testing.assert_close(
+            (light.weights * light.points[..., 0] ** power).sum(-1),
+            (weights * points[..., 0] ** power).sum(-1),
+        )
+
+
+@pytest.mark.parametrize("p", POWERS)
+def test_many_points(p):
+    """Ten thousand points, two groups: a size at which N x M would not do."""
+    x, weights = training_batch(10_000, groups=2)
+    x.requires_grad_()
+    value = sinkhorn_divergence(x, x, None, weights, p=p, blur=0.2)
+    value.sum().backward()
+    if p == 2:  # the debiased value is near the exact one; for p = 1 that takes a smaller blur
+        exact = sinkhorn_divergence(x, x, None, weights, p=p, blur=0)
+        torch.testing.assert_close(value, exact, rtol=0.2, atol=0.0)
+    direction = torch.cos(7 * x.detach())
+    step = 1e-4
+    moved = [
+        sinkhorn_divergence(y, y, None, weights, p=p, blur=0.2).sum()
+        for y in (x.detach() + step * direction, x.detach() - step * direction)
+    ]
+    slope = (moved[0] - moved[1]) / (2 * step)
+    assert (x.grad * direction).sum().item() == pytest.approx(slope.item(), rel=1e-3)
+
+
+class Peak(TorchDispatchMode):
+    """Notes the largest tensor made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize(("p", "dimension"), [(1, 1), (2, 1), (2, 2)])
+def test_nothing_of_size_n_by_m(p, dimension):
+    x, weights = training_batch(4000, groups=2)
+    x = x.expand(-1, dimension).contiguous().requires_grad_()
+    with Peak() as peak:
+        value = sinkhorn_divergence(x, x, None, weights, p=p, blur=0.5, max_iterations=3)
+        value.sum().backward()
+    assert peak.largest <= 8 * 2**20  # 4000 x 4000 costs would be 128 MB
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("n", [12, 400])
+def test_result_is_a_solution(p, n):
+    x, weights = training_batch(n)
+    result = sinkhorn_solve(x, x, None, weights, p=p, blur=0.3)
+    assert isinstance(result, SinkhornResult)
+    assert result.converged.all()
+    assert result.iterations >= 1
+    assert (result.marginal_error < 1e-5).all()
+    torch.testing.assert_close(result.cost, sinkhorn_divergence(x, x, None, weights, p=p, blur=0.3))
+    a = torch.full((n,), 1 / n, dtype=torch.float64)
+    for row, f, g, cost in zip(weights, result.f, result.g, result.transport_cost, strict=True):
+        b = row / row.sum()
+        matrix = cost_matrix(x, x, p)
+        log = (f[:, None] + g - matrix) / 0.3**p
+        plan = a[:, None] * b * log.exp()
+        torch.testing.assert_close(plan.sum(1), a, rtol=0, atol=1e-5 / n)
+        torch.testing.assert_close(plan.sum(0), b, rtol=0, atol=1e-5 / n)
+        value = (plan * matrix).sum() + 0.3**p * (plan * log).sum()
+        torch.testing.assert_close(cost, value, rtol=1e-5, atol=1e-9)
+
+
+def test_result_says_where_it_did_not_converge():
+    x, y, a, b = random_problem(20, 20, dimension=2)
+    result = sinkhorn_solve(x, y, a, b, blur=0.05, iterations=1, backend="streamed")
+    assert not result.converged.any()
+    assert result.iterations == 1
+    assert result.f_self.shape == (20,)
+    assert sinkhorn_solve(x, y, a, b, debias=False).f_self is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "keops"}, "backend must be one of .*, got 'keops'"),
+        ({"backend": "prefix"}, "backend 'prefix' is for p = 1, got p = 2"),
+        (
+            {"backend": "prefix", "p": 1},
+            "backend 'prefix' needs points on a line, D = 1, got D = 2",
+        ),
+    ],
+)
+def test_bad_backends(arguments, message):
+    x = torch.zeros(4, 2)
+    for entry in (sinkhorn_divergence, sinkhorn_solve):
+        with pytest.raises(ValueError, match=message):
+            entry(x, x, **arguments)
+
+
+def test_result_needs_a_blur_and_points():
+    x = torch.zeros(4, 1)
+    with pytest.raises(ValueError, match="needs blur > 0"):
+        sinkhorn_solve(x, x, blur=0)
+    with pytest.raises(ValueError, match="x and y need points, got 0 and 4"):
+        sinkhorn_solve(x[:0], x)
+
+
+@pytest.mark.parametrize("p", POWERS)
+def test_symmetric_costs_of_rows_of_weights(p):
+    """a in rows and b in rows, and both: the leading dims mean the same to every backend."""
+    x, y, a, b = random_problem(6, 7, rows=2)
+    rows = torch.stack([a, a.flip(0)])
+    for backend in BACKENDS[p]:
+        both = sinkhorn_divergence(x, y, rows[:, None], b, p=p, blur=0.4, backend=backend)
+        assert both.shape == (2, 2)
+        for i, j in itertools.product(range(2), range(2)):
+            alone = sinkhorn_divergence(x, y, rows[i], b[j], p=p, blur=0.4, backend=backend)
+            torch.testing.assert_close(both[i, j], alone, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("blur", [0.02, 0.003])
+def test_a_small_blur_needs_only_a_band(blur):
+    """p = 2 above the size of Newton: bands around the monotone coupling, held to the truth."""
+    x, weights = training_batch(540, groups=2)
+    value = sinkhorn_divergence(x, x, None, weights, blur=blur)
+    exact = sinkhorn_divergence(x, x, None, weights, blur=blur, backend="dense", tol=1e-7)
+    torch.testing.assert_close(value, exact, rtol=1e-6, atol=0.0)
+    every = BandKernel(x, x, 2, torch.ones(540), weights, width=540)
+    narrow = BandKernel(x, x, 2, torch.ones(540) / 540, weights, width=200)
+    dense = DenseKernel(x, x, 2)
+    log_b, g = (weights / weights.sum(1, keepdim=True)).log(), torch.zeros(2, 540)
+    whole = dense.softmin(blur**2, log_b, g)
+    torch.testing.assert_close(every.softmin(blur**2, log_b, g), whole)
+    assert (narrow.softmin(blur**2, log_b, g) >= whole - 1e-12).all()  # it leaves mass out
+    torch.testing.assert_close(
+        every.average(blur**2, log_b, g, x[:, 0]), dense.average(blur**2, log_b, g, x[:, 0])
+    )
