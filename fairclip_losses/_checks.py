@@ -51,9 +51,11 @@ def _codes(
         raise ValueError(f"expected {name} as integer codes, got dtype {codes.dtype}")
     low, high = int(codes.min()), int(codes.max())
     if low < lowest or (size is not None and high >= size):
-        top = "" if size is None else str(size - 1)
         wrong = low if low < lowest else high
-        raise ValueError(f"expected {name} in {lowest}..{top}, got {wrong}")
+        if size is not None:
+            raise ValueError(f"expected {name} in {lowest}..{size - 1}, got {wrong}")
+        least = f"{lowest} (unknown)" if lowest == UNKNOWN else str(lowest)
+        raise ValueError(f"expected {name} of {least} or more, got {wrong}")
     return codes.astype(np.int64)
 
 

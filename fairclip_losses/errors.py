@@ -14,6 +14,21 @@ class CallbackError(RuntimeError):
     """A training callback failed; the message names the callback and the event."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return what an error says as one line, with its type where that is needed to understand it.
+
+    Of an error that a loader's worker process passed on as a whole traceback it is the last line.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Caught "):
+        return lines[-1].removeprefix("ValueError: ")
+    if isinstance(error, ValueError) and lines:
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 @contextmanager
 def usage_errors() -> Iterator[None]:
     """Turn a ValueError of the block, which says what is wrong with the input, into UsageError."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fairclip_losses.data.tables import read_table, write_table, write_text
+from fairclip_losses.errors import one_line
 from fairclip_losses.report import FairnessReport
 from fairclip_losses.zero_shot import (
     Predictions,
@@ -71,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.debug:
                 raise
             expected = isinstance(error, ValueError | OSError)
-            kind = "" if expected else f"unexpected {type(error).__name__}: "
+            kind = "" if expected else "unexpected "
             hint = "" if expected else " (--debug shows the traceback)"
-            print(f"{PROGRAM}: error: {kind}{_one_line(error)}{hint}", file=sys.stderr)
+            print(f"{PROGRAM}: error: {kind}{one_line(error)}{hint}", file=sys.stderr)
             return 2 if expected else 1
     return 0
 
@@ -184,7 +185,7 @@ def load_model(
         )
         tokenizer = open_clip.get_tokenizer(name, context_length=kwargs.get("force_context_length"))
     except Exception as error:
-        raise ValueError(f"open_clip cannot build model {name!r}: {_one_line(error)}") from error
+        raise ValueError(f"open_clip cannot build model {name!r}: {one_line(error)}") from error
     finally:
         logging.disable(logging.NOTSET)
     _fill(model, weights, f"{checkpoint}: expected the weights of {name!r}, got")
@@ -280,7 +281,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except Exception as error:
-        raise ValueError(f"cannot use device {name!r}: {_one_line(error)}") from error
+        raise ValueError(f"cannot use device {name!r}: {one_line(error)}") from error
     return device
 
 
@@ -325,18 +326,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
-
-
-def _one_line(error: BaseException) -> str:
-    """Return the line of an error that says what is wrong."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    # A worker process passes an error on as a whole traceback, whose last line is the error.
-    wrapped = lines[0].startswith("Caught ")
-    return lines[-1].partition(": ")[2] if wrapped else lines[0]
 
 
 if __name__ == "__main__":

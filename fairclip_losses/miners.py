@@ -27,7 +27,8 @@ from fairclip_losses.functional import (
     pair_history,
     visit_weight,
 )
-from fairclip_losses.functional.mining import check_choice, check_sigma
+from fairclip_losses.functional.mining import check_choice, check_mixture_threshold, check_sigma
+from fairclip_losses.functional.options import check_integer
 
 __all__ = ["BadPairMiner", "EpochSummary", "MinerReport"]
 
@@ -221,17 +222,16 @@ class BadPairMiner(nn.Module):
         check_choice("weighting", weighting, ("relative", "density"))
         check_choice("record", record, ("raw", "weighted"))
         check_choice("detector", detector, ("threshold", "mixture"))
-        if not 0 < mixture_threshold <= 1:
-            raise ValueError(f"mixture_threshold must be in (0, 1], got {mixture_threshold!r}")
+        check_mixture_threshold(mixture_threshold)
         if history == "linear" and not renormalize and total_epochs is None:
             raise ValueError(
                 "history='linear' with renormalize=False needs total_epochs, got total_epochs=None"
             )
-        self.num_pairs = None if num_pairs is None else _integer("num_pairs", num_pairs, 1)
+        self.num_pairs = None if num_pairs is None else check_integer("num_pairs", num_pairs, 1)
         self.total_epochs = (
-            None if total_epochs is None else _integer("total_epochs", total_epochs, 1)
+            None if total_epochs is None else check_integer("total_epochs", total_epochs, 1)
         )
-        self.warmup_epochs = _integer("warmup_epochs", warmup_epochs, 0)
+        self.warmup_epochs = check_integer("warmup_epochs", warmup_epochs, 0)
         self.noisy_sigma = noisy_sigma
         self.faulty_sigma = faulty_sigma
         self.history: History = history
@@ -282,7 +282,11 @@ class BadPairMiner(nn.Module):
             ValueError: for a wrong dtype or shape, and, where the values are checked (see
                 `validate`), an id outside 0..num_pairs-1; nothing is recorded then.
         """
-        losses, ids = self._checked(pair_losses, pair_ids)
+        self.check(pair_losses, pair_ids)
+        losses = pair_losses.detach()
+        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+        ids = pair_ids.to(torch.int64)
+        ids = ids.to(losses.device, non_blocking=losses.device.type == "cuda")
         if self.visits.device != losses.device:
             with torch.inference_mode(False):
                 self.to(losses.device)
@@ -303,6 +307,40 @@ class BadPairMiner(nn.Module):
                 self.invalid_count += (~known).sum()
                 self._accumulate(slots, stored, known & torch.isfinite(stored))
         return weights
+
+    def check(self, pair_losses: Tensor, pair_ids: Tensor) -> None:
+        """Refuse what ``forward`` would refuse, and record nothing.
+
+        Raises:
+            ValueError: as ``forward`` does.
+        """
+        for name, value in (("pair_losses", pair_losses), ("pair_ids", pair_ids)):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+        if not pair_losses.is_floating_point():
+            raise ValueError(f"pair_losses must be floating point, got {pair_losses.dtype}")
+        if (
+            pair_ids.is_floating_point()
+            or pair_ids.is_complex()
+            or pair_ids.dtype in (torch.bool, torch.uint64)
+        ):
+            raise ValueError(f"pair_ids must be integers (int64), got {pair_ids.dtype}")
+        if pair_losses.ndim != 1 or pair_ids.ndim != 1 or len(pair_losses) != len(pair_ids):
+            raise ValueError(
+                "pair_losses and pair_ids must both have shape (B,), "
+                f"got {tuple(pair_losses.shape)} and {tuple(pair_ids.shape)}"
+            )
+        check = pair_ids.device.type == "cpu" if self.validate is None else self.validate
+        # A compiled graph cannot raise on a value; there the ids are counted, as on a GPU.
+        if check and self.num_pairs is not None and not torch.compiler.is_compiling():
+            ids = pair_ids.to(torch.int64)
+            outside = (ids < 0) | (ids >= self.num_pairs)
+            if bool(outside.any()):
+                first = int(outside.nonzero()[0])
+                raise ValueError(
+                    f"pair_ids must lie in 0..{self._last_id()}, "
+                    f"got {int(ids[first])} at position {first}"
+                )
 
     def end_epoch(self) -> EpochSummary:
         """End the epoch: refresh the statistics and, after the warm-up, the flags.
@@ -387,39 +425,6 @@ class BadPairMiner(nn.Module):
         )
 
     # ------------------------------------------------------------------------------------- memory
-
-    def _checked(self, pair_losses: Tensor, pair_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the losses, detached, in float32 or more, and the ids in int64 on their device."""
-        for name, value in (("pair_losses", pair_losses), ("pair_ids", pair_ids)):
-            if not isinstance(value, Tensor):
-                raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
-        if not pair_losses.is_floating_point():
-            raise ValueError(f"pair_losses must be floating point, got {pair_losses.dtype}")
-        if (
-            pair_ids.is_floating_point()
-            or pair_ids.is_complex()
-            or pair_ids.dtype in (torch.bool, torch.uint64)
-        ):
-            raise ValueError(f"pair_ids must be integers (int64), got {pair_ids.dtype}")
-        if pair_losses.ndim != 1 or pair_ids.ndim != 1 or len(pair_losses) != len(pair_ids):
-            raise ValueError(
-                "pair_losses and pair_ids must both have shape (B,), "
-                f"got {tuple(pair_losses.shape)} and {tuple(pair_ids.shape)}"
-            )
-        ids = pair_ids.to(torch.int64)
-        check = ids.device.type == "cpu" if self.validate is None else self.validate
-        # A compiled graph cannot raise on a value; there the ids are counted, as on a GPU.
-        if check and self.num_pairs is not None and not torch.compiler.is_compiling():
-            outside = (ids < 0) | (ids >= self.num_pairs)
-            if bool(outside.any()):
-                first = int(outside.nonzero()[0])
-                raise ValueError(
-                    f"pair_ids must lie in 0..{self._last_id()}, "
-                    f"got {int(ids[first])} at position {first}"
-                )
-        losses = pair_losses.detach()
-        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
-        return losses, ids.to(losses.device, non_blocking=losses.device.type == "cuda")
 
     def _last_id(self) -> int:
         return (self.num_pairs or 0) - 1
@@ -573,9 +578,3 @@ class BadPairMiner(nn.Module):
 def _zeros_float32(size: int, device: torch.device | None = None) -> Tensor:
     """Return zeros in float32, whatever the default dtype is."""
     return torch.zeros(size, dtype=torch.float32, device=device)
-
-
-def _integer(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} must be an integer of {least} or more, got {value!r}")
-    return int(value)

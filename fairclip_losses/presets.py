@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .functional import Normalization
+from .functional.options import check_integer
 from .losses import FairLoss, MiningUnit, Score, SinkhornFairnessLoss
 from .miners import BadPairMiner
 
@@ -93,13 +95,18 @@ def build_fair_loss(
         score: replaces the preset's where not None.
 
     Raises:
-        ValueError: an unknown preset, or what the parts refuse.
+        ValueError: an unknown preset, an option that a part does not have, or what the parts
+            refuse.
     """
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
     chosen = PRESETS[preset]
     miner = term = None
     options: dict[str, Any]
+    _check_options("miner_options", miner_options, BadPairMiner)
+    _check_options("fairness_options", fairness_options, SinkhornFairnessLoss)
+    if total_epochs is not None:
+        total_epochs = check_integer("total_epochs", total_epochs, 1)
     if mining:
         # The published unit counts batches, of which the data set's size says nothing.
         pairs = num_pairs if chosen.mining_unit == "pair" else None
@@ -119,3 +126,18 @@ def build_fair_loss(
         normalization=chosen.normalization,
         mining_unit=chosen.mining_unit,
     )
+
+
+def _check_options(name: str, given: Mapping[str, Any] | None, part: type[nn.Module]) -> None:
+    """Refuse options that are no mapping, or that the part does not have."""
+    if given is None:
+        return
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{name} must be a mapping name -> value, got {type(given).__name__}")
+    known = list(inspect.signature(part).parameters)
+    unknown = [option for option in given if option not in known]
+    if unknown:
+        raise ValueError(
+            f"{name} must be among {', '.join(known)} of {part.__name__}, "
+            f"got {', '.join(map(repr, unknown))}"
+        )

@@ -198,8 +198,9 @@ def fairness_report(
         positives (negatives) is left out of the true (false) positive rates' gap.
 
     Raises:
-        ValueError: lengths that differ, no samples, scores that are not finite, class or group
-            codes out of range, an attribute without labels, or a setting out of range.
+        ValueError: lengths that differ, no samples, scores that are not finite, groups that are no
+            mapping, class or group codes out of range, an attribute without labels, or a setting
+            out of range.
     """
     y, s, num_classes = _checks.check_samples(y_true, scores)
     s = s[:, 1] if s.ndim == 2 and num_classes == 2 else s
@@ -209,6 +210,11 @@ def fairness_report(
         raise ValueError(f"expected n_bootstrap of 0 or more, got {n_bootstrap}")
     if not np.isfinite(threshold):
         raise ValueError(f"expected a finite threshold, got {threshold}")
+    if not isinstance(groups, Mapping):
+        raise ValueError(
+            "expected groups as a mapping, attribute name -> codes (N,), "
+            f"got {type(groups).__name__}"
+        )
     predicted = _weighted.decide(s, threshold)
 
     named = labels.labels if isinstance(labels, CodeBook) else labels

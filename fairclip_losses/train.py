@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from .errors import CallbackError, UsageError
+from .errors import CallbackError, UsageError, one_line
 
 _PROGRAM = "fairclip_losses.train"
 
@@ -26,12 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _report(error, 2, arguments)
     except CallbackError as error:
-        return _report(error.__cause__, 2, arguments, str(error))
+        return _report(error.__cause__, 1, arguments, str(error))
     except KeyboardInterrupt:
         print(f"{_PROGRAM}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        return _report(error, 1, arguments, f"{type(error).__name__}: {error}")
+        return _report(error, 1, arguments, one_line(error))
+    finally:
+        _quieten_torch()
 
 
 def _report(
@@ -49,6 +51,16 @@ def _report(
                 handler.stream.write(details)
                 handler.flush()
     return status
+
+
+def _quieten_torch() -> None:
+    """Keep torch's statistics at exit from following the last line.
+
+    open_clip's logging lets every logger there is speak at the level of its own.
+    """
+    for name in logging.getLogger().manager.loggerDict:
+        if name.split(".")[0] == "torch":
+            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairclip_losses import BadPairMiner, FairLoss, SinkhornFairnessLoss, build_fair_loss
+from fairclip_losses.distributed import Processes
 from fairclip_losses.losses import FairLossState
 from fairclip_losses.pair_terms import PairTerms
 
@@ -649,9 +650,13 @@ def test_terms_that_do_not_fit_the_base_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fairness_weight": -1.0}, "fairness_weight must be finite and >= 0, got -1.0"),
-        ({"fairness_weight": math.nan}, "fairness_weight must be finite and >= 0, got nan"),
-        ({"fairness_weight": math.inf}, "fairness_weight must be finite and >= 0, got inf"),
+        ({"fairness_weight": -1.0}, "fairness_weight must be a finite number >= 0, got -1.0"),
+        ({"fairness_weight": math.nan}, "fairness_weight must be a finite number >= 0, got nan"),
+        ({"fairness_weight": math.inf}, "fairness_weight must be a finite number >= 0, got inf"),
+        ({"fairness_weight": "a"}, "fairness_weight must be a finite number >= 0, got 'a'"),
+        ({"fairness_weight": None}, "fairness_weight must be a finite number >= 0, got None"),
+        ({"miner": 3}, "miner must be a torch.nn.Module or None, got int"),
+        ({"fairness": "a"}, "fairness must be a torch.nn.Module or None, got str"),
         ({"score": "losses"}, "score must be one of .*'official'.*, got 'losses'"),
         ({"normalization": "sum"}, "normalization must be one of .*, got 'sum'"),
         ({"mining_unit": "epoch"}, "mining_unit must be one of .*, got 'epoch'"),
@@ -660,6 +665,14 @@ def test_terms_that_do_not_fit_the_base_are_refused():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         FairLoss(ClipLoss(), **options)
+
+
+@pytest.mark.parametrize(
+    ("base", "got"), [(None, "NoneType"), (lambda **_: 0, "function"), (ClipLoss, "type")]
+)
+def test_a_base_that_is_no_module(base, got):
+    with pytest.raises(ValueError, match=f"base_loss must be a torch.nn.Module, got {got}"):
+        FairLoss(base)
 
 
 def test_the_published_score_is_refused_over_several_processes():
@@ -681,19 +694,131 @@ def test_missing_metadata_is_refused_before_anything_is_recorded(output_dict):
     assert not fair.miner.visits.any() and fair.fairness.queue.isnan().all()
 
 
-def test_metadata_that_does_not_fit():
-    output, given_metadata = model_output(), metadata()
-    ids, groups = given_metadata["pair_ids"], given_metadata["groups"]
-    for wrong, message in (
-        ({"pair_ids": ids.float(), "groups": groups}, "pair_ids must be integers"),
-        ({"pair_ids": ids[:3], "groups": groups}, r"must both have shape \(B,\)"),
-        ({"pair_ids": ids + 40, "groups": groups}, r"pair_ids must lie in 0\.\.39"),
-        ({"pair_ids": ids, "groups": groups[:3]}, "10 scores, 3 rows"),
-        ({"pair_ids": ids, "groups": groups.float()}, "group codes must be integers"),
-        ({"pair_ids": ids, "groups": groups + 5}, "group codes must lie in"),
-    ):
+def code_2(groups):
+    groups = groups.clone()
+    groups[4, 1] = 2
+    return groups
+
+
+IDS, GROUPS = metadata().values()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"pair_ids": IDS.tolist()}, "pair_ids must be a tensor, got list"),
+        ({"pair_ids": IDS.float()}, "pair_ids must be integers"),
+        ({"pair_ids": IDS[:3]}, r"must both have shape \(B,\)"),
+        ({"pair_ids": IDS[:, None]}, r"must both have shape \(B,\)"),
+        ({"groups": GROUPS.tolist()}, "group codes must be a tensor, got list"),
+        ({"groups": GROUPS[:3]}, "10 scores, 3 rows"),
+        ({"groups": GROUPS[:, :1]}, "expected codes of 2 attributes, got 1"),
+        ({"groups": GROUPS.float()}, "group codes must be integers"),
+        ({"groups": code_2(GROUPS)}, r"attribute 1: .* -1\.\.1 .* got 2 at position 4"),
+        ({"groups": {"a": GROUPS[:, 0], "b": GROUPS[:3, 1]}}, "must have one shape"),
+    ],
+)
+@pytest.mark.parametrize("num_pairs", [50, None])
+def test_metadata_that_does_not_fit_is_recorded_nowhere(num_pairs, wrong, message):
+    fair, clean = (
+        FairLoss(
+            ClipLoss(),
+            BadPairMiner(num_pairs),
+            SinkhornFairnessLoss(num_groups=NUM_GROUPS, queue_size=4),
+        )
+        for _ in range(2)
+    )
+    step = model_output() | metadata()
+    for _ in range(2):
         with pytest.raises(ValueError, match=message):
-            parts()(**output, **wrong)
+            fair(**(step | wrong))
+        assert_same_memory(fair, clean)
+        # Repaired and passed again, the batch counts once.
+        assert torch.equal(fair(**step), clean(**step))
+        assert_same_memory(fair, clean)
+
+
+def test_ids_past_the_last_are_recorded_nowhere():
+    fair, step = parts(), model_output() | metadata()
+    with pytest.raises(ValueError, match=r"pair_ids must lie in 0\.\.39, got 40 at position 7"):
+        fair(**(step | {"pair_ids": IDS.index_fill(0, torch.tensor([7]), 40)}))
+    assert_same_memory(fair, parts())
+
+
+def assert_same_memory(one, other):
+    state = other.state_dict()
+    for name, value in one.state_dict().items():
+        assert same(value, state[name]) if isinstance(value, torch.Tensor) else value == state[name]
+
+
+@pytest.mark.parametrize("unit", ["pair", "batch"])
+def test_what_comes_late_is_refused_before_anything_is_recorded(unit):
+    """Features for the scores, positions past the end, terms that do not fit the base."""
+    miner = BadPairMiner(1 if unit == "batch" else 40)
+    fair = FairLoss(
+        OwnLoss(),
+        miner,
+        SinkhornFairnessLoss(num_groups=1, queue_size=2),
+        mining_unit=unit,
+    )
+    step = {
+        "distances": torch.arange(3.0),
+        "pair_ids": torch.arange(3),
+        "groups": torch.zeros(3, dtype=torch.int64),
+    }
+    before = copy.deepcopy(fair)
+    fair.score = "similarity"
+    with pytest.raises(ValueError, match="needs image_features"):
+        fair(**step)
+    assert_same_memory(fair, before)
+    fair.score = "loss"
+    fair.base_loss.named = ("other_loss",)
+    with pytest.raises(ValueError, match="but the base loss returned"):
+        fair(**step, output_dict=True)
+    assert_same_memory(fair, before)
+    fair.base_loss.named = ("distance_loss",)
+    fair(**step)
+    assert miner.report().visits.sum() == (1 if unit == "batch" else 3)
+    if unit == "batch":
+        before = copy.deepcopy(fair)
+        with pytest.raises(ValueError, match=r"must lie in 0\.\.0, got 1"):
+            fair(**step)
+        assert_same_memory(fair, before)
+
+
+class Uneven(OwnLoss):
+    def pair_terms(self, distances):
+        return PairTerms(distances, {"distance_loss": distances[:2]})
+
+
+def test_terms_of_different_lengths_are_refused_before_anything_is_recorded():
+    fair = FairLoss(Uneven(), BadPairMiner(3))
+    with pytest.raises(ValueError, match=r"B = 3, got distance_loss of shape \(2,\)"):
+        fair(distances=torch.ones(3), pair_ids=torch.arange(3))
+    assert not fair.miner.visits.any()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"pair_ids": IDS.tolist()}, "pair_ids must be a tensor, got list"),
+        ({"groups": GROUPS.tolist()}, "groups must be a tensor, got list"),
+        (
+            {"groups": {"a": GROUPS[:, 0], "b": GROUPS[:3, 1]}},
+            r"groups\['b'\] must have one row for each of the 10 pairs .*, got shape \(3,\)",
+        ),
+    ],
+)
+def test_what_cannot_be_gathered_is_refused(monkeypatch, wrong, message):
+    """The other process's part stands for itself: what is wrong here is seen before it matters."""
+    monkeypatch.setattr(
+        torch.distributed, "all_gather", lambda out, mine: [part.copy_(mine) for part in out]
+    )
+    fair = parts()
+    fair.processes = Processes(0, 2)
+    with pytest.raises(ValueError, match=message):
+        fair(**model_output(), **(metadata() | wrong))
+    assert not fair.miner.visits.any() and fair.fairness.queue.isnan().all()
 
 
 def test_arguments_that_do_not_fit_the_base():

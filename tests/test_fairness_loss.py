@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.stats import wasserstein_distance
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairclip_losses import SinkhornFairnessLoss
+from fairclip_losses import SinkhornFairnessLoss, sinkhorn_divergence
 from fairclip_losses.functional import (
     UNKNOWN,
     FairnessTerms,
@@ -413,9 +413,15 @@ def test_repr_shows_the_settings():
         ({"blur": math.inf}, "blur must be a finite number >= 0, got inf"),
         ({"group_reduction": "max"}, "group_reduction must be 'mean' or 'sum', got 'max'"),
         ({"detach": "both"}, "detach must be 'none', 'groups' or 'total', got 'both'"),
-        ({"min_group_size": 0}, "min_group_size must be >= 1, got 0"),
-        ({"queue_size": 4}, "queue_size must be >= 0 and needs num_groups, got 4"),
-        ({"queue_size": -1, "num_groups": 2}, "queue_size must be >= 0 and needs num_groups"),
+        ({"blur": "x"}, "blur must be a finite number >= 0, got 'x'"),
+        ({"blur": None}, "blur must be a finite number >= 0, got None"),
+        ({"min_group_size": 0}, "min_group_size must be an integer of 1 or more, got 0"),
+        ({"min_group_size": 1.5}, "min_group_size must be an integer of 1 or more, got 1.5"),
+        ({"queue_size": 4}, "a queue needs num_groups, got queue_size=4 and num_groups=None"),
+        ({"queue_size": -1}, "queue_size must be an integer of 0 or more, got -1"),
+        ({"queue_size": 1.5, "num_groups": 2}, "queue_size must be an integer .*, got 1.5"),
+        ({"queue_size": "a", "num_groups": 2}, "queue_size must be an integer .*, got 'a'"),
+        ({"queue_size": True, "num_groups": 2}, "queue_size must be an integer .*, got True"),
         ({"num_groups": 0}, "num_groups must be integers >= 1, got 0"),
         ({"num_groups": ()}, r"num_groups must be integers >= 1, got \(\)"),
         ({"num_groups": {}}, "num_groups must be integers >= 1, got {}"),
@@ -425,6 +431,8 @@ def test_repr_shows_the_settings():
         ({"num_groups": (2, 2), "attribute_weights": [1.0]}, "must have 2 entries, got 1"),
         ({"num_groups": 2, "attribute_weights": [-1.0]}, "must be finite and >= 0"),
         ({"num_groups": 2, "attribute_weights": [math.nan]}, "must be finite and >= 0"),
+        ({"num_groups": 2, "attribute_weights": ["a"]}, "must be finite and >= 0"),
+        ({"num_groups": 2, "attribute_weights": 1.0}, "must be a sequence or .*, got float"),
         (
             {"num_groups": {"a": 2}, "attribute_weights": {"b": 1.0}},
             r"attribute_weights must name \['a'\], got \['b'\]",
@@ -482,9 +490,17 @@ def test_scores_that_are_not_finite_are_refused(bad, code):
 @pytest.mark.parametrize(
     ("num_groups", "codes", "message"),
     [
-        (2, [0, 2], r"-1\.\.G-1 with G = \(2,\), got \[0\]\.\.\[2\]"),
-        (2, [0, -2], r"-1\.\.G-1 with G = \(2,\), got \[-2\]\.\.\[0\]"),
-        (None, [0, -2], "group codes must be >= -1, got -2"),
+        (2, [0, 2], r"attribute 0: .* in -1\.\.1 \(2 groups; .*\), got 2 at position 1"),
+        (2, [-2, 0], r"attribute 0: .* in -1\.\.1 \(2 groups; .*\), got -2 at position 0"),
+        (1, [0, 1], r"attribute 0: .* in -1\.\.0 \(1 group; .*\), got 1 at position 1"),
+        ((1, 3), [[0, 2], [-1, 3]], r"attribute 1: .* \(3 groups; .*\), got 3 at position 1"),
+        (
+            {"race": 3, "sex": 2},
+            {"sex": [0, 2], "race": [2, 0]},
+            r"attribute 'sex': .* in -1\.\.1 \(2 groups; .*\), got 2 at position 1",
+        ),
+        (None, [0, -2], r"attribute 0: .* -1 \(unknown\) or more, got -2 at position 1"),
+        (None, {"a": [0, 0], "b": [-3, 0]}, "attribute 'b': .* or more, got -3 at position 0"),
         ((2, 2), [0, 0], "expected codes of 2 attributes, got 1"),
         ({"a": 2}, {"b": [0, 0]}, r"groups must name the attributes \['a'\], got \['b'\]"),
         ({"a": 2}, {"a": [0, 0], "b": [0, 0]}, r"groups must name the attributes \['a'\]"),
@@ -521,7 +537,8 @@ def test_weights_that_do_not_fit_the_batch():
         ({"attribute_weights": (1.0, 1.0)}, "attribute_weights must have 1 entries, got 2"),
         ({"group_reduction": "max"}, "group_reduction must be"),
         ({"detach": "x"}, "detach must be"),
-        ({"min_group_size": 0}, "min_group_size must be >= 1"),
+        ({"min_group_size": 0}, "min_group_size must be an integer of 1 or more, got 0"),
+        ({"min_group_size": 1.5}, "min_group_size must be an integer of 1 or more, got 1.5"),
         ({"num_groups": (2, 2)}, r"groups of 1 attributes, got \(2, 2\)"),
         ({"num_groups": (0,)}, r"num_groups must be integers >= 1, got \(0,\)"),
         ({"p": 3}, "p must be 1 or 2, got 3"),
@@ -790,6 +807,18 @@ def test_compiles_into_one_graph(p, queue_size):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(inner.queue, eager.queue, equal_nan=True)
     torch.testing.assert_close(inner.last.per_group, eager.last.per_group)
+
+
+def test_nothing_of_typing_is_called_in_a_step(monkeypatch):
+    """Its functions are no part of what torch.compile must follow."""
+
+    def refuse(*_):
+        raise AssertionError("called in a step")
+
+    monkeypatch.setattr("fairclip_losses.ops.prepare.get_args", refuse)
+    SinkhornFairnessLoss(num_groups=(3, 2), blur=0.3)(*random_batch())
+    with pytest.raises(ValueError, match=r"backend must be one of \('auto', .*\), got 'fast'"):
+        sinkhorn_divergence(torch.zeros(2, 1), torch.zeros(2, 1), backend="fast")
 
 
 def test_compiles_with_a_blur():

@@ -13,6 +13,11 @@ class Own(Callback):
     """A callback as a user would write it."""
 
 
+class Needy(Callback):
+    def __init__(self, something):
+        self.something = something
+
+
 OWN = Own()
 
 
@@ -80,6 +85,7 @@ def test_a_callback_is_loaded_as_class_or_instance(name):
         ("no.such.module:Own", "cannot be imported"),
         (f"{__name__}:Missing", "cannot be imported"),
         (f"{__name__}:pytest", "must be a fairclip_losses Callback"),
+        (f"{__name__}:Needy", "test_flags:Needy cannot be made without arguments: TypeError"),
     ],
 )
 def test_a_wrong_callback_is_one_line(spec, message):

@@ -336,6 +336,21 @@ def test_bad_codes():
         accuracy([], [])
 
 
+def test_codes_below_the_least_where_their_number_is_not_known():
+    with pytest.raises(ValueError, match=r"expected groups of -1 \(unknown\) or more, got -2"):
+        demographic_parity_difference([0, 1], [0, -2])
+    message = r"attribute 'a': expected groups of -1 \(unknown\) or more, got -2"
+    with pytest.raises(ValueError, match=message):
+        fairness_report([0, 1], [0.1, 0.9], {"a": [0, -2]})
+    with pytest.raises(ValueError, match="expected y_pred of 0 or more, got -1"):
+        accuracy([0, 1], [0, -1])
+
+
+def test_groups_without_names_are_refused():
+    with pytest.raises(ValueError, match=r"groups as a mapping, attribute name -> .*, got ndarray"):
+        fairness_report([0, 1], [0.1, 0.9], np.array([0, 1]))
+
+
 def test_tensors_and_booleans_are_taken():
     assert roc_auc(torch.tensor([0, 1, 1]), torch.tensor([0.1, 0.9, 0.05])) == 0.5
     assert accuracy(np.array([True, False]), [1, 1]) == 0.5

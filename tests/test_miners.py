@@ -769,14 +769,18 @@ def test_streaming_works_under_compile():
         ({"total_epochs": 0}, "total_epochs must be an integer of 1 or more, got 0"),
         ({"warmup_epochs": -1}, "warmup_epochs must be an integer of 0 or more, got -1"),
         ({"warmup_epochs": 1.5}, "warmup_epochs"),
-        ({"noisy_sigma": -0.1}, "noisy_sigma must be 0 or more .*, got -0.1"),
+        ({"noisy_sigma": -0.1}, "noisy_sigma must be a number of 0 or more .*, got -0.1"),
+        ({"noisy_sigma": "3"}, "noisy_sigma must be a number of 0 or more .*, got '3'"),
+        ({"noisy_sigma": None}, "noisy_sigma must be a number of 0 or more .*, got None"),
+        ({"faulty_sigma": True}, "faulty_sigma must be a number of 0 or more .*, got True"),
         ({"faulty_sigma": -2}, "faulty_sigma"),
         ({"faulty_sigma": math.nan}, "faulty_sigma"),
         ({"history": "median"}, "history must be one of mean, linear, got 'median'"),
         ({"weighting": "hard"}, "weighting must be one of relative, density"),
         ({"record": "none"}, "record must be one of raw, weighted"),
         ({"detector": "svm"}, "detector must be one of threshold, mixture"),
-        ({"mixture_threshold": 0.0}, r"mixture_threshold must be in \(0, 1\], got 0.0"),
+        ({"mixture_threshold": 0.0}, r"mixture_threshold must be a number in \(0, 1\], got 0.0"),
+        ({"mixture_threshold": "a"}, r"mixture_threshold must be a number in \(0, 1\], got 'a'"),
         ({"mixture_threshold": 1.1}, "mixture_threshold"),
         ({"history": "linear", "renormalize": False}, "needs total_epochs"),
     ],
@@ -826,6 +830,14 @@ def test_ids_out_of_range_on_the_cpu(bad):
         miner(torch.rand(4), torch.tensor([0, 3, bad, 99]))
     assert len(miner.report()) == 0
     assert miner.end_epoch().seen == 0
+
+
+def test_check_refuses_what_forward_refuses_and_records_nothing():
+    miner = BadPairMiner(4)
+    with pytest.raises(ValueError, match=r"0\.\.3, got 9 at position 1"):
+        miner.check(torch.rand(2), torch.tensor([0, 9]))
+    assert miner.check(torch.rand(2), torch.tensor([0, 1])) is None
+    assert len(miner.report()) == 0
 
 
 def test_ids_out_of_range_where_they_are_not_checked():

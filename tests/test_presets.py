@@ -153,8 +153,26 @@ def test_what_the_parts_refuse():
         build_fair_loss(ClipLoss(), fairness_options={"p": 3})
     with pytest.raises(ValueError, match="score must be one of"):
         build_fair_loss(ClipLoss(), score="loses")
-    with pytest.raises(ValueError, match="fairness_weight must be finite"):
+    with pytest.raises(ValueError, match="fairness_weight must be a finite number"):
         build_fair_loss(ClipLoss(), fairness_weight=-0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": ["paper"]}, r"preset must be one of .*, got \['paper'\]"),
+        ({"miner_options": {"foo": 1}}, "num_pairs, .* of BadPairMiner, got 'foo'"),
+        (
+            {"fairness_options": {"blurr": 1, "x": 2}},
+            ".* of SinkhornFairnessLoss, got 'blurr', 'x'",
+        ),
+        ({"miner_options": 3}, "miner_options must be a mapping name -> value, got int"),
+        ({"total_epochs": "9"}, "total_epochs must be an integer of 1 or more, got '9'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_fair_loss(ClipLoss(), **options)
 
 
 def test_presets_give_options_that_exist():

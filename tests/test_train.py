@@ -311,31 +311,79 @@ def test_accumulation_records_each_pair_once_a_step(data, tmp_path, record):
         assert float(row["mean_loss"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path):
-    flags = (*FAIR, "--fair-faulty-sigma", "1", "--fair-queue", "4", "--skip-scheduler")
+class SeedEpochs(Callback):
+    """Starts each epoch from a random state of its own: the host does not save its own."""
+
+    def on_epoch_start(self, state):
+        torch.manual_seed(state.epoch)
+
+
+class StopBefore(Callback):
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_epoch_start(self, state):
+        if state.epoch == self.epoch:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def add_callback():
+    added = []
+    yield lambda callback: added.append(events.register(callback)) or callback
+    for callback in added:
+        events.default_registry.unregister(callback)
+
+
+@pytest.mark.parametrize("ids", [(), ("--fair-id-key", "pair")])
+def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path, add_callback, ids):
+    flags = (*FAIR, *ids, "--fair-faulty-sigma", "1", "--fair-queue", "4")
+    add_callback(SeedEpochs())
     assert train.main(arguments(data, tmp_path, "whole", *flags)) == 0
-
-    class Stop(Callback):
-        def on_epoch_start(self, state):
-            if state.epoch == 2:
-                raise KeyboardInterrupt
-            # The host does not restore the random state, so both runs shuffle epoch 2 alike here.
-
-    stop = events.register(Stop())
-    try:
-        assert train.main(arguments(data, tmp_path, "cut", *flags)) == 130
-    finally:
-        events.default_registry.unregister(stop)
+    stop = add_callback(StopBefore(2))
+    assert train.main(arguments(data, tmp_path, "cut", *flags)) == 130
+    assert not (tmp_path / "cut" / "checkpoints" / "epoch_3.pt").exists()
+    stop.epoch = None
     assert train.main(arguments(data, tmp_path, "cut", *flags, "--resume", "latest")) == 0
-    before = torch.load(tmp_path / "whole" / "checkpoints" / "epoch_2.fair", weights_only=True)
-    cut = torch.load(tmp_path / "cut" / "checkpoints" / "epoch_2.fair", weights_only=True)
-    for key, value in before["loss"].items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, cut["loss"][key]), key
-    after = torch.load(tmp_path / "cut" / "checkpoints" / "epoch_3.fair", weights_only=True)
-    rows = rows_of(tmp_path / "cut" / "checkpoints" / "flagged_epoch_3.csv")
-    assert all(int(row["visits"]) == 3 for row in rows)
-    assert int(after["loss"]["miner.epoch"]) == 3
+    assert_same_weights(weights(tmp_path, "whole"), weights(tmp_path, "cut"))
+    whole, cut = (
+        torch.load(tmp_path / name / "checkpoints" / "epoch_3.fair", weights_only=True)["loss"]
+        for name in ("whole", "cut")
+    )
+    assert whole.keys() == cut.keys()
+    for key, value in whole.items():
+        same = (
+            torch.equal(value.nan_to_num(7), cut[key].nan_to_num(7))
+            if isinstance(value, torch.Tensor)
+            else value == cut[key]
+        )
+        assert same, key
+    for name in ("whole", "cut"):
+        assert rows_of(tmp_path / name / "checkpoints" / "flagged_epoch_3.csv")
+    files = [tmp_path / n / "checkpoints" / "flagged_epoch_3.csv" for n in ("whole", "cut")]
+    assert files[0].read_text() == files[1].read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--fair-queue", "8"), "of --fair-queue 4, this run of --fair-queue 8"),
+        (("--fair-id-key", "pair"), "of --fair-id-key not given, this run of --fair-id-key pair"),
+        (("--fair-attributes", "sex"), "has the groups"),
+        (("--fair-loss", "sinkhorn"), "of --fair-loss dbpm sinkhorn"),
+        (("--csv-caption-key", "site"), "of --train-data 40 rows"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused_by_flag(data, tmp_path, capsys, change, message):
+    flags = (*FAIR, "--fair-queue", "4")
+    assert train.main(arguments(data, tmp_path, "run", *flags, epochs=1)) == 0
+    book = (tmp_path / "run" / "fair_codebook.json").read_text()
+    again = arguments(data, tmp_path, "run", *flags, *change, "--resume", "latest", epochs=2)
+    assert train.main(again) == 2
+    line = one_line(capsys)
+    assert message in line and "--fair-fresh-state" in line
+    assert (tmp_path / "run" / "fair_codebook.json").read_text() == book
+    assert train.main([*again, "--fair-fresh-state"]) == 0
 
 
 def test_resuming_without_the_saved_state_is_refused_with_the_way_on(data, tmp_path, capsys):
@@ -360,9 +408,12 @@ def test_saved_states_follow_the_checkpoints(data, tmp_path):
 
 
 def one_line(capsys):
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(lines) == 1 and lines[0].startswith("fairclip_losses.train: error: ")
-    return lines[0]
+    """The error line, which is the last thing on stderr."""
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("error:" in line for line in lines) == 1
+    assert lines[-1].startswith("fairclip_losses.train: error: ")
+    assert "Traceback" not in "".join(lines)
+    return lines[-1]
 
 
 def rewritten(data, tmp_path, change):
@@ -381,12 +432,23 @@ def rewritten(data, tmp_path, change):
         (("--fair-loss", "dbpm", "--csv-img-key", "picture"), "no column 'picture'"),
         (("--fair-loss", "dbpm", "--fair-id-key", "title"), "title"),
         (("--fair-loss", "dbpm", "--fair-id-key", "bright"), "bright"),
-        (("--fair-loss", "--fair-attributes", "sex", "--fair-blur", "-1"), "blur"),
-        (("--fair-loss", "--fair-attributes", "sex", "--fair-weight", "-1"), "fairness_weight"),
-        (("--fair-loss", "--fair-attributes", "sex", "--fair-weight", "nan"), "fairness_weight"),
-        (("--fair-loss", "dbpm", "--fair-faulty-sigma", "-2"), "faulty_sigma"),
-        (("--fair-loss", "dbpm", "--fair-warmup-epochs", "-2"), "warmup_epochs"),
-        (("--fair-loss", "--fair-attributes", "sex", "--fair-queue", "-2"), "queue_size"),
+        ((*FAIR, "--fair-blur", "-1"), "--fair-blur must be a finite number >= 0, got -1.0"),
+        ((*FAIR, "--fair-weight", "-1"), "--fair-weight must be a finite number >= 0, got -1.0"),
+        ((*FAIR, "--fair-weight", "nan"), "--fair-weight must be a finite number >= 0, got nan"),
+        ((*FAIR, "--fair-faulty-sigma", "-2"), "--fair-faulty-sigma must be a number >= 0"),
+        ((*FAIR, "--fair-warmup-epochs", "-2"), "--fair-warmup-epochs must be"),
+        ((*FAIR, "--fair-queue", "-2"), "--fair-queue must be"),
+        ((*FAIR, "--log-every-n-steps", "0"), "--log-every-n-steps must be 1 or more, got 0"),
+        ((*FAIR, "--accum-freq", "0"), "--accum-freq must be 1 or more, got 0"),
+        ((*FAIR, "--batch-size", "0"), "--batch-size must be 1 or more, got 0"),
+        ((*FAIR, "--epochs", "0"), "--epochs must be 1 or more, got 0"),
+        ((*FAIR, "--resume", "/no/such.pt"), "--resume: no checkpoint file '/no/such.pt'"),
+        ((*FAIR, "--val-data", "/no/such.csv"), "/no/such.csv"),
+        ((*FAIR, "--fair-wieght", "1"), "--fair-wieght 1 (did you mean --fair-weight?)"),
+        (("--epohcs", "3"), "unrecognized arguments: --epohcs 3"),
+        (("--fair-attributes", "sex"), "has no effect without --fair-loss"),
+        (("--fair-preset", "paper"), "has no effect without --fair-loss"),
+        ((*FAIR, "--csv-separator", ";"), "no column 'filepath'"),
         (("--fair-loss", "dbpm", "--batch-size", "64"), "40 pairs, fewer than one step"),
         (("--fair-loss", "dbpm", "--train-data", "/no/such.csv"), "/no/such.csv"),
         (("--fair-loss", "dbpm", "--train-data", "x.tar"), "trains on a CSV or TSV file"),
@@ -426,12 +488,32 @@ def test_a_broken_table_stops_before_training(data, tmp_path, capsys, change, me
     assert not (tmp_path / "bad").exists()
 
 
-def test_a_missing_image_is_one_line_and_leaves_no_half_checkpoint(data, tmp_path, capsys):
+def test_a_missing_image_stops_before_training(data, tmp_path, capsys):
     broken = rewritten(
         data, tmp_path, lambda lines: [line.replace("train_3.png", "gone.png") for line in lines]
     )
-    assert train.main(arguments(broken, tmp_path, "bad", *FAIR)) != 0
-    assert "gone.png" in one_line(capsys)
+    assert train.main(arguments(broken, tmp_path, "bad", *FAIR)) == 2
+    line = one_line(capsys)
+    assert "row 4: no image file" in line and "gone.png" in line
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_broken_image_is_one_line_and_leaves_no_half_checkpoint(data, tmp_path, capsys, workers):
+    picture = tmp_path / "broken.png"
+    picture.write_bytes(b"no picture")
+    broken = rewritten(
+        data,
+        tmp_path,
+        lambda lines: [
+            "\t".join([line.split("\t")[0], str(picture), *line.split("\t")[2:]])
+            if "train_3.png" in line
+            else line
+            for line in lines
+        ],
+    )
+    assert train.main(arguments(broken, tmp_path, "bad", *FAIR, "--workers", workers)) == 1
+    assert "cannot identify image file" in one_line(capsys)
     assert not list((tmp_path / "bad" / "checkpoints").iterdir())
     assert "Traceback" in (tmp_path / "bad" / "out.log").read_text()
 

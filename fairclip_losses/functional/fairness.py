@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..ops import sinkhorn_divergence
 from ..ops.checks import should_validate
+from .options import check_integer
 
 GroupReduction = Literal["mean", "sum"]
 Detach = Literal["none", "groups", "total"]
@@ -168,8 +169,7 @@ def check_options(group_reduction: str, detach: str, min_group_size: int) -> Non
         raise ValueError(f"group_reduction must be 'mean' or 'sum', got {group_reduction!r}")
     if detach not in ("none", "groups", "total"):
         raise ValueError(f"detach must be 'none', 'groups' or 'total', got {detach!r}")
-    if min_group_size < 1:
-        raise ValueError(f"min_group_size must be >= 1, got {min_group_size!r}")
+    check_integer("min_group_size", min_group_size, 1)
 
 
 def check_scores(scores: Tensor) -> None:

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .options import is_number
+
 __all__ = [
     "CLEAN",
     "FAULTY",
@@ -201,8 +203,7 @@ def mixture_pair_kinds(
 
     Source: Huang et al., NeurIPS 2021, Learning with Noisy Correspondence: division of the pairs.
     """
-    if not 0 < mixture_threshold <= 1:
-        raise ValueError(f"mixture_threshold must be in (0, 1], got {mixture_threshold!r}")
+    check_mixture_threshold(mixture_threshold)
     kinds = bad_pair_kinds(history, mean, std, noisy_sigma, torch.inf, seen)
     used = _seen_mask(history, seen)
     values = history[used]
@@ -401,6 +402,12 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_sigma(name: str, value: float) -> None:
-    """Refuse a number of standard deviations that is negative or NaN."""
-    if not value >= 0:
-        raise ValueError(f"{name} must be 0 or more (infinity = never), got {value!r}")
+    """Refuse a number of standard deviations that is no number, negative or NaN."""
+    if not is_number(value) or not value >= 0:
+        raise ValueError(f"{name} must be a number of 0 or more (infinity = never), got {value!r}")
+
+
+def check_mixture_threshold(value: float) -> None:
+    """Refuse a posterior that is no number in (0, 1]."""
+    if not is_number(value) or not 0 < value <= 1:
+        raise ValueError(f"mixture_threshold must be a number in (0, 1], got {value!r}")

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from ..data import read_table
 from ..errors import UsageError, usage_errors
 from ..report import FairnessReport
 from ..zero_shot import ZeroShotTask, evaluate_task
 from .events import Callback, TrainState
 from .flags import FairOptions
 from .logs import log_scalars
+from .pair_files import read_pairs
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +38,10 @@ class FairEvaluationCallback(Callback):
         if not args.val_data:
             raise UsageError("--fair-eval-label needs --val-data FILE.csv")
         assert options.fair_eval_label is not None  # the callback exists because of it
+        table = read_pairs(args.val_data, args)
         with usage_errors():
             self.task = ZeroShotTask.from_table(
-                read_table(args.val_data, args.csv_separator),
+                table,
                 label=options.fair_eval_label,
                 prompts=options.fair_eval_prompts,
                 attributes=options.fair_attributes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections import deque
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data import CodeBook, Table, encode_attributes, pair_ids, read_table
+from ..data import CodeBook, Table, encode_attributes, pair_ids
 from ..errors import UsageError, usage_errors
 from ..losses import FairLoss
 from ..miners import EpochSummary, MinerReport
@@ -20,7 +21,7 @@ from ..presets import build_fair_loss
 from .events import Callback, TrainState
 from .flags import FairOptions
 from .logs import log_scalars
-from .pair_files import FlagRates, flag_rates, write_pairs
+from .pair_files import FlagRates, flag_rates, is_table, read_pairs, write_pairs
 from .saved_state import SavedState, load_state, save_state
 
 log = logging.getLogger(__name__)
@@ -57,24 +58,29 @@ class FairTrainingCallback(Callback):
         self.rates: FlagRates = {}
         self.summary: EpochSummary | None = None
         self._rows: deque[Tensor] = deque()
+        self._pair_columns = ("", "")  # of the image and the caption
 
     def on_args_parsed(self, state: TrainState) -> None:
         """Read the training table and refuse what cannot work."""
         args = state.args
-        kind = args.dataset_type
-        if not args.train_data or (
-            kind != "csv" and not (kind == "auto" and args.train_data.endswith((".csv", ".tsv")))
-        ):
+        if not is_table(args.train_data, args):
             raise UsageError(
                 "--fair-loss trains on a CSV or TSV file (--train-data FILE.csv), got "
-                f"--train-data {args.train_data} --dataset-type {kind}"
+                f"--train-data {args.train_data!r} --dataset-type {args.dataset_type}"
             )
         if args.horovod:
             raise UsageError("--fair-loss does not support --horovod")
+        for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
+            if getattr(args, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} must be 1 or more, got {getattr(args, name)}")
+        if args.resume not in (None, "latest") and not Path(args.resume).is_file():
+            raise UsageError(f"--resume: no checkpoint file {args.resume!r}")
+        if args.val_data and is_table(args.val_data, args):
+            read_pairs(args.val_data, args)
+        table = read_pairs(args.train_data, args)
+        self._pair_columns = (args.csv_img_key, args.csv_caption_key)
         with usage_errors():
-            table = read_table(args.train_data, args.csv_separator)
-            for column in (args.csv_img_key, args.csv_caption_key):
-                table.column(column)
             if self.options.fair_attributes:  # bad pair mining alone goes without
                 codes, self.codebook = encode_attributes(table, self.options.fair_attributes)
                 self.codes = torch.from_numpy(codes)
@@ -112,10 +118,10 @@ class FairTrainingCallback(Callback):
             self.loss = self._build(state.loss, state.args.epochs)
         state.loss = self.loss
         self.loss.to(state.args.device)
-        if state.args.save_logs:
-            self.codebook.to_json(Path(state.args.checkpoint_path).parent / "fair_codebook.json")
         if state.start_epoch > 0:
             self._resume(state)
+        if state.args.save_logs:  # after a resume that fits: the book is the earlier run's too
+            self.codebook.to_json(Path(state.args.checkpoint_path).parent / "fair_codebook.json")
         if state.args.rank == 0:
             log.info("Fair loss: %s", self.loss)
 
@@ -177,7 +183,7 @@ class FairTrainingCallback(Callback):
             return
         folder = Path(state.args.checkpoint_path)
         if report is not None:
-            columns = (state.args.csv_img_key, state.args.csv_caption_key)
+            columns = self._pair_columns
             attributes = self.options.fair_attributes
             write_pairs(
                 folder / f"flagged_epoch_{completed}.csv", report, self.ids, self.table,
@@ -188,7 +194,8 @@ class FairTrainingCallback(Callback):
                     folder / f"pairs_epoch_{completed}.csv", report, self.ids, self.table,
                     columns, attributes, flagged_only=False,
                 )  # fmt: skip
-        save_state(folder, completed, state.args, SavedState.of(self.loss, self.codebook))
+        saved = SavedState(self.loss.state_dict(), self.codebook.labels, self._settings())
+        save_state(folder, completed, state.args, saved)
 
     def _build(self, base_loss: torch.nn.Module, epochs: int) -> FairLoss:
         options = self.options
@@ -204,7 +211,7 @@ class FairTrainingCallback(Callback):
         }
         return build_fair_loss(
             base_loss,
-            preset=options.fair_preset,
+            preset=options.fair_preset or "aligned",
             mining="dbpm" in options.fair_loss,
             fairness="sinkhorn" in options.fair_loss,
             num_pairs=len(self.ids) if options.fair_id_key is None else None,
@@ -216,19 +223,32 @@ class FairTrainingCallback(Callback):
             score=options.fair_score,  # type: ignore[arg-type]  # argparse has checked it
         )
 
+    def _settings(self) -> dict[str, str]:
+        """Return what a saved state depends on, by the flags that decide it."""
+        options = self.options
+        assert self.table is not None  # read before anything else
+        # Row numbers name pairs as long as the rows are the same; ids of their own always do.
+        pairs = "named by their ids"
+        if options.fair_id_key is None:
+            digest = hashlib.sha256()
+            for column in self._pair_columns:
+                digest.update("\n".join(self.table.column(column)).encode())
+            pairs = f"{len(self.table)} rows {digest.hexdigest()[:12]}"
+        return {
+            "--fair-loss": " ".join(options.fair_loss),
+            "--fair-queue": str(options.fair_queue or 0),
+            "--fair-id-key": options.fair_id_key or "not given",
+            "--train-data": pairs,
+        }
+
     def _resume(self, state: TrainState) -> None:
         assert self.loss is not None  # set by the caller
-        folder = Path(state.args.resume).parent
-        saved = load_state(folder, state.start_epoch)
-        if saved is None:
-            if self.options.fair_fresh_state:
-                log.warning("Fair loss: resuming with an empty memory")
-                return
-            raise UsageError(
-                f"{folder} has no saved fair-loss state of epoch {state.start_epoch}; "
-                "add --fair-fresh-state to resume with an empty memory"
-            )
-        saved.restore(self.loss, self.codebook)
+        if self.options.fair_fresh_state:
+            log.warning("Fair loss: resuming with an empty memory")
+            return
+        load_state(Path(state.args.resume).parent, state.start_epoch).restore(
+            self.loss, self.codebook, self._settings()
+        )
         log.info("Fair loss: resumed its state of epoch %d", state.start_epoch)
 
     def _report(self) -> MinerReport | None:

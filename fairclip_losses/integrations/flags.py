@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from ..presets import PRESETS
 from .events import Callback
 
@@ -20,7 +21,7 @@ class FairOptions:
     """The parsed ``--fair-*`` flags; None is "as the preset says"."""
 
     fair_loss: tuple[str, ...]
-    fair_preset: str
+    fair_preset: str | None
     fair_attributes: tuple[str, ...]
     fair_weight: float | None
     fair_blur: float | None
@@ -64,7 +65,6 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--fair-preset",
         choices=sorted(PRESETS),
-        default="aligned",
         help="consistent set of options: aligned (default), paper, or official (the published "
         "code's computation, for comparison only)",
     )
@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--fair-fresh-state",
         action="store_true",
-        help="resume with an empty miner memory although the checkpoint has no saved one",
+        help="resume with an empty memory, whatever was saved with the checkpoint",
     )
     return parser  # fmt: skip
 
@@ -165,21 +165,41 @@ def split_flags(argv: Sequence[str]) -> tuple[FairOptions, list[str]]:
     values["fair_loss"] = values["fair_loss"] or ()
     values["fair_attributes"] = tuple(values["fair_attributes"])
     options = FairOptions(**values)
+    _check_values(options)
     _check_combination(options)
     return options, rest
+
+
+def _check_values(options: FairOptions) -> None:
+    for name in ("fair_weight", "fair_blur", "fair_noisy_sigma", "fair_faulty_sigma",
+                 "fair_warmup_epochs", "fair_queue"):  # fmt: skip
+        value = getattr(options, name)
+        finite = not name.endswith("sigma")  # an infinite sigma flags no pair
+        if value is not None and not (value >= 0 and (value < math.inf or not finite)):
+            kind = "a finite number" if finite else "a number"
+            raise UsageError(f"{_flag(name)} must be {kind} >= 0, got {value}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _check_combination(options: FairOptions) -> None:
     if not options.fair_loss:
         with_loss_only = {
+            "fair_preset",
             "fair_weight", "fair_blur", "fair_p", "fair_score", "fair_warmup_epochs",
             "fair_noisy_sigma", "fair_faulty_sigma", "fair_queue", "fair_id_key",
             "fair_save_pairs", "fair_fresh_state",
         }  # fmt: skip
         for option in fields(options):
             if option.name in with_loss_only and getattr(options, option.name) not in (None, False):
-                flag = "--" + option.name.replace("_", "-")
+                flag = _flag(option.name)
                 raise UsageError(f"{flag} has no effect without --fair-loss; add it or drop {flag}")
+    if options.fair_attributes and not (options.fair_loss or options.fair_eval_label):
+        raise UsageError(
+            "--fair-attributes has no effect without --fair-loss or --fair-eval-label; add one"
+        )
     if "sinkhorn" in options.fair_loss and not options.fair_attributes:
         raise UsageError(
             "--fair-loss sinkhorn needs --fair-attributes NAME... (columns of the training CSV); "
@@ -204,9 +224,14 @@ def load_callback(spec: str) -> Callback:
         raise UsageError(f"--fair-callback expects MODULE:NAME, got {spec!r}")
     try:
         found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"--fair-callback {spec} cannot be imported: {error}") from error
-    callback = found() if isinstance(found, type) else found
+    except Exception as error:  # whatever the user's module raises
+        raise UsageError(f"--fair-callback {spec} cannot be imported: {one_line(error)}") from error
+    try:
+        callback = found() if isinstance(found, type) else found
+    except Exception as error:
+        raise UsageError(
+            f"--fair-callback {spec} cannot be made without arguments: {one_line(error)}"
+        ) from error
     if not isinstance(callback, Callback):
         raise UsageError(
             f"--fair-callback {spec} must be a fairclip_losses Callback, "

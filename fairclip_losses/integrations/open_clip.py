@@ -8,7 +8,11 @@ the host's code. A run for which nothing was asked passes through untouched.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import importlib
+import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from types import ModuleType, TracebackType
@@ -16,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import UsageError
 from .events import CallbackRegistry, Event, TrainState, default_registry
 from .fair_evaluation import FairEvaluationCallback
 from .fair_training import FairTrainingCallback
@@ -110,10 +115,12 @@ def _run_of(args: Any) -> Run | None:
 def _hook_parse_args(original: Callable[..., Any]) -> Callable[..., Any]:
     def parse_args(argv: Sequence[str]) -> Any:
         if any(word in ("-h", "--help") for word in argv):
-            print(build_parser().format_help(), end="\n\n")
+            print("usage: python -m fairclip_losses.train [open_clip's flags] [--fair-loss ...]\n")
+            print(build_parser().format_help())
+            print("open_clip's own flags, unchanged:\n")
             return original(argv)
         options, rest = split_flags(argv)
-        args = original(rest)
+        args = _parse_quietly(original, rest)
         if not (options.active or len(default_registry)):
             return args
         hooked = HookedArgs(**vars(args))
@@ -125,6 +132,29 @@ def _hook_parse_args(original: Callable[..., Any]) -> Callable[..., Any]:
         return hooked
 
     return parse_args
+
+
+def _parse_quietly(parse_args: Callable[..., Any], argv: Sequence[str]) -> Any:
+    """Call the host's parser; what it refuses is its one line, without the pages of usage."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return parse_args(argv)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        message = printed.getvalue().strip().rpartition("error: ")[2]
+        raise UsageError(f"{message}{_suggestion(message)}") from None
+
+
+def _suggestion(message: str) -> str:
+    """Return a hint where a flag of ours is misspelt."""
+    ours = [flag for action in build_parser()._actions for flag in action.option_strings]
+    for word in re.findall(r"--fair[\w-]*", message):
+        close = difflib.get_close_matches(word, ours, n=1)
+        if close:
+            return f" (did you mean {close[0]}?)"
+    return ""
 
 
 def _hook_get_data(original: Callable[..., Any]) -> Callable[..., Any]:

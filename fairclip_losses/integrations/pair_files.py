@@ -1,18 +1,47 @@
-"""The miner's findings as files and figures that a reader of the data set can use."""
+"""Tables of pairs: the data set's, and the miner's findings for those who know the data set."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from ..data import CodeBook, Table, write_table
+from ..data import CodeBook, Table, read_table, write_table
+from ..errors import usage_errors
 from ..miners import MinerReport
 
 FlagRates = dict[str, dict[str, float]]
+
+
+def is_table(path: str | None, args: Any) -> bool:
+    """Whether the host will read a data path as a CSV or TSV file."""
+    by_name = args.dataset_type == "auto" and str(path).endswith((".csv", ".tsv"))
+    return bool(path) and (args.dataset_type == "csv" or by_name)
+
+
+def read_pairs(path: str, args: Any) -> Table:
+    """Read a table of pairs and see that the host can read it too.
+
+    Raises:
+        UsageError: no such file, no table, a missing column, or an image that is not there.
+    """
+    with usage_errors():
+        table = read_table(path, args.csv_separator)
+        try:
+            images, _ = (table.column(name) for name in (args.csv_img_key, args.csv_caption_key))
+        except ValueError as error:
+            only = next(iter(table.columns))
+            hint = "; is it --csv-separator , ?" if len(table.columns) == 1 and "," in only else ""
+            raise ValueError(f"{error} (see --csv-img-key, --csv-caption-key){hint}") from None
+        for row, image in enumerate(images, start=1):
+            if not os.path.isfile(image):
+                raise ValueError(f"{path}: row {row}: no image file {image!r}")
+    return table
 
 
 def _rows_of(report: MinerReport, ids: Tensor) -> npt.NDArray[np.int64]:

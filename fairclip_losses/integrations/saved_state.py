@@ -16,41 +16,46 @@ from typing import Any
 import torch
 
 from ..data import CodeBook
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from ..losses import FairLoss
 
 FORMAT = 1
+_WAY_ON = "resume with the same, or add --fair-fresh-state to go on with an empty memory"
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """State of the loss, and the meaning of the group codes that it was made with."""
+    """State of the loss, the meaning of the group codes, and the flags that it depends on."""
 
     loss: dict[str, Any]
     labels: dict[str, tuple[str, ...]]
+    settings: dict[str, str]
 
-    @classmethod
-    def of(cls, loss: FairLoss, codebook: CodeBook) -> SavedState:
-        """Take what is to be saved."""
-        return cls(loss.state_dict(), codebook.labels)
-
-    def restore(self, loss: FairLoss, codebook: CodeBook) -> None:
+    def restore(self, loss: FairLoss, codebook: CodeBook, settings: dict[str, str]) -> None:
         """Put the state back.
 
         Raises:
-            UsageError: the groups or the parts of the loss are not those that were saved.
+            UsageError: the state is of other settings, groups or parts; the message names them.
         """
+        for flag, saved in self.settings.items():
+            if settings.get(flag) != saved:
+                raise UsageError(
+                    f"the saved fair-loss state is of {flag} {saved}, this run of {flag} "
+                    f"{settings.get(flag)}; {_WAY_ON}"
+                )
         if self.labels != codebook.labels:
             raise UsageError(
                 f"the saved fair-loss state has the groups {self.labels}, this run "
-                f"{codebook.labels}; use the same attributes, or --fair-fresh-state after moving "
-                "the .fair files away"
+                f"{codebook.labels}; {_WAY_ON}"
             )
         try:
             loss.load_state_dict(self.loss)
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise UsageError(f"the saved fair-loss state does not fit this run: {reason}") from None
+            raise UsageError(
+                f"the saved fair-loss state does not fit this run (another --fair-preset?): "
+                f"{reason}; {_WAY_ON}"
+            ) from None
 
 
 def _path(folder: Path, epoch: int) -> Path:
@@ -65,7 +70,7 @@ def save_state(folder: Path, completed_epoch: int, args: Any, saved: SavedState)
     if by_frequency or args.save_most_recent:
         target = _path(folder, completed_epoch)
         temporary = target.with_suffix(".fair.tmp")
-        torch.save({"format": FORMAT, "loss": saved.loss, "labels": saved.labels}, temporary)
+        torch.save({"format": FORMAT, **vars(saved)}, temporary)
         os.replace(temporary, target)
     # The last one's checkpoint may be epoch_latest.pt, so it stays until the next is written.
     for path in folder.glob("epoch_*.fair"):
@@ -74,21 +79,22 @@ def save_state(folder: Path, completed_epoch: int, args: Any, saved: SavedState)
             path.unlink()
 
 
-def load_state(folder: Path, epoch: int) -> SavedState | None:
-    """Return the state saved at the end of ``epoch``, None where there is none.
+def load_state(folder: Path, epoch: int) -> SavedState:
+    """Return the state saved at the end of ``epoch``.
 
     Raises:
-        UsageError: the file is not one of these.
+        UsageError: there is none, or the file is not one of these.
     """
     path = _path(folder, epoch)
     if not path.exists():
-        return None
+        raise UsageError(
+            f"no fair-loss state of epoch {epoch} beside the checkpoint ({path}); "
+            "add --fair-fresh-state to go on with an empty memory"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] != FORMAT:
-            raise UsageError(f"{path}: expected format {FORMAT}, got {content['format']!r}")
-        return SavedState(content["loss"], content["labels"])
-    except UsageError:
-        raise
+        if content.pop("format") != FORMAT:
+            raise ValueError("another format")
+        return SavedState(**content)
     except Exception as error:
-        raise UsageError(f"{path} is no saved fair-loss state ({error})") from error
+        raise UsageError(f"{path} is no saved fair-loss state: {one_line(error)}") from error

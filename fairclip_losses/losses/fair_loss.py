@@ -19,11 +19,13 @@ from ..functional import (
     pair_similarities,
     reweighting,
 )
+from ..functional.options import check_finite_number
+from ..miners import BadPairMiner
 from ..pair_terms import PairTerms, pair_terms
 from .sinkhorn_fairness import SinkhornFairnessLoss
 
 if TYPE_CHECKING:
-    from ..miners import BadPairMiner, EpochSummary
+    from ..miners import EpochSummary
 
 Score = Literal["loss", "similarity", "official"]
 MiningUnit = Literal["pair", "batch"]
@@ -76,9 +78,10 @@ class FairLoss(nn.Module):
     Call `end_epoch` after each epoch. `last` holds the last call's `FairLossState`.
 
     Raises:
-        ValueError: options out of range; in ``forward`` a base
-            loss whose per-pair terms are not known or do not fit what it returns, missing ids or
-            groups, and what miner and fairness refuse.
+        ValueError: a loss, miner or fairness that is no module, or options out of range; in
+            ``forward`` a base loss whose per-pair terms are not known or do not fit what it
+            returns, missing ids or groups, and what miner and fairness refuse. A batch that is
+            refused is recorded nowhere, so that it can be repaired and passed again.
 
     Source: Bansal et al. (arXiv:2505.03153).
     """
@@ -97,8 +100,16 @@ class FairLoss(nn.Module):
         mining_unit: MiningUnit = "pair",
     ) -> None:
         super().__init__()
-        if not 0 <= fairness_weight < float("inf"):
-            raise ValueError(f"fairness_weight must be finite and >= 0, got {fairness_weight!r}")
+        for name, part, optional in (
+            ("base_loss", base_loss, ""),
+            ("miner", miner, " or None"),
+            ("fairness", fairness, " or None"),
+        ):
+            if not (isinstance(part, nn.Module) or (optional and part is None)):
+                raise ValueError(
+                    f"{name} must be a torch.nn.Module{optional}, got {type(part).__name__}"
+                )
+        self.fairness_weight = check_finite_number("fairness_weight", fairness_weight)
         for name, value, choices in (
             ("score", score, ("loss", "similarity", "official")),
             ("normalization", normalization, ("batch", "weights")),
@@ -115,7 +126,6 @@ class FairLoss(nn.Module):
         self.base_loss = base_loss
         self.miner = miner
         self.fairness = fairness
-        self.fairness_weight = float(fairness_weight)
         self.score: Score = score
         self.normalization: Normalization = normalization
         self.mining_unit: MiningUnit = mining_unit
@@ -150,9 +160,14 @@ class FairLoss(nn.Module):
         self._check_metadata(pair_ids, groups, recording)
         terms = pair_terms(self.base_loss, model_out)
         base = self._base(model_out, output_dict)
+        self._check_fit(base, terms)
         losses = self._of_all_processes(terms.contrastive.detach(), model_out)
-        weights = self._mine(losses, pair_ids, recording)
+        # The miner checks before the fairness term records, and records after that has checked.
+        visit = self._visit(losses, pair_ids, model_out, recording)
+        if visit is not None and isinstance(self.miner, BadPairMiner):
+            self.miner.check(*visit)
         fairness = self._fairness(terms, groups, model_out, recording)
+        weights = self._mine(losses, visit, recording)
         self.last = FairLossState(
             losses, weights, self.fairness.last if self.fairness is not None else None
         )
@@ -208,6 +223,26 @@ class FairLoss(nn.Module):
                 "the fairness term needs groups (B,), (B, C) or name -> (B,), got None"
             )
 
+    def _check_fit(self, base: Any, terms: PairTerms) -> None:
+        """Refuse per-pair terms that do not fit what the base loss returned, or each other."""
+        names = list(terms.named)
+        if isinstance(base, dict):
+            if not terms.named.keys() <= base.keys():
+                raise ValueError(
+                    f"pair_terms names {names}, but the base loss returned {list(base)}"
+                )
+        elif len(names) > (count := len(base) if isinstance(base, tuple) else 1):
+            raise ValueError(f"pair_terms names {names}, but the base loss returned {count} terms")
+        count = terms.contrastive.numel()
+        several = self.processes.world_size > 1
+        for name, values in (("contrastive", terms.contrastive), *terms.named.items()):
+            # Over several processes some terms are of this one's pairs and some of all.
+            if values.dim() != 1 or (values.shape[0] != count and not several):
+                raise ValueError(
+                    f"the terms of pair_terms must all have shape (B,), B = {count}, "
+                    f"got {name} of shape {tuple(values.shape)}"
+                )
+
     def _is_local(self, values: Tensor, model_out: dict[str, Any]) -> bool:
         """Whether values are of this process's pairs alone, not of all processes'."""
         several = self.processes.world_size > 1
@@ -216,10 +251,30 @@ class FairLoss(nn.Module):
     def _of_all_processes(self, values: Tensor, model_out: dict[str, Any]) -> Tensor:
         return self.processes.gather(values) if self._is_local(values, model_out) else values
 
-    def _mine(self, losses: Tensor, pair_ids: Tensor | None, recording: bool) -> Tensor:
-        """Return the weights of all processes' pairs; each process keeps the whole memory."""
+    def _gathered(self, name: str, values: Tensor, model_out: dict[str, Any]) -> Tensor:
+        """Return what came beside the model's output, of all processes."""
+        if self.processes.world_size == 1:
+            return values
+        if not isinstance(values, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(values).__name__}")
+        features = model_out["image_features"]
+        if values.shape[:1] != features.shape[:1]:
+            raise ValueError(
+                f"{name} must have one row for each of the {features.shape[0]} pairs of this "
+                f"process, got shape {tuple(values.shape)}"
+            )
+        return self.processes.gather(values.to(features.device))
+
+    def _visit(
+        self,
+        losses: Tensor,
+        pair_ids: Tensor | None,
+        model_out: dict[str, Any],
+        recording: bool,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the losses and ids that the miner is given, None where it is given none."""
         if self.miner is None:
-            return torch.ones_like(losses)
+            return None
         if self.mining_unit == "batch":
             if losses.device != self.batch_position.device:
                 with torch.inference_mode(False):
@@ -227,14 +282,20 @@ class FairLoss(nn.Module):
             # A pass that only reads sees the batch recorded last again.
             position = self.batch_position
             position = position.clone() if recording else (position - 1).clamp(min=0)
-            weight: Tensor = self.miner(losses.mean()[None], position[None], record=recording)
+            return losses.mean()[None], position[None]
+        if pair_ids is None:
+            return None
+        return losses, self._gathered("pair_ids", pair_ids, model_out)
+
+    def _mine(self, losses: Tensor, visit: tuple[Tensor, Tensor] | None, recording: bool) -> Tensor:
+        """Return the weights of all processes' pairs; each process keeps the whole memory."""
+        if self.miner is None or visit is None:
+            return torch.ones_like(losses)
+        weights: Tensor = self.miner(*visit, record=recording)
+        if self.mining_unit == "batch":
             if recording:
                 self.batch_position.add_(1)
-            return weight.expand_as(losses)
-        if pair_ids is None:
-            return torch.ones_like(losses)
-        pair_ids = self.processes.gather(pair_ids.to(losses.device))
-        weights: Tensor = self.miner(losses, pair_ids, record=recording)
+            weights = weights.expand_as(losses)
         return weights
 
     def _fairness(
@@ -247,12 +308,14 @@ class FairLoss(nn.Module):
         if self.fairness is None or groups is None:
             return None
         scores = self._scores(terms, model_out)
+        if isinstance(groups, Mapping):
+            groups = {
+                name: self._gathered(f"groups[{name!r}]", codes, model_out)
+                for name, codes in groups.items()
+            }
+        else:
+            groups = self._gathered("groups", groups, model_out)
         processes = self.processes
-        if processes.world_size > 1:
-            if isinstance(groups, Mapping):
-                groups = {k: processes.gather(v.to(scores.device)) for k, v in groups.items()}
-            else:
-                groups = processes.gather(groups.to(scores.device))
         local = self._is_local(scores, model_out)
         if local:
             scores = processes.gather_live(scores)
@@ -297,15 +360,12 @@ class FairLoss(nn.Module):
         self, base: Any, terms: PairTerms, weights: Tensor, fairness: Tensor | None
     ) -> Any:
         weights = normalized_weights(weights, self.normalization)
+        # `_check_fit` has made sure that all of this fits: by now the batch is recorded.
         changes = {
             name: reweighting(values, self._weights_of(values, weights))
             for name, values in terms.named.items()
         }
         if isinstance(base, dict):
-            if not changes.keys() <= base.keys():
-                raise ValueError(
-                    f"pair_terms names {list(changes)}, but the base loss returned {list(base)}"
-                )
             combined = {
                 name: value + changes[name] if name in changes else value
                 for name, value in base.items()
@@ -313,10 +373,6 @@ class FairLoss(nn.Module):
             return combined if fairness is None else combined | {"fairness_loss": fairness}
         # Positional forms list the terms in the order of `terms.named`.
         parts = list(base) if isinstance(base, tuple) else [base]
-        if len(parts) < len(changes):
-            raise ValueError(
-                f"pair_terms names {list(changes)}, but the base loss returned {len(parts)} terms"
-            )
         for k, change in enumerate(changes.values()):
             parts[k] = parts[k] + change
         if fairness is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 
 import torch
@@ -17,6 +17,7 @@ from ..functional import (
     stack_groups,
 )
 from ..functional.fairness import check_options, check_scores
+from ..functional.options import check_finite_number, check_integer, is_number
 from ..ops.checks import should_validate
 
 
@@ -74,13 +75,14 @@ class SinkhornFairnessLoss(nn.Module):
         super().__init__()
         if p not in (1, 2):
             raise ValueError(f"p must be 1 or 2, got {p!r}")
-        if not 0 <= blur < float("inf"):
-            raise ValueError(f"blur must be a finite number >= 0, got {blur!r}")
-        check_options(group_reduction, detach, min_group_size)
-        if queue_size < 0 or (queue_size and num_groups is None):
-            raise ValueError(f"queue_size must be >= 0 and needs num_groups, got {queue_size!r}")
         self.p = p
-        self.blur = float(blur)
+        self.blur = check_finite_number("blur", blur)
+        check_options(group_reduction, detach, min_group_size)
+        queue_size = check_integer("queue_size", queue_size, 0)
+        if queue_size and num_groups is None:
+            raise ValueError(
+                f"a queue needs num_groups, got queue_size={queue_size} and num_groups=None"
+            )
         self.group_reduction: GroupReduction = group_reduction
         self.min_group_size = min_group_size
         self.queue_size = queue_size
@@ -118,7 +120,7 @@ class SinkhornFairnessLoss(nn.Module):
         """
         check_scores(scores)
         names, codes = self._codes(groups)
-        num_groups = self._num_groups(codes)
+        num_groups = self._num_groups(names, codes)
         codes = codes.to(scores.device, non_blocking=scores.device.type == "cuda")
         if scores.device != self.queue.device:
             with torch.inference_mode(False):
@@ -162,25 +164,19 @@ class SinkhornFairnessLoss(nn.Module):
             groups = {name: groups[name] for name in self.attribute_names}
         return tuple(groups), stack_groups(groups)
 
-    def _num_groups(self, codes: Tensor) -> tuple[int, ...]:
-        look = should_validate(codes, self.validate) and codes.numel() > 0
+    def _num_groups(self, names: tuple[str, ...], codes: Tensor) -> tuple[int, ...]:
         if self.num_groups is None:
             if codes.numel() == 0:
                 return (1,) * codes.shape[1]
-            if bool((codes < -1).any()):
-                raise ValueError(f"group codes must be >= -1, got {int(codes.min())}")
+            _refuse_codes(codes < -1, codes, names, None)
             return tuple(max(int(top) + 1, 1) for top in codes.amax(0).tolist())
         if codes.shape[1] != len(self.num_groups):
             raise ValueError(
                 f"expected codes of {len(self.num_groups)} attributes, got {codes.shape[1]}"
             )
-        if look:
+        if should_validate(codes, self.validate) and codes.numel() > 0:
             top = torch.tensor(self.num_groups, device=codes.device)
-            if bool(((codes < -1) | (codes >= top)).any()):
-                raise ValueError(
-                    f"group codes must lie in -1..G-1 with G = {self.num_groups}, "
-                    f"got {codes.amin(0).tolist()}..{codes.amax(0).tolist()}"
-                )
+            _refuse_codes((codes < -1) | (codes >= top), codes, names, self.num_groups)
         return self.num_groups
 
     def _weights(self, names: tuple[str, ...], count: int) -> tuple[float, ...] | None:
@@ -214,6 +210,25 @@ class SinkhornFairnessLoss(nn.Module):
         self.queue_next.copy_((self.queue_next + count[:, 0]) % self.queue_size)
 
 
+def _refuse_codes(
+    wrong: Tensor, codes: Tensor, names: tuple[str, ...], num_groups: tuple[int, ...] | None
+) -> None:
+    """Say which code of which attribute is wrong, the first of those marked in (B, C)."""
+    if not bool(wrong.any()):
+        return
+    row, column = (int(index) for index in wrong.nonzero()[0])
+    attribute = repr(names[column]) if names else column
+    expected = "must be -1 (unknown) or more"
+    if num_groups is not None:
+        count = num_groups[column]
+        groups = "1 group" if count == 1 else f"{count} groups"
+        expected = f"must lie in -1..{count - 1} ({groups}; -1 is unknown)"
+    raise ValueError(
+        f"attribute {attribute}: group codes {expected}, "
+        f"got {int(codes[row, column])} at position {row}"
+    )
+
+
 def _name_groups(
     num_groups: int | Sequence[int] | Mapping[str, int] | None,
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
@@ -237,8 +252,13 @@ def _order_weights(
     """Return the weights in the attributes' order, or as they are while no names are known."""
     if weights is None:
         return None
+    if not isinstance(weights, Iterable):
+        raise ValueError(
+            "attribute_weights must be a sequence or a mapping name -> weight, "
+            f"got {type(weights).__name__}"
+        )
     values = tuple(weights.values()) if isinstance(weights, Mapping) else tuple(weights)
-    if any(not 0 <= w < float("inf") for w in values):
+    if any(not is_number(w) or not 0 <= w < float("inf") for w in values):
         raise ValueError(f"attribute_weights must be finite and >= 0, got {weights!r}")
     if isinstance(weights, Mapping):
         if not names:

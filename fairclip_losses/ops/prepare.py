@@ -12,6 +12,9 @@ from .checks import broadcast_shapes, check_finite, check_weights, should_valida
 from .exact import working_dtype
 from .options import Backend, SinkhornOptions
 
+# Read off once: torch.compile need not follow typing's functions.
+_BACKENDS: tuple[str, ...] = get_args(Backend)
+
 
 class Prepared(NamedTuple):
     """A problem in the working precision."""
@@ -62,8 +65,8 @@ def check_options(
         raise ValueError(f"tol must be > 0, got {tol!r}")
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be >= 1, got {max_iterations!r}")
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of {_BACKENDS}, got {backend!r}")
     if backend == "prefix" and p != 1:
         raise ValueError(f"backend 'prefix' is for p = 1, got p = {p}")
     return SinkhornOptions(

@@ -1,0 +1,29 @@
+"""Checks of options: numbers of the right type and range, or a ValueError."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+__all__ = ["check_finite_number", "check_integer", "is_number"]
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number of Python or NumPy; booleans are none."""
+    number = isinstance(value, (int, float, np.integer, np.floating))
+    return number and not isinstance(value, bool)
+
+
+def check_integer(name: str, value: int, least: int) -> int:
+    """Return the value as an int; refuse one that is no integer or lies below ``least``."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name} must be an integer of {least} or more, got {value!r}")
+    return int(value)
+
+
+def check_finite_number(name: str, value: float) -> float:
+    """Return the value as a float; refuse one that is no number, negative or not finite."""
+    if not is_number(value) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+    return float(value)
