@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
+from tiny_clip import write_model
 
 from fairclip_losses import evaluate, zero_shot
 from fairclip_losses.data import UNKNOWN, CodeBook, read_table, write_table
@@ -29,25 +30,13 @@ from fairclip_losses.zero_shot import (
 )
 
 PROMPTS = ("a dark picture", "a bright picture")
-CONFIG = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
-
-
-def write_config(folder):
-    folder.mkdir()
-    content = {"model_cfg": CONFIG, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
-    (folder / "open_clip_config.json").write_text(json.dumps(content))
-    return f"local-dir:{folder}"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A folder as a training leaves it, with 24 images and their table."""
     folder = tmp_path_factory.mktemp("run")
-    name = write_config(folder / "tiny")
+    name = write_model(folder / "tiny")
     (folder / "checkpoints").mkdir()
     (folder / "params.txt").write_text(
         f"force_image_size: None\nimage_mean: None\nlr: 1e-05\nmodel: {name}\nname: a: b\n"

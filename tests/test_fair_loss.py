@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from no_read_back import NoReadBack
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from scipy.stats import wasserstein_distance
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairclip_losses import BadPairMiner, FairLoss, SinkhornFairnessLoss, build_fair_loss
 from fairclip_losses.distributed import Processes
@@ -882,17 +882,6 @@ def test_float64_stays_float64(kind):
     output = model_output(kind, dtype=torch.float64)
     result = parts(kind)(**output, **metadata(), output_dict=True)
     assert {value.dtype for value in result.values()} == {torch.float64}
-
-
-class NoReadBack(TorchDispatchMode):
-    """Fails where a value would have to come back from the device."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "masked_select", "equal")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert name not in self.FORBIDDEN, f"{name} waits for the device"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("score", ["loss", "similarity", "official"])
