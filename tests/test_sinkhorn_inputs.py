@@ -168,6 +168,17 @@ def test_bad_shapes(x, y, a, b, message):
         sinkhorn_divergence(torch.zeros(x), torch.zeros(y), *weights)
 
 
+@pytest.mark.parametrize("blur", [1e-160, 1e160])
+def test_a_blur_whose_power_is_no_number_is_refused(blur):
+    with pytest.raises(ValueError, match="blur must be 0 or from 1e-100 to 1e100"):
+        sinkhorn_divergence(scores(), scores(), blur=blur)
+
+
+def test_points_that_are_no_tensor_are_refused():
+    with pytest.raises(ValueError, match="x must be a tensor, got list"):
+        sinkhorn_divergence([1.0], scores())
+
+
 def test_integers_are_refused():
     whole = torch.arange(4)[:, None]
     with pytest.raises(ValueError, match="x must be floating point, got"):

@@ -370,6 +370,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path, add_callback
         (("--fair-queue", "8"), "of --fair-queue 4, this run of --fair-queue 8"),
         (("--fair-id-key", "pair"), "of --fair-id-key not given, this run of --fair-id-key pair"),
         (("--fair-attributes", "sex"), "has the groups"),
+        (("--fair-preset", "paper"), "of --fair-preset aligned, this run of --fair-preset paper"),
         (("--fair-loss", "sinkhorn"), "of --fair-loss dbpm sinkhorn"),
         (("--csv-caption-key", "site"), "of --train-data 40 rows"),
     ],

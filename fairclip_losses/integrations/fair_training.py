@@ -236,6 +236,7 @@ class FairTrainingCallback(Callback):
             pairs = f"{len(self.table)} rows {digest.hexdigest()[:12]}"
         return {
             "--fair-loss": " ".join(options.fair_loss),
+            "--fair-preset": options.fair_preset or "aligned",
             "--fair-queue": str(options.fair_queue or 0),
             "--fair-id-key": options.fair_id_key or "not given",
             "--train-data": pairs,

@@ -57,6 +57,8 @@ def check_options(
         raise ValueError(f"p must be 1 or 2, got {p!r}")
     if not 0 <= blur < math.inf:
         raise ValueError(f"blur must be a finite number >= 0, got {blur!r}")
+    if blur != 0 and not 1e-100 <= blur <= 1e100:  # blur^p must be a number too
+        raise ValueError(f"blur must be 0 or from 1e-100 to 1e100, got {blur!r}")
     if not 0 < scaling < 1:
         raise ValueError(f"scaling must lie strictly between 0 and 1, got {scaling!r}")
     if iterations is not None and iterations < 1:
@@ -79,6 +81,8 @@ def check_shapes(
 ) -> None:
     """Refuse tensors of dtypes and shapes that do not make a problem together."""
     for name, points in (("x", x), ("y", y)):
+        if not isinstance(points, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(points).__name__}")
         if not points.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {points.dtype}")
         if points.dim() < 2:
