@@ -76,7 +76,8 @@ class FairTrainingCallback(Callback):
                 raise UsageError(f"{flag} must be 1 or more, got {getattr(args, name)}")
         if args.resume not in (None, "latest") and not Path(args.resume).is_file():
             raise UsageError(f"--resume: no checkpoint file {args.resume!r}")
-        if args.val_data and is_table(args.val_data, args):
+        # The evaluation of fairness, where there is one, reads the validation table itself.
+        if not self.options.fair_eval_label and is_table(args.val_data, args):
             read_pairs(args.val_data, args)
         table = read_pairs(args.train_data, args)
         self._pair_columns = (args.csv_img_key, args.csv_caption_key)
