@@ -39,20 +39,26 @@ def interleaved(
     """Time each run once a round, in turn, so that what slows the machine slows them all.
 
     The first round warms up and is not counted. Each run stops after ``most_seconds`` of its own
-    (three times at least, once if a single time is longer than that).
+    (three times at least, once if a single time is longer than that). ``cpu_median_s`` is the
+    processor time of all threads, which other jobs on the machine lengthen less.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    busy: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
             spent = sum(times[name])
             if spent > most_seconds or (spent > most_seconds / 3 and len(times[name]) >= 3):
                 continue
-            start = time.perf_counter()
+            start, worked = time.perf_counter(), time.process_time()
             run()
-            elapsed = time.perf_counter() - start
+            elapsed, worked = time.perf_counter() - start, time.process_time() - worked
             if turn > 0 or elapsed > most_seconds / 3:
                 times[name].append(elapsed)
-    return {name: _summary(taken) for name, taken in times.items()}
+                busy[name].append(worked)
+    return {
+        name: _summary(taken) | {"cpu_median_s": statistics.median(busy[name])}
+        for name, taken in times.items()
+    }
 
 
 def save(name: str, question: str, rows: list[dict[str, object]], where: dict[str, object]) -> Path:
