@@ -98,9 +98,9 @@ def test_no_points_are_no_measure():
         ({"p": 3}, "p must be 1 or 2, got 3"),
         ({"p": 0.5}, "p must be 1 or 2, got 0.5"),
         ({"scaling": 1.0}, "scaling must lie strictly between 0 and 1, got 1.0"),
-        ({"iterations": 0}, "iterations must be None or >= 1, got 0"),
+        ({"iterations": 0}, "iterations must be None or an integer >= 1, got 0"),
         ({"tol": 0.0}, "tol must be > 0, got 0.0"),
-        ({"max_iterations": 0}, "max_iterations must be >= 1, got 0"),
+        ({"max_iterations": 0}, "max_iterations must be an integer >= 1, got 0"),
     ],
 )
 def test_bad_options(arguments, message):

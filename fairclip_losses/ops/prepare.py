@@ -53,6 +53,19 @@ def check_options(
     iterations: int | None, tol: float, max_iterations: int, backend: Backend,
 ) -> SinkhornOptions:  # fmt: skip
     """Return the options as one value, or say which of them is wrong."""
+    try:
+        return _checked(p, blur, debias, scaling, iterations, tol, max_iterations, backend)
+    except TypeError:  # what is no number
+        numbers = {"p": p, "blur": blur, "scaling": scaling, "tol": tol}
+        counts = {"iterations": iterations, "max_iterations": max_iterations}
+        shown = ", ".join(f"{name}={value!r}" for name, value in (numbers | counts).items())
+        raise ValueError(f"the options of the divergence must be numbers, got {shown}") from None
+
+
+def _checked(
+    p: int, blur: float, debias: bool, scaling: float,
+    iterations: int | None, tol: float, max_iterations: int, backend: Backend,
+) -> SinkhornOptions:  # fmt: skip
     if p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, got {p!r}")
     if not 0 <= blur < math.inf:
@@ -61,12 +74,12 @@ def check_options(
         raise ValueError(f"blur must be 0 or from 1e-100 to 1e100, got {blur!r}")
     if not 0 < scaling < 1:
         raise ValueError(f"scaling must lie strictly between 0 and 1, got {scaling!r}")
-    if iterations is not None and iterations < 1:
-        raise ValueError(f"iterations must be None or >= 1, got {iterations!r}")
+    if iterations is not None and not _is_count(iterations):
+        raise ValueError(f"iterations must be None or an integer >= 1, got {iterations!r}")
     if not tol > 0:
         raise ValueError(f"tol must be > 0, got {tol!r}")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations must be >= 1, got {max_iterations!r}")
+    if not _is_count(max_iterations):
+        raise ValueError(f"max_iterations must be an integer >= 1, got {max_iterations!r}")
     if backend not in _BACKENDS:
         raise ValueError(f"backend must be one of {_BACKENDS}, got {backend!r}")
     if backend == "prefix" and p != 1:
@@ -74,6 +87,10 @@ def check_options(
     return SinkhornOptions(
         p, float(blur), debias, scaling, iterations, tol, max_iterations, backend
     )
+
+
+def _is_count(value: int) -> bool:
+    return value >= 1 and int(value) == value
 
 
 def check_shapes(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .entropic import solve_entropic
 from .exact import solve_exact
+from .host import solve_exact_on_host, suits_host
 from .options import Backend, SinkhornOptions
 from .prepare import check_options, check_shapes, prepare
 
@@ -99,6 +101,10 @@ def sinkhorn_divergence(
     check_shapes(x, y, a, b, options)
     if x.shape[-2] == 0 or y.shape[-2] == 0:
         return _no_measure(x, y, a, b)
+    if options.blur == 0 and suits_host(x, y, a, b):
+        cost = _HostDivergence.apply(x, None if y is x else y, a, b, p, validate is not False)
+        assert isinstance(cost, Tensor)
+        return cost
     with torch.autocast(x.device.type, enabled=False):
         problem = prepare(x, y, a, b, validate)
         cost = _Divergence.apply(problem.x, problem.y, problem.a, problem.b, options)
@@ -135,6 +141,32 @@ def _refuse_second(grads: Sequence[Tensor | None], sources: Sequence[Tensor | No
         None if grad is None else _OnceDifferentiable.apply(grad, source)
         for grad, source in zip(grads, sources, strict=True)
     ]
+
+
+class _HostDivergence(torch.autograd.Function):
+    """The exact cost on the CPU, in NumPy; y None: both measures lie on x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor | None, a: Tensor | None, b: Tensor | None, p: int,
+        validate: bool,
+    ) -> Tensor:  # fmt: skip
+        solution = solve_exact_on_host(x, x if y is None else y, a, b, p=p, validate=validate)
+        ctx.gradients = solution.gradients
+        ctx.save_for_backward(x, y)
+        double = x.dtype == torch.float64 or (y is not None and y.dtype == torch.float64)
+        return torch.from_numpy(solution.cost).to(torch.float64 if double else torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = ctx.gradients(grad.detach().double().numpy())
+        points = ctx.saved_tensors
+        grads = [
+            torch.from_numpy(slope)[..., None].to(source.dtype) if needed else None
+            for slope, source, needed in zip(found, points, ctx.needs_input_grad, strict=False)
+        ]
+        return (*_refuse_second(grads, points), None, None, None, None)
 
 
 class _Divergence(torch.autograd.Function):

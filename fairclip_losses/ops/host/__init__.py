@@ -1,0 +1,6 @@
+"""The solvers for problems on a line whose tensors lie on the CPU, in NumPy and SciPy."""
+
+from .exact import solve_exact_on_host
+from .inputs import suits_host
+
+__all__ = ["solve_exact_on_host", "suits_host"]

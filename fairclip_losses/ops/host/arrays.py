@@ -1,0 +1,47 @@
+"""NumPy's arrays with leading dimensions that broadcast, and the type of a solution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Array = npt.NDArray[Any]
+Shape = tuple[int, ...]
+# Takes the gradient of the costs (*,), returns those of the points x (*, N) and y (*, M).
+Gradients = Callable[[Array], tuple[Array, Array]]
+# Points times rows from which on what is absent is left out before anything is read in order.
+FEW = 2**16
+
+
+class HostSolution(NamedTuple):
+    """Costs (*,) in float64 and what makes gradients of theirs."""
+
+    cost: Array
+    gradients: Gradients
+
+
+def along(values: Array, order: Array) -> Array:
+    """Read values (*, K) at places (*, N); leading dims broadcast."""
+    if order.ndim == 1:
+        return values.take(order, -1)
+    lead = np.broadcast_shapes(values.shape[:-1], order.shape[:-1])
+    return np.take_along_axis(stretch(values, lead), stretch(order, lead), -1)
+
+
+def stretch(array: Array, lead: Shape) -> Array:
+    """Broadcast the leading dimensions."""
+    if array.shape[:-1] == lead:
+        return array
+    return np.broadcast_to(array, (*lead, array.shape[-1]))
+
+
+def sum_to(array: Array, shape: Shape) -> Array:
+    """Sum over the dimensions that broadcasting added or stretched."""
+    if array.shape == shape:
+        return array
+    summed: Array = torch.from_numpy(array).sum_to_size(shape).numpy()
+    return summed
