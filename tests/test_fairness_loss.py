@@ -338,12 +338,14 @@ def test_function_and_module_are_equal(batch, p, reduction, side, inferred):
     terms = sinkhorn_fairness(points, groups, num_groups, **options)
     module = SinkhornFairnessLoss(num_groups=None if inferred else num_groups, **options)
     got = module(points, groups)
-    assert torch.equal(got, terms.total)
     (a,) = torch.autograd.grad(terms.total, points)
     (b,) = torch.autograd.grad(got, points)
-    assert torch.equal(a, b)
     assert module.last is not None and torch.equal(module.last.total, got.detach())
-    if not inferred:
+    if inferred:  # without the rows of absent groups, sums over rows round elsewhere
+        torch.testing.assert_close(got, terms.total, rtol=1e-11, atol=1e-15)
+        torch.testing.assert_close(b, a, rtol=1e-11, atol=1e-15)
+    else:
+        assert torch.equal(got, terms.total) and torch.equal(a, b)
         for mine, theirs in zip(module.last, terms, strict=True):
             assert torch.equal(mine, theirs.detach())
 

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
+from .host import solve_laplace, suits_laplace
 from .options import SinkhornOptions
-from .problem import Between, Side, solve_between, solve_within
+from .problem import Side, solve_between, solve_within
 from .quadrature import Measure
-
-
-class EntropicSolution(NamedTuple):
-    """Divergences (*,), and their derivatives a row in x, y, a and b, None where not wanted."""
-
-    cost: Tensor
-    slopes: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-    between: Between
-    within_a: Side | None
-    within_b: Side | None
+from .solution import EntropicSolution
 
 
 def solve_entropic(
@@ -30,6 +21,8 @@ def solve_entropic(
     Envelope theorem: x_i moves by ``a_i (pull towards b - pull towards a itself)``, and the
     derivative in a is f, up to a constant that normalising the weights removes.
     """
+    if suits_laplace(x, y, options):
+        return solve_laplace(x, y, a, b, options)
     one, other = Measure(x, a), Measure(y, b)
     between = solve_between(one, other, options)
     side_a, side_b, cost = between.side_a, between.side_b, between.cost
@@ -46,9 +39,12 @@ def solve_entropic(
             _weights_slope(side_a, self_a) if wanted[2] else None,
             _weights_slope(side_b, self_b) if wanted[3] else None,
         ),
-        between,
-        self_a,
-        self_b,
+        between.cost,
+        side_a.potential,
+        side_b.potential,
+        None if self_a is None else self_a.potential,
+        None if self_b is None else self_b.potential,
+        between.rounds,
     )
 
 

@@ -72,22 +72,21 @@ def sinkhorn_solve(
         problem = prepare(x, y, a, b, validate)
         other = problem.x if problem.y is None else problem.y
         solved = solve_entropic(problem.x, other, problem.a, problem.b, options, [False] * 4)
-        between = solved.between
-        f, g = between.side_a.potential, between.side_b.potential
+        f, g = solved.f, solved.g
         kernel = choose_kernel(problem.x, other, options)  # of all points, whatever stood for them
         error = _miss(problem.a, f, kernel.softmin(options.epsilon, problem.b.log(), g), options)
         back = kernel.transposed.softmin(options.epsilon, problem.a.log(), f)
         error = error + _miss(problem.b, g, back, options)
         return SinkhornResult(
             cost=torch.where(problem.has_mass, solved.cost, 0.0),
-            transport_cost=torch.where(problem.has_mass, between.cost, 0.0),
+            transport_cost=torch.where(problem.has_mass, solved.transport_cost, 0.0),
             f=f,
             g=g,
-            f_self=None if solved.within_a is None else solved.within_a.potential,
-            g_self=None if solved.within_b is None else solved.within_b.potential,
+            f_self=solved.f_self,
+            g_self=solved.g_self,
             marginal_error=error,
             converged=error <= 10.0 * options.tol,
-            iterations=between.rounds,
+            iterations=solved.rounds,
         )
 
 

@@ -1,0 +1,110 @@
+"""The Gibbs kernel of p = 1 on a line, ``exp(-|z_i - z_j| / eps)``, by running sums in NumPy.
+
+To the left of a point the kernel is ``exp(z_j / eps) exp(-z_i / eps)``, to the right the reverse.
+While those factors are numbers, products with the kernel are two running sums and nothing is lost:
+all terms are positive. Beyond, the sums run in the log domain.
+
+The inverse of this kernel is tridiagonal (the process with this covariance is Markov), which is
+what makes Newton's equations banded.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .arrays import Array
+
+# Longest line, in units of epsilon, whose factors are numbers: a potential adds as much again.
+_LONGEST = 400.0
+# Shortest gap, in units of epsilon, in the inverse, which has no finite entry at 0.
+_SHORTEST = 1e-7
+# The log of weight 0: finite, so that differences are numbers, and nothing beside any other.
+LOG_ZERO = -1e9
+
+
+class LaplaceKernel:
+    """The kernel on sorted distinct points z (K,)."""
+
+    def __init__(self, z: Array, epsilon: float) -> None:
+        self.epsilon = epsilon
+        self.t = (z - z[0]) / epsilon
+        self._grow: Array | None = None
+        if self.t[-1] <= _LONGEST:
+            self._grow = np.exp(self.t - 0.5 * self.t[-1])
+            self._fade = 1.0 / self._grow
+
+    def log_product(self, exponent: Array) -> Array:
+        """``log sum_j exp(exponent_j - |t_i - t_j|)``, (R, K) from (R, K)."""
+        if self._grow is None:
+            left, right = self._log_sums(exponent)
+            return np.logaddexp(left[..., :-1], right[..., :-1])
+        largest, weight, left, right = self._sums(exponent)
+        left += right
+        left -= weight
+        np.log(left, out=left)
+        left += largest
+        return left
+
+    def pull(self, exponent: Array) -> Array:
+        """``sum_j P(j | i) sign(z_i - z_j)``, (R, K), for the plan of these exponents."""
+        if self._grow is None:
+            left, right = self._log_sums(exponent)
+            whole = np.logaddexp(left[..., :-1], right[..., :-1])
+            # what lies strictly on either side, moved by one gap
+            gap = self.t[1:] - self.t[:-1]
+            pulled = np.zeros_like(whole)
+            pulled[..., 1:] += np.exp(left[..., :-2] - gap - whole[..., 1:])
+            pulled[..., :-1] -= np.exp(right[..., :-2] - whole[..., :-1])
+            return pulled
+        _, weight, left, right = self._sums(exponent)
+        pulled = left - right
+        left += right
+        left -= weight
+        pulled /= left
+        return pulled
+
+    def _sums(self, exponent: Array) -> tuple[Array, Array, Array, Array]:
+        """Return a scale (log), the weights, and their running sums from both ends."""
+        largest = np.maximum.reduce(exponent, -1, keepdims=True)
+        weight = np.exp(exponent - largest)
+        left = weight * self._grow
+        np.add.accumulate(left, -1, out=left)
+        left *= self._fade
+        right = weight * self._fade
+        right = np.add.accumulate(right[..., ::-1], -1)[..., ::-1]
+        right *= self._grow
+        return largest, weight, left, right
+
+    def _log_sums(self, exponent: Array) -> tuple[Array, Array]:
+        """Return logs of the sums up to i and of those beyond i, (R, K + 1), the last unused."""
+        shape = (*exponent.shape[:-1], exponent.shape[-1] + 1)
+        left, right = np.full(shape, LOG_ZERO), np.full(shape, LOG_ZERO)
+        up = np.logaddexp.accumulate(exponent + self.t, -1)
+        left[..., :-1] = up - self.t
+        down = np.logaddexp.accumulate((exponent - self.t)[..., ::-1], -1)[..., ::-1]
+        right[..., :-2] = down[..., 1:] + self.t[:-1]
+        return left, right
+
+
+class Inverse(NamedTuple):
+    """The kernel's inverse: its diagonal (K,) and, for the others, the factors that it shares.
+
+    Entry (k, k + 1) is ``-exp(-gap_k) / (1 - exp(-2 gap_k))``, gap in units of epsilon.
+    """
+
+    diagonal: Array
+    gap: Array  # (K - 1,)
+    factor: Array  # (K - 1,) 1 / (1 - exp(-2 gap))
+
+    @classmethod
+    def of(cls, kernel: LaplaceKernel) -> Inverse:
+        """Return the inverse of a kernel; gaps next to nothing are widened."""
+        gap = np.maximum(kernel.t[1:] - kernel.t[:-1], _SHORTEST)
+        factor = -1.0 / np.expm1(-2.0 * gap)
+        excess = factor - 1.0  # exp(-2 gap) / (1 - exp(-2 gap))
+        diagonal = np.ones(kernel.t.size)
+        diagonal[:-1] += excess
+        diagonal[1:] += excess
+        return cls(diagonal, gap, factor)
