@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .host import solve_laplace, suits_laplace
+from .host import solve_on_host, suits_host_solver
 from .options import SinkhornOptions
 from .problem import Side, solve_between, solve_within
 from .quadrature import Measure
@@ -21,8 +21,8 @@ def solve_entropic(
     Envelope theorem: x_i moves by ``a_i (pull towards b - pull towards a itself)``, and the
     derivative in a is f, up to a constant that normalising the weights removes.
     """
-    if suits_laplace(x, y, options):
-        return solve_laplace(x, y, a, b, options)
+    if suits_host_solver(x, y, options):
+        return solve_on_host(x, y, a, b, options)
     one, other = Measure(x, a), Measure(y, b)
     between = solve_between(one, other, options)
     side_a, side_b, cost = between.side_a, between.side_b, between.cost

@@ -1,7 +1,7 @@
 """The solvers for problems on a line whose tensors lie on the CPU, in NumPy and SciPy."""
 
-from .entropic import solve_laplace, suits_laplace
+from .entropic import solve_on_host, suits_host_solver
 from .exact import solve_exact_on_host
 from .inputs import suits_host
 
-__all__ = ["solve_exact_on_host", "solve_laplace", "suits_host", "suits_laplace"]
+__all__ = ["solve_exact_on_host", "solve_on_host", "suits_host", "suits_host_solver"]

@@ -1,4 +1,4 @@
-"""The entropic divergence for p = 1 on a line whose tensors lie on the CPU."""
+"""The entropic divergence on a line whose tensors lie on the CPU."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from ..checks import broadcast_shapes
 from ..options import SinkhornOptions
 from ..solution import EntropicSolution, Slopes
 from .arrays import Array, Shape, stretch
-from .laplace import LaplaceKernel
-from .laplace_newton import log_weights, solve_pair_on_line, solve_self_on_line
+from .gauss import MOST_POINTS, GaussKernel, quadratic_start
+from .laplace import LaplaceKernel, linear_start
+from .newton import HostKernel, log_weights, solve_pair, solve_self
 
 # Most rounds of Newton's, and of the heavy ball of the self-terms, where no number is asked for.
 _ROUNDS, _SELF_ROUNDS = 40, 100
-# Levels nearer to each other are the same.
-_LEVEL = 1e-14
 
 
-def suits_laplace(x: Tensor, y: Tensor, options: SinkhornOptions) -> bool:
-    """Whether `solve_laplace` takes the problem: p = 1, a line, all rows on the same points."""
+def suits_host_solver(x: Tensor, y: Tensor, options: SinkhornOptions) -> bool:
+    """Whether `solve_on_host` takes the problem: a line, all rows on the same points.
+
+    Any number of them for p = 1, few for p = 2.
+    """
+    points = x.shape[-2] + (0 if y is x else y.shape[-2])
     return (
-        options.p == 1
-        and x.shape[-1] == 1
+        x.shape[-1] == 1
         and options.backend in ("auto", "prefix")
+        and (options.p == 1 or points <= MOST_POINTS)
         and x.is_cpu
         and not torch.compiler.is_compiling()
         and x.shape[:-2].numel() == 1
@@ -34,7 +37,7 @@ def suits_laplace(x: Tensor, y: Tensor, options: SinkhornOptions) -> bool:
     )
 
 
-def solve_laplace(
+def solve_on_host(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions
 ) -> EntropicSolution:
     """Solve for points x (*, N, 1), y (*, M, 1) and weights a (*, N), b (*, M) of sum one.
@@ -45,14 +48,15 @@ def solve_laplace(
     line = _Line.of(x, y)
     lead = broadcast_shapes(x.shape[:-2], y.shape[:-2], a.shape[:-1], b.shape[:-1])
     one, other = line.spread(a, line.x), line.spread(b, line.y)
-    kernel = LaplaceKernel(line.z, options.epsilon)
+    of_power = LaplaceKernel if options.p == 1 else GaussKernel
+    kernel: HostKernel = of_power(line.z, options.epsilon)
     fixed = options.iterations is not None
     rounds = options.iterations or min(_ROUNDS, options.max_iterations)
     every_b = stretch(other, lead).reshape(-1, line.z.size)
     every_a = one.reshape(1, -1) if one.size == line.z.size else stretch(one, lead)
     every_a = every_a.reshape(-1, line.z.size)
-    start = _start(line.z, every_a - every_b)
-    best, taken = solve_pair_on_line(kernel, every_a, every_b, start, options.tol, rounds, fixed)
+    start = (linear_start if options.p == 1 else quadratic_start)(line.z, every_a, every_b)
+    best, taken = solve_pair(kernel, every_a, every_b, start, options.tol, rounds, fixed)
     f, g = best.due, best.g
     transport = line.rows((every_a * f).sum(-1) + (every_b * g).sum(-1), lead)
     pulls = kernel.pull(
@@ -70,7 +74,7 @@ def solve_laplace(
 
     own = np.concatenate([w.reshape(-1, line.z.size) for w in (one, other)])
     rounds = options.iterations or min(_SELF_ROUNDS, options.max_iterations)
-    before, after = solve_self_on_line(kernel, own, options.tol, rounds, fixed)
+    before, after = solve_self(kernel, own, options.tol, rounds, fixed)
     costs = (own * (before + after)).sum(-1)
     pulls = kernel.pull(log_weights(own) + before / options.epsilon)
     split = one.size // line.z.size
@@ -139,12 +143,3 @@ class _Line(NamedTuple):
 
 def _points(slopes: tuple[Tensor, Tensor, Tensor, Tensor]) -> Slopes:
     return slopes[0][..., None], slopes[1][..., None], slopes[2], slopes[3]
-
-
-def _start(z: Array, surplus: Array) -> Array:
-    """Return Kantorovich's potential of ``a - b`` (R, K), level where the plan leaves it free."""
-    levels = np.add.accumulate(surplus[:, :-1], -1)
-    slope = np.sign(levels) * (np.abs(levels) > _LEVEL) * (z[:-1] - z[1:])
-    f = np.zeros_like(surplus)
-    np.add.accumulate(slope, -1, out=f[:, 1:])
-    return f

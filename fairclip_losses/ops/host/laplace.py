@@ -10,18 +10,14 @@ what makes Newton's equations banded.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from .arrays import Array
+from .laplace_newton import Inverse, newton_steps
+from .newton import LEVEL, LOG_ZERO, Look
 
 # Longest line, in units of epsilon, whose factors are numbers: a potential adds as much again.
 _LONGEST = 400.0
-# Shortest gap, in units of epsilon, in the inverse, which has no finite entry at 0.
-_SHORTEST = 1e-7
-# The log of weight 0: finite, so that differences are numbers, and nothing beside any other.
-LOG_ZERO = -1e9
 
 
 class LaplaceKernel:
@@ -30,13 +26,14 @@ class LaplaceKernel:
     def __init__(self, z: Array, epsilon: float) -> None:
         self.epsilon = epsilon
         self.t = (z - z[0]) / epsilon
+        self._inverse = Inverse.of(self.t)
         self._grow: Array | None = None
         if self.t[-1] <= _LONGEST:
             self._grow = np.exp(self.t - 0.5 * self.t[-1])
             self._fade = 1.0 / self._grow
 
     def log_product(self, exponent: Array) -> Array:
-        """``log sum_j exp(exponent_j - |t_i - t_j|)``, (R, K) from (R, K)."""
+        """See `HostKernel.log_product`."""
         if self._grow is None:
             left, right = self._log_sums(exponent)
             return np.logaddexp(left[..., :-1], right[..., :-1])
@@ -48,7 +45,7 @@ class LaplaceKernel:
         return left
 
     def pull(self, exponent: Array) -> Array:
-        """``sum_j P(j | i) sign(z_i - z_j)``, (R, K), for the plan of these exponents."""
+        """See `HostKernel.pull`; a point does not pull at itself."""
         if self._grow is None:
             left, right = self._log_sums(exponent)
             whole = np.logaddexp(left[..., :-1], right[..., :-1])
@@ -64,6 +61,10 @@ class LaplaceKernel:
         left -= weight
         pulled /= left
         return pulled
+
+    def steps(self, a: Array, b: Array, at: Look) -> Array:
+        """See `HostKernel.steps`: banded equations."""
+        return newton_steps(self._inverse, a, b, at, self.epsilon)
 
     def _sums(self, exponent: Array) -> tuple[Array, Array, Array, Array]:
         """Return a scale (log), the weights, and their running sums from both ends."""
@@ -88,23 +89,11 @@ class LaplaceKernel:
         return left, right
 
 
-class Inverse(NamedTuple):
-    """The kernel's inverse: its diagonal (K,) and, for the others, the factors that it shares.
-
-    Entry (k, k + 1) is ``-exp(-gap_k) / (1 - exp(-2 gap_k))``, gap in units of epsilon.
-    """
-
-    diagonal: Array
-    gap: Array  # (K - 1,)
-    factor: Array  # (K - 1,) 1 / (1 - exp(-2 gap))
-
-    @classmethod
-    def of(cls, kernel: LaplaceKernel) -> Inverse:
-        """Return the inverse of a kernel; gaps next to nothing are widened."""
-        gap = np.maximum(kernel.t[1:] - kernel.t[:-1], _SHORTEST)
-        factor = -1.0 / np.expm1(-2.0 * gap)
-        excess = factor - 1.0  # exp(-2 gap) / (1 - exp(-2 gap))
-        diagonal = np.ones(kernel.t.size)
-        diagonal[:-1] += excess
-        diagonal[1:] += excess
-        return cls(diagonal, gap, factor)
+def linear_start(z: Array, a: Array, b: Array) -> Array:
+    """Return a Kantorovich potential of a (R, K), level where the plan leaves it free."""
+    surplus = a - b
+    levels = np.add.accumulate(surplus[:, :-1], -1)
+    slope = np.sign(levels) * (np.abs(levels) > LEVEL) * (z[:-1] - z[1:])
+    f = np.zeros_like(surplus)
+    np.add.accumulate(slope, -1, out=f[:, 1:])
+    return f
