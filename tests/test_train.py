@@ -82,6 +82,10 @@ def assert_same_weights(first, second):
         assert torch.equal(value, second[key]), key
 
 
+def saved_loss(path):
+    return torch.load(path, weights_only=True)["callbacks"]["FairTrainingCallback"]["loss"]
+
+
 def rows_of(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
@@ -347,8 +351,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path, add_callback
     assert train.main(arguments(data, tmp_path, "cut", *flags, "--resume", "latest")) == 0
     assert_same_weights(weights(tmp_path, "whole"), weights(tmp_path, "cut"))
     whole, cut = (
-        torch.load(tmp_path / name / "checkpoints" / "epoch_3.fair", weights_only=True)["loss"]
-        for name in ("whole", "cut")
+        saved_loss(tmp_path / name / "checkpoints" / "epoch_3.fair") for name in ("whole", "cut")
     )
     assert whole.keys() == cut.keys()
     for key, value in whole.items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ class Event(str, Enum):
         # DATA_READY       state.data may be changed (say, the training loader's dataset)
         loss = create_loss(args)
         # LOSS_READY       state.loss may be replaced
+        resumed: callbacks' load_state_dict(), once, with everything above in the state
         for epoch in range(start_epoch, epochs):
             # EPOCH_START
             for batch in data["train"].dataloader:
@@ -35,15 +37,21 @@ class Event(str, Enum):
             # EVAL_START
             metrics = evaluate(model, data)
             # EVAL_END         state.metrics
-            save a checkpoint
+            save a checkpoint    (callbacks' state_dict(), written just before it)
         # RUN_END
 
     With gradient accumulation over k batches the loss runs only after every k-th batch, and then k
     times on the concatenation of all of them: LOSS_START and LOSS_END come k times a step, and
     ``state.loss_call`` counts them from 0. BATCH_END comes when the host asks for the next batch or
     finds that there is none, thus after the optimizer step of the batch where there was one.
-    EVAL_START and EVAL_END come only where the host evaluates. Events that end in END are
-    delivered to the callbacks in reverse order of registration, so that callbacks nest.
+    EVAL_START and EVAL_END come only where the host evaluates, and RUN_END only where it came to a
+    good end.
+
+    Order: the callbacks of `default_registry` in order of registration, then those of
+    ``--fair-callback`` in order of the command line, then the evaluation of fairness and the fair
+    loss where they are on. Events whose name ends in END are delivered in reverse, so that
+    callbacks nest: the fair loss is the last to touch a batch before the loss, and the first to
+    hear of the result.
     """
 
     ARGS_PARSED = "args_parsed"
@@ -93,12 +101,30 @@ class Callback:
 
     Each takes the `TrainState`, and is named ``on_`` and the event's value, such as
     ``on_epoch_end``. A callback observes; what it may change is marked in `Event`.
+
+    A callback whose memory must outlive the process overrides `state_dict` and `load_state_dict`,
+    both, and has a `name` that no other such callback of the run has.
     """
 
     @property
     def name(self) -> str:
-        """The name by which errors and the log speak of this callback."""
+        """The name by which errors, the log and saved states speak of this callback."""
         return type(self).__name__
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs; it is saved beside each of the host's checkpoints.
+
+        Tensors, numbers, strings, None, and lists, tuples and dicts of these. Called in every
+        process (so that what is spread over processes can be gathered), saved by the first.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned when the checkpoint resumed from was saved.
+
+        Called in every process, once, before the first EPOCH_START. A `UsageError` says what of
+        the state does not fit this run.
+        """
 
     def on_args_parsed(self, state: TrainState) -> None:
         """See `Event`; likewise the methods below."""
@@ -129,12 +155,35 @@ class Callback:
 CallbackT = TypeVar("CallbackT", bound=Callback)
 
 
+def keeps_state(callback: Callback) -> bool:
+    """Whether a callback overrides `Callback.state_dict`."""
+    return _overrides(callback, "state_dict")
+
+
+def _overrides(callback: Callback, method: str) -> bool:
+    own = getattr(callback, method)
+    return getattr(own, "__func__", own) is not getattr(Callback, method)
+
+
+@contextmanager
+def _named(callback: Callback, moment: str) -> Iterator[None]:
+    """Give what a callback raises its name; even an exit, which would end the run unexplained."""
+    try:
+        yield
+    except (CallbackError, UsageError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise CallbackError(
+            f"callback {callback.name} failed at {moment}: {type(error).__name__}: {error}"
+        ) from error
+
+
 class CallbackRegistry:
     """An ordered collection of callbacks to which events are delivered.
 
     ``register`` adds at the end and returns the callback; registering one twice is refused.
-    A callback that raises stops the run with a `CallbackError` that names it and the event; a
-    `UsageError` passes as it is.
+    A callback that raises (or exits) stops the run with a `CallbackError` that names it and the
+    event; a `UsageError` passes as it is, and so does an interrupt from the keyboard.
     """
 
     def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
@@ -148,17 +197,31 @@ class CallbackRegistry:
     def __len__(self) -> int:
         return len(self._callbacks)
 
+    @property
+    def stateful(self) -> dict[str, Callback]:
+        """Name -> callback, of those that keep state."""
+        return {callback.name: callback for callback in self if keeps_state(callback)}
+
     def register(self, callback: CallbackT) -> CallbackT:
         """Add a callback at the end.
 
         Raises:
-            ValueError: it is no `Callback`, or is registered already.
+            ValueError: it is no `Callback`, is registered already, keeps state under the name of
+                another, or overrides one of ``state_dict`` and ``load_state_dict`` alone.
         """
         if not isinstance(callback, Callback):
             hint = "; register an instance, not the class" if isinstance(callback, type) else ""
             raise ValueError(f"expected a Callback, got {callback!r}{hint}")
         if any(known is callback for known in self._callbacks):
             raise ValueError(f"callback {callback.name} is registered already")
+        if keeps_state(callback) != _overrides(callback, "load_state_dict"):
+            raise ValueError(
+                f"callback {callback.name} must override state_dict and load_state_dict together"
+            )
+        if keeps_state(callback) and callback.name in self.stateful:
+            raise ValueError(
+                f"two callbacks named {callback.name} keep state; give each a `name` of its own"
+            )
         self._callbacks.append(callback)
         return callback
 
@@ -183,15 +246,40 @@ class CallbackRegistry:
         """
         callbacks = tuple(self._callbacks)
         for callback in reversed(callbacks) if event.is_after else callbacks:
-            try:
+            with _named(callback, event.value):
                 getattr(callback, f"on_{event.value}")(state)
-            except (CallbackError, UsageError):
-                raise
-            except Exception as error:
-                raise CallbackError(
-                    f"callback {callback.name} failed at {event.value}: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return the state of each callback that keeps one, by name.
+
+        Raises:
+            CallbackError: a callback raised; the message names it.
+        """
+        states = {}
+        for name, callback in self.stateful.items():
+            with _named(callback, "state_dict"):
+                states[name] = callback.state_dict()
+        return states
+
+    def load_state_dict(
+        self, states: Mapping[str, dict[str, Any]], fresh: Collection[str] = ()
+    ) -> None:
+        """Give each callback that keeps state its own back, except those named in ``fresh``.
+
+        Raises:
+            CallbackError: a callback raised; the message names it.
+            UsageError: ``states`` has none for a callback, or a callback raised it.
+        """
+        mine = {name: own for name, own in self.stateful.items() if name not in fresh}
+        missing = [name for name in mine if name not in states]
+        if missing:
+            raise UsageError(
+                f"no saved state of {', '.join(missing)} (there is one of: "
+                f"{', '.join(states) or 'none'})"
+            )
+        for name, callback in mine.items():
+            with _named(callback, "load_state_dict"):
+                callback.load_state_dict(states[name])
 
 
 default_registry = CallbackRegistry()

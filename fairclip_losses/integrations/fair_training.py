@@ -22,7 +22,6 @@ from .events import Callback, TrainState
 from .flags import FairOptions
 from .logs import log_scalars
 from .pair_files import FlagRates, flag_rates, is_table, read_pairs, write_pairs
-from .saved_state import SavedState, load_state, save_state
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,8 @@ class FairTrainingCallback(Callback):
             if getattr(args, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag} must be 1 or more, got {getattr(args, name)}")
-        if args.resume not in (None, "latest") and not Path(args.resume).is_file():
+        local = args.resume not in (None, "latest") and "://" not in args.resume
+        if local and not Path(args.resume).is_file():
             raise UsageError(f"--resume: no checkpoint file {args.resume!r}")
         # The evaluation of fairness, where there is one, reads the validation table itself.
         if not self.options.fair_eval_label and is_table(args.val_data, args):
@@ -114,21 +114,20 @@ class FairTrainingCallback(Callback):
         vars(loader)["dataset"] = IndexedDataset(loader.dataset)
 
     def on_loss_ready(self, state: TrainState) -> None:
-        """Wrap the host's loss, and take the saved state up where a run is resumed."""
+        """Wrap the host's loss."""
         with usage_errors():
             self.loss = self._build(state.loss, state.args.epochs)
         state.loss = self.loss
         self.loss.to(state.args.device)
-        if state.start_epoch > 0:
-            self._resume(state)
-        if state.args.save_logs:  # after a resume that fits: the book is the earlier run's too
-            self.codebook.to_json(Path(state.args.checkpoint_path).parent / "fair_codebook.json")
         if state.args.rank == 0:
             log.info("Fair loss: %s", self.loss)
 
     def on_epoch_start(self, state: TrainState) -> None:
         """Forget rows of a step that the last epoch did not complete."""
         self._rows = deque(maxlen=state.args.accum_freq)
+        # Only now, after a resume that fits: the book is the earlier run's too.
+        if state.args.save_logs and state.epoch == state.start_epoch:
+            self.codebook.to_json(Path(state.args.checkpoint_path).parent / "fair_codebook.json")
 
     def on_batch_start(self, state: TrainState) -> None:
         """Take the row numbers off the batch; the host gets its pair."""
@@ -161,7 +160,7 @@ class FairTrainingCallback(Callback):
         log_scalars(state, {f"train/fair/{name}": v for name, v in scalars.items()}, step)
 
     def on_epoch_end(self, state: TrainState) -> None:
-        """Refresh the flags, write the flagged pairs and save the state beside the checkpoints."""
+        """Refresh the flags and write the flagged pairs."""
         assert self.loss is not None and self.table is not None  # both set before any epoch
         self.summary = self.loss.end_epoch()
         completed = state.epoch + 1
@@ -195,8 +194,41 @@ class FairTrainingCallback(Callback):
                     folder / f"pairs_epoch_{completed}.csv", report, self.ids, self.table,
                     columns, attributes, flagged_only=False,
                 )  # fmt: skip
-        saved = SavedState(self.loss.state_dict(), self.codebook.labels, self._settings())
-        save_state(folder, completed, state.args, saved)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the loss's state, the meaning of the group codes, and the flags it depends on."""
+        assert self.loss is not None  # saved after an epoch
+        return {
+            "loss": self.loss.state_dict(),
+            "labels": self.codebook.labels,
+            "settings": self._settings(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put the loss's state back.
+
+        Raises:
+            UsageError: the state is of other settings, groups or parts; the message names them.
+        """
+        assert self.loss is not None  # loaded before an epoch
+        settings = self._settings()
+        for flag, saved in state["settings"].items():
+            if settings.get(flag) != saved:
+                raise UsageError(
+                    f"the saved fair-loss state is of {flag} {saved}, this run of {flag} "
+                    f"{settings.get(flag)}"
+                )
+        if state["labels"] != self.codebook.labels:
+            raise UsageError(
+                f"the saved fair-loss state has the groups {state['labels']}, this run "
+                f"{self.codebook.labels}"
+            )
+        try:
+            self.loss.load_state_dict(state["loss"])
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"the saved fair-loss state does not fit this run: {' '.join(str(error).split())}"
+            ) from None
 
     def _build(self, base_loss: torch.nn.Module, epochs: int) -> FairLoss:
         options = self.options
@@ -242,16 +274,6 @@ class FairTrainingCallback(Callback):
             "--fair-id-key": options.fair_id_key or "not given",
             "--train-data": pairs,
         }
-
-    def _resume(self, state: TrainState) -> None:
-        assert self.loss is not None  # set by the caller
-        if self.options.fair_fresh_state:
-            log.warning("Fair loss: resuming with an empty memory")
-            return
-        load_state(Path(state.args.resume).parent, state.start_epoch).restore(
-            self.loss, self.codebook, self._settings()
-        )
-        log.info("Fair loss: resumed its state of epoch %d", state.start_epoch)
 
     def _report(self) -> MinerReport | None:
         """The miner's report by pair; the published unit has none."""

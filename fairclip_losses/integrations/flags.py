@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from ..errors import UsageError, one_line
 from ..presets import PRESETS
-from .events import Callback
+from .events import Callback, default_registry
 
 PARTS = ("dbpm", "sinkhorn")
 
@@ -36,7 +36,7 @@ class FairOptions:
     fair_eval_prompts: tuple[str, ...]
     fair_callback: tuple[str, ...]
     fair_save_pairs: bool
-    fair_fresh_state: bool
+    fair_fresh_state: tuple[str, ...] | None  # () = of all
 
     @property
     def active(self) -> bool:
@@ -143,8 +143,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--fair-fresh-state",
-        action="store_true",
-        help="resume with an empty memory, whatever was saved with the checkpoint",
+        nargs="*",
+        metavar="CALLBACK",
+        help="resume with the callbacks' state (the miner's memory) empty, of all or of those "
+        "named, whatever was saved with the checkpoint",
     )
     return parser  # fmt: skip
 
@@ -190,12 +192,15 @@ def _check_combination(options: FairOptions) -> None:
             "fair_preset",
             "fair_weight", "fair_blur", "fair_p", "fair_score", "fair_warmup_epochs",
             "fair_noisy_sigma", "fair_faulty_sigma", "fair_queue", "fair_id_key",
-            "fair_save_pairs", "fair_fresh_state",
+            "fair_save_pairs",
         }  # fmt: skip
         for option in fields(options):
             if option.name in with_loss_only and getattr(options, option.name) not in (None, False):
                 flag = _flag(option.name)
                 raise UsageError(f"{flag} has no effect without --fair-loss; add it or drop {flag}")
+    keepers = options.fair_loss or options.fair_callback or len(default_registry)
+    if options.fair_fresh_state is not None and not keepers:
+        raise UsageError("--fair-fresh-state has no effect without --fair-loss or --fair-callback")
     if options.fair_attributes and not (options.fair_loss or options.fair_eval_label):
         raise UsageError(
             "--fair-attributes has no effect without --fair-loss or --fair-eval-label; add one"
@@ -224,11 +229,11 @@ def load_callback(spec: str) -> Callback:
         raise UsageError(f"--fair-callback expects MODULE:NAME, got {spec!r}")
     try:
         found = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # whatever the user's module raises
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
         raise UsageError(f"--fair-callback {spec} cannot be imported: {one_line(error)}") from error
     try:
         callback = found() if isinstance(found, type) else found
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(
             f"--fair-callback {spec} cannot be made without arguments: {one_line(error)}"
         ) from error

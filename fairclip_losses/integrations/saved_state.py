@@ -1,100 +1,197 @@
-"""The fair loss's state beside the host's checkpoints, so that a resumed run goes on as it was.
+"""Callbacks' state beside the host's checkpoints, so that a resumed run goes on as it was.
 
-Files are named ``epoch_N.fair``: the host resumes from the last ``*.pt`` of the folder and must not
-take one of these. They are written before the host's checkpoint of the same epoch, so a run killed
-between the two resumes from an older checkpoint whose file is still there.
+The state of the checkpoint of epoch N is ``epoch_N.fair``: the host resumes from the last ``*.pt``
+of the folder and must not take one of these. Which file belongs to a checkpoint is decided by the
+epoch that the checkpoint records, whatever its name (``epoch_latest.pt``). The file is complete
+before the host begins its checkpoint, so a run killed between the two resumes from an older
+checkpoint whose file is still there, and writes this one anew before the next.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from ..data import CodeBook
-from ..errors import UsageError, one_line
-from ..losses import FairLoss
+from ..errors import CallbackError, UsageError, one_line
 
-FORMAT = 1
-_WAY_ON = "resume with the same, or add --fair-fresh-state to go on with an empty memory"
+FORMAT = 2
+LATEST = "epoch_latest.pt"  # the host's name for --save-most-recent
+_SAMPLED = 8  # values of each parameter that tell one checkpoint's weights from another's
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, Tensor, nn.Parameter)
 
 
 @dataclass(frozen=True)
-class SavedState:
-    """State of the loss, the meaning of the group codes, and the flags that it depends on."""
+class SavedStates:
+    """What a file holds: state by callback, and a sample of the weights of the checkpoint."""
 
-    loss: dict[str, Any]
-    labels: dict[str, tuple[str, ...]]
-    settings: dict[str, str]
+    epoch: int
+    world_size: int
+    weights: Tensor
+    callbacks: dict[str, dict[str, Any]]
 
-    def restore(self, loss: FairLoss, codebook: CodeBook, settings: dict[str, str]) -> None:
-        """Put the state back.
+
+@dataclass
+class StateFolder:
+    """The folder of a run's checkpoints, and the files that this process has written there."""
+
+    path: Path
+    written: set[int] = field(default_factory=set)
+
+    def file(self, epoch: int) -> Path:
+        """Return where the state of an epoch is kept."""
+        return self.path / f"epoch_{epoch}.fair"
+
+    def write(self, states: SavedStates) -> None:
+        """Write a file whole or not at all, even if the process is killed meanwhile.
 
         Raises:
-            UsageError: the state is of other settings, groups or parts; the message names them.
+            CallbackError: a state holds what could not be read back; the message says where.
         """
-        for flag, saved in self.settings.items():
-            if settings.get(flag) != saved:
-                raise UsageError(
-                    f"the saved fair-loss state is of {flag} {saved}, this run of {flag} "
-                    f"{settings.get(flag)}; {_WAY_ON}"
-                )
-        if self.labels != codebook.labels:
-            raise UsageError(
-                f"the saved fair-loss state has the groups {self.labels}, this run "
-                f"{codebook.labels}; {_WAY_ON}"
-            )
-        try:
-            loss.load_state_dict(self.loss)
-        except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UsageError(
-                f"the saved fair-loss state does not fit this run (another --fair-preset?): "
-                f"{reason}; {_WAY_ON}"
-            ) from None
-
-
-def _path(folder: Path, epoch: int) -> Path:
-    return folder / f"epoch_{epoch}.fair"
-
-
-def save_state(folder: Path, completed_epoch: int, args: Any, saved: SavedState) -> None:
-    """Write the state where the host is about to save a checkpoint; drop those it has dropped."""
-    by_frequency = completed_epoch == args.epochs or (
-        args.save_frequency > 0 and completed_epoch % args.save_frequency == 0
-    )
-    if by_frequency or args.save_most_recent:
-        target = _path(folder, completed_epoch)
+        for name, state in states.callbacks.items():
+            _check_plain(state, f"callback {name} failed at state_dict: state")
+        target = self.file(states.epoch)
         temporary = target.with_suffix(".fair.tmp")
-        torch.save({"format": FORMAT, **vars(saved)}, temporary)
-        os.replace(temporary, target)
-    # The last one's checkpoint may be epoch_latest.pt, so it stays until the next is written.
-    for path in folder.glob("epoch_*.fair"):
-        match = re.fullmatch(r"epoch_(\d+)\.fair", path.name)
-        if match and int(match[1]) < completed_epoch - 1 and not path.with_suffix(".pt").exists():
-            path.unlink()
+        try:
+            with open(temporary, "wb") as file:
+                torch.save({"format": FORMAT, **vars(states)}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(self.path)
+        self.written.add(states.epoch)
+
+    def tidy(self, last_saved: int, most_recent: bool) -> None:
+        """Remove what a killed run left half written, and files whose checkpoint is gone.
+
+        Called when the host has saved its checkpoint of ``last_saved``. ``most_recent`` is whether
+        ``epoch_latest.pt`` is of that epoch too; if not it may be an earlier run's, of any epoch.
+        """
+        for path in self.path.glob("epoch_*.fair.tmp"):
+            path.unlink(missing_ok=True)
+        has_latest = (self.path / LATEST).exists()
+        for path in self.path.glob("epoch_*.fair"):
+            match = re.fullmatch(r"epoch_(\d+)\.fair", path.name)
+            if match is None or path.with_suffix(".pt").exists():
+                continue
+            epoch = int(match[1])
+            of_latest = epoch == last_saved if most_recent else epoch not in self.written
+            if not (has_latest and of_latest):
+                path.unlink(missing_ok=True)
 
 
-def load_state(folder: Path, epoch: int) -> SavedState:
-    """Return the state saved at the end of ``epoch``.
+def is_due(args: Any, completed: int) -> bool:
+    """Whether the host will save a checkpoint of this epoch, by its own rules."""
+    if not args.logs or args.logs.lower() == "none":
+        return False
+    by_frequency = completed == args.epochs or (
+        args.save_frequency > 0 and completed % args.save_frequency == 0
+    )
+    return bool(by_frequency or args.save_most_recent)
+
+
+def read_states(checkpoint: str, epoch: int) -> SavedStates:
+    """Return what was saved with a checkpoint of ``epoch``, a path or, as for the host, a URL.
 
     Raises:
         UsageError: there is none, or the file is not one of these.
     """
-    path = _path(folder, epoch)
-    if not path.exists():
-        raise UsageError(
-            f"no fair-loss state of epoch {epoch} beside the checkpoint ({path}); "
-            "add --fair-fresh-state to go on with an empty memory"
-        )
+    path = os.path.join(os.path.dirname(checkpoint), f"epoch_{epoch}.fair")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if content.pop("format") != FORMAT:
-            raise ValueError("another format")
-        return SavedState(**content)
-    except Exception as error:
-        raise UsageError(f"{path} is no saved fair-loss state: {one_line(error)}") from error
+        if "://" in path:
+            import fsspec  # comes with torch; the host reads its checkpoint by it
+
+            with fsspec.open(path, "rb") as file:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        found = content.pop("format", None)
+        if found != FORMAT:
+            raise ValueError(f"expected format {FORMAT}, got {found}")
+        states = SavedStates(**content)
+    except FileNotFoundError:
+        raise UsageError(
+            f"no saved state of epoch {epoch} beside the checkpoint ({path})"
+        ) from None
+    except Exception as error:  # whatever a damaged or foreign file makes the reader raise
+        raise UsageError(f"{path} is no saved state: {one_line(error)}") from error
+    if states.epoch != epoch:
+        raise UsageError(f"{path} is the saved state of epoch {states.epoch}, not {epoch}")
+    return states
+
+
+def weights_sample(model: nn.Module | None) -> Tensor:
+    """Return a few values of each parameter: equal for equal weights, and not after a step."""
+    parameters = [] if model is None else [p.detach() for p in model.parameters()]
+    if not parameters:
+        return torch.empty(0)
+    return torch.cat([p.flatten()[:_SAMPLED].float().cpu() for p in parameters])
+
+
+def has_weights(model: nn.Module | None, sample: Tensor) -> bool:
+    """Whether the sample is of this model's weights, as far as its precision tells."""
+    mine = weights_sample(model)
+    if mine.shape != sample.shape:
+        return False
+    position = 0
+    for parameter in model.parameters() if model is not None else ():
+        # Resumed in half precision, the host has rounded what it saved in full.
+        count = min(parameter.numel(), _SAMPLED)
+        saved = sample[position : position + count].to(parameter.dtype).float()
+        found = mine[position : position + count]
+        if not torch.isclose(saved, found, rtol=0, atol=0, equal_nan=True).all():
+            return False
+        position += count
+    return True
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Refuse what `torch.load` would refuse when it is too late."""
+    if isinstance(value, dict) and type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            _check_plain(key, f"{where}, key {key!r}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for position, item in enumerate(value):
+            _check_plain(item, f"{where}[{position}]")
+    elif type(value) not in _PLAIN:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise CallbackError(
+            f"{where} is a {kind}; expected tensors, numbers, strings, None, or lists, tuples and "
+            "dicts of these"
+        )
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename outlive a power failure, where the system lets a folder be opened."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def fresh_names(asked: Collection[str] | None, stateful: Collection[str]) -> set[str]:
+    """Return the callbacks that start afresh by ``--fair-fresh-state [NAME...]``; bare = all.
+
+    Raises:
+        UsageError: a name is no callback's that keeps state.
+    """
+    unknown = sorted(set(asked or ()) - set(stateful))
+    if unknown:
+        raise UsageError(
+            f"--fair-fresh-state: no callback {', '.join(unknown)} keeps state in this run "
+            f"(those that do: {', '.join(stateful) or 'none'})"
+        )
+    return set() if asked is None else set(asked) or set(stateful)

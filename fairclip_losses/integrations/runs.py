@@ -1,0 +1,254 @@
+"""One training run as its callbacks see it; what every host's adapter shares.
+
+An adapter hooks a host's functions, begins a `Run` where the host parses its arguments, gives the
+host `HookedArgs`, `HookedLoader` and `HookedLoss` in place of its own, and calls `Run.epoch`,
+`Run.evaluation` and `Run.end` around the host's steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import UsageError, usage_errors
+from .events import CallbackRegistry, Event, TrainState, default_registry
+from .fair_evaluation import FairEvaluationCallback
+from .fair_training import FairTrainingCallback
+from .flags import FairOptions, load_callback
+from .saved_state import (
+    SavedStates,
+    StateFolder,
+    fresh_names,
+    has_weights,
+    is_due,
+    read_states,
+    weights_sample,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """One training run under way: its registry, its state and its saved states.
+
+    Runs share nothing but the callbacks of `default_registry`, so any number may be under way in
+    a process, one inside another's callback or in several threads.
+    """
+
+    def __init__(self, options: FairOptions, args: argparse.Namespace) -> None:
+        callbacks = [*default_registry, *(load_callback(spec) for spec in options.fair_callback)]
+        if options.fair_eval_label:
+            callbacks.append(FairEvaluationCallback(options))
+        if options.fair_loss:
+            callbacks.append(FairTrainingCallback(options))
+        with usage_errors():
+            self.registry = CallbackRegistry(callbacks)
+        self.fresh = fresh_names(options.fair_fresh_state, self.registry.stateful)
+        self.state = TrainState(args=args)
+        self.in_epoch = False
+        self.pass_due = False  # the host is about to pass over its loader
+        self._unsaved: int | None = None  # the epoch completed last, until its state is written
+        self._saved: int | None = None  # the epoch written last
+        self._folder: StateFolder | None = None
+        self._resumed: SavedStates | None = None
+
+    def fire(self, event: Event) -> None:
+        """Deliver an event of this run to its callbacks."""
+        self.registry.fire(event, self.state)
+
+    def find_saved_states(self, epoch: int) -> None:
+        """Read what was saved with the checkpoint that the host has resumed.
+
+        Raises:
+            UsageError: a callback keeps state, and there is none of it.
+        """
+        wanted = [name for name in self.registry.stateful if name not in self.fresh]
+        if epoch > 0 and self.fresh:
+            log.warning("Resuming with a fresh state of %s", ", ".join(sorted(self.fresh)))
+        if epoch > 0 and wanted:
+            with _way_on():
+                self._resumed = read_states(str(self.state.args.resume), epoch)
+            for name in self._resumed.callbacks.keys() - self.registry.stateful.keys():
+                log.warning("The saved state of %s is left: no such callback in this run", name)
+
+    @contextlib.contextmanager
+    def epoch(self, *, evaluated: bool) -> Iterator[None]:
+        """Fire the events around the host's training of one epoch.
+
+        ``state.epoch`` and ``state.model`` are set. ``evaluated``: the host will evaluate before
+        it saves its checkpoint, so what callbacks learn then is saved as well.
+        """
+        if self._resumed is not None:
+            resumed, self._resumed = self._resumed, None
+            self._restore(resumed)
+        self._tidy()  # the host has saved its checkpoint of the epoch before
+        self.state.batch_index = -1
+        self.fire(Event.EPOCH_START)
+        self.in_epoch = self.pass_due = True
+        try:
+            yield
+        finally:
+            self.in_epoch = self.pass_due = False
+        self.fire(Event.EPOCH_END)
+        self._unsaved = self.state.epoch + 1
+        if not evaluated:
+            self._save()
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Fire the events around the host's evaluation; the block sets ``state.metrics``."""
+        self.fire(Event.EVAL_START)
+        yield
+        self.fire(Event.EVAL_END)
+        self._save()
+
+    def end(self) -> None:
+        """Tell the callbacks that the run has come to a good end."""
+        self._tidy()
+        self.fire(Event.RUN_END)
+
+    def _save(self) -> None:
+        """Write the callbacks' state just before the host saves its checkpoint, if it will."""
+        completed, self._unsaved = self._unsaved, None
+        args = self.state.args
+        if completed is None or not self.registry.stateful or not is_due(args, completed):
+            return
+        states = self.registry.state_dict()  # in every process: they may gather
+        if args.save_logs:
+            self._folder = self._folder or StateFolder(Path(args.checkpoint_path))
+            sample = weights_sample(self.state.model)
+            self._folder.write(
+                SavedStates(completed, getattr(args, "world_size", 1), sample, states)
+            )
+            self._saved = completed
+
+    def _tidy(self) -> None:
+        if self._folder is not None and self._saved is not None:
+            self._folder.tidy(self._saved, bool(self.state.args.save_most_recent))
+
+    def _restore(self, resumed: SavedStates) -> None:
+        with _way_on():
+            if not has_weights(self.state.model, resumed.weights):
+                raise UsageError(
+                    f"the saved state of epoch {resumed.epoch} beside {self.state.args.resume} "
+                    "was saved with other weights than this checkpoint's"
+                )
+            self.registry.load_state_dict(resumed.callbacks, self.fresh)
+        names = ", ".join(name for name in self.registry.stateful if name not in self.fresh)
+        log.info("Resumed the state of epoch %d of %s", resumed.epoch, names)
+
+
+@contextlib.contextmanager
+def _way_on() -> Iterator[None]:
+    """Say how to go on without the saved state."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(
+            f"{error}; add --fair-fresh-state to go on with fresh states, or --fair-fresh-state "
+            "NAME to start only that callback afresh"
+        ) from error
+
+
+class HookedArgs(argparse.Namespace):
+    """The host's arguments with the run beside them.
+
+    The run is in a slot, not in ``__dict__``: the host prints and logs ``vars(args)``.
+    """
+
+    __slots__ = ("run",)
+    run: Run
+
+
+def run_of(args: Any) -> Run | None:
+    """Return the run that these arguments belong to, if anything was asked of it."""
+    return args.run if isinstance(args, HookedArgs) else None
+
+
+class HookedLoader:
+    """The training loader, firing events around every batch; all else is the loader's own.
+
+    Only the host's own pass fires events: a callback that passes over the loader besides gets the
+    batches as the loader makes them.
+    """
+
+    def __init__(self, loader: Any, run: Run) -> None:
+        self._loader = loader
+        self._run = run
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self._run.pass_due:
+            yield from self._loader
+            return
+        self._run.pass_due = False
+        state = self._run.state
+        accum_freq = getattr(state.args, "accum_freq", 1)
+        for index, batch in enumerate(self._loader):
+            state.batch_index, state.batch = index, batch
+            if index % accum_freq == 0:
+                state.loss_call = 0
+            self._run.fire(Event.BATCH_START)
+            yield state.batch
+            self._run.fire(Event.BATCH_END)
+
+
+class HookedLoss(nn.Module):
+    """The loss as the host calls it, firing events around every call."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.inner = run.state.loss
+        self._run = run
+
+    def forward(self, **inputs: Any) -> Any:
+        """Call the loss of the run's state with what the callbacks left in ``loss_inputs``."""
+        if not self._run.in_epoch:
+            raise RuntimeError(
+                "the training loop is no longer hooked: unpatch() was called while a run was under "
+                "way whose main() was taken out of its module before patch()"
+            )
+        state = self._run.state
+        output_dict = inputs.pop("output_dict", False)
+        state.loss_inputs = inputs
+        self._run.fire(Event.LOSS_START)
+        state.losses = self.inner(**state.loss_inputs, output_dict=output_dict)
+        self._run.fire(Event.LOSS_END)
+        state.loss_inputs = {}  # hold no graph beyond the call
+        state.loss_call += 1
+        return state.losses
+
+
+# The runs begun within each call of a host's main(), or block of a patch, of this context; the
+# innermost last. A thread begins with none.
+_begun: ContextVar[tuple[list[Run], ...]] = ContextVar("fairclip_losses_runs", default=())
+
+
+def begin(run: Run) -> None:
+    """Note a run that the host has begun, to be ended by the owner of the innermost block."""
+    if _begun.get():
+        _begun.get()[-1].append(run)
+
+
+def open_block() -> None:
+    """Open a block that collects the runs begun in it, to the matching `close_block`."""
+    _begun.set((*_begun.get(), []))
+
+
+def close_block() -> list[Run]:
+    """Close the innermost block; return the runs begun in it, for the caller to end."""
+    *outer, runs = _begun.get()
+    _begun.set(tuple(outer))
+    return runs
