@@ -22,7 +22,7 @@ class Event(str, Enum):
         # DATA_READY       state.data may be changed (say, the training loader's dataset)
         loss = create_loss(args)
         # LOSS_READY       state.loss may be replaced
-        resumed: callbacks' load_state_dict(), once, with everything above in the state
+        (where the run is resumed, the callbacks' load_state_dict())
         for epoch in range(start_epoch, epochs):
             # EPOCH_START
             for batch in data["train"].dataloader:
@@ -37,7 +37,7 @@ class Event(str, Enum):
             # EVAL_START
             metrics = evaluate(model, data)
             # EVAL_END         state.metrics
-            save a checkpoint    (callbacks' state_dict(), written just before it)
+            save a checkpoint    (just before it the callbacks' state_dict() is written)
         # RUN_END
 
     With gradient accumulation over k batches the loss runs only after every k-th batch, and then k
@@ -122,7 +122,7 @@ class Callback:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned when the checkpoint resumed from was saved.
 
-        Called in every process, once, before the first EPOCH_START. A `UsageError` says what of
+        Called in every process, once, after LOSS_READY. A `UsageError` says what of
         the state does not fit this run.
         """
 

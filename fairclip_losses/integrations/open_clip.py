@@ -72,6 +72,7 @@ def _create_loss(call: HostCall) -> Any:
         return loss
     run.state.loss = loss
     run.fire(Event.LOSS_READY)
+    run.restore()
     return HookedLoss(run)
 
 

@@ -12,7 +12,6 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -55,7 +54,7 @@ class Run:
         self.in_epoch = False
         self.pass_due = False  # the host is about to pass over its loader
         self._unsaved: int | None = None  # the epoch completed last, until its state is written
-        self._saved: int | None = None  # the epoch written last
+        self._to_be_latest: int | None = None
         self._folder: StateFolder | None = None
         self._resumed: SavedStates | None = None
 
@@ -85,9 +84,7 @@ class Run:
         ``state.epoch`` and ``state.model`` are set. ``evaluated``: the host will evaluate before
         it saves its checkpoint, so what callbacks learn then is saved as well.
         """
-        if self._resumed is not None:
-            resumed, self._resumed = self._resumed, None
-            self._restore(resumed)
+        self._check_weights()
         self._tidy()  # the host has saved its checkpoint of the epoch before
         self.state.batch_index = -1
         self.fire(Event.EPOCH_START)
@@ -114,6 +111,30 @@ class Run:
         self._tidy()
         self.fire(Event.RUN_END)
 
+    def restore(self) -> None:
+        """Give the callbacks what `find_saved_states` found; LOSS_READY has come.
+
+        Raises:
+            UsageError: it does not fit this run.
+        """
+        if self._resumed is None:
+            return
+        with _way_on():
+            self.registry.load_state_dict(self._resumed.callbacks, self.fresh)
+        names = ", ".join(name for name in self.registry.stateful if name not in self.fresh)
+        log.info("Resumed the state of epoch %d of %s", self._resumed.epoch, names)
+        self._resumed.callbacks.clear()  # theirs now
+
+    def _check_weights(self) -> None:
+        """Refuse, once the model is there, a state that was saved with another one's weights."""
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None and not has_weights(self.state.model, resumed.weights):
+            with _way_on():
+                raise UsageError(
+                    f"the saved state of epoch {resumed.epoch} beside {self.state.args.resume} "
+                    "was saved with other weights than this checkpoint's"
+                )
+
     def _save(self) -> None:
         """Write the callbacks' state just before the host saves its checkpoint, if it will."""
         completed, self._unsaved = self._unsaved, None
@@ -122,27 +143,24 @@ class Run:
             return
         states = self.registry.state_dict()  # in every process: they may gather
         if args.save_logs:
-            self._folder = self._folder or StateFolder(Path(args.checkpoint_path))
+            world_size = getattr(args, "world_size", 1)
             sample = weights_sample(self.state.model)
-            self._folder.write(
-                SavedStates(completed, getattr(args, "world_size", 1), sample, states)
-            )
-            self._saved = completed
+            self._states_folder().write(SavedStates(completed, world_size, sample, states))
+            if args.save_most_recent:
+                self._to_be_latest = completed  # once the host has saved it
 
     def _tidy(self) -> None:
-        if self._folder is not None and self._saved is not None:
-            self._folder.tidy(self._saved, bool(self.state.args.save_most_recent))
+        """Remove states whose checkpoint the host has removed, after it has saved the last."""
+        if self.registry.stateful and getattr(self.state.args, "save_logs", False):
+            folder = self._states_folder()
+            if self._to_be_latest is not None:
+                folder.latest, self._to_be_latest = self._to_be_latest, None
+            folder.tidy()
 
-    def _restore(self, resumed: SavedStates) -> None:
-        with _way_on():
-            if not has_weights(self.state.model, resumed.weights):
-                raise UsageError(
-                    f"the saved state of epoch {resumed.epoch} beside {self.state.args.resume} "
-                    "was saved with other weights than this checkpoint's"
-                )
-            self.registry.load_state_dict(resumed.callbacks, self.fresh)
-        names = ", ".join(name for name in self.registry.stateful if name not in self.fresh)
-        log.info("Resumed the state of epoch %d of %s", resumed.epoch, names)
+    def _states_folder(self) -> StateFolder:
+        if self._folder is None:
+            self._folder = StateFolder.of_run(self.state.args, self.state.start_epoch)
+        return self._folder
 
 
 @contextlib.contextmanager

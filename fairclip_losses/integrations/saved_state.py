@@ -40,10 +40,22 @@ class SavedStates:
 
 @dataclass
 class StateFolder:
-    """The folder of a run's checkpoints, and the files that this process has written there."""
+    """The folder of a run's checkpoints, and what is known of the checkpoints in it."""
 
     path: Path
-    written: set[int] = field(default_factory=set)
+    written: set[int] = field(default_factory=set)  # epochs, by this process
+    latest: int | None = None  # epoch of epoch_latest.pt, where known
+    resumed: tuple[str, int] | None = None  # the checkpoint resumed from, and its epoch
+
+    @classmethod
+    def of_run(cls, args: Any, start_epoch: int) -> StateFolder:
+        """Return the folder that the host's arguments name."""
+        folder = cls(Path(args.checkpoint_path))
+        if start_epoch > 0:
+            folder.resumed = (str(args.resume), start_epoch)
+            if os.path.abspath(args.resume) == os.path.abspath(folder.path / LATEST):
+                folder.latest = start_epoch
+        return folder
 
     def file(self, epoch: int) -> Path:
         """Return where the state of an epoch is kept."""
@@ -56,7 +68,10 @@ class StateFolder:
             CallbackError: a state holds what could not be read back; the message says where.
         """
         for name, state in states.callbacks.items():
-            _check_plain(state, f"callback {name} failed at state_dict: state")
+            where = f"callback {name} failed at state_dict: state"
+            if not isinstance(state, dict):
+                raise CallbackError(f"{where} is a {_kind(state)}; expected a dict")
+            _check_plain(state, where)
         target = self.file(states.epoch)
         temporary = target.with_suffix(".fair.tmp")
         try:
@@ -71,23 +86,27 @@ class StateFolder:
         _sync_folder(self.path)
         self.written.add(states.epoch)
 
-    def tidy(self, last_saved: int, most_recent: bool) -> None:
-        """Remove what a killed run left half written, and files whose checkpoint is gone.
-
-        Called when the host has saved its checkpoint of ``last_saved``. ``most_recent`` is whether
-        ``epoch_latest.pt`` is of that epoch too; if not it may be an earlier run's, of any epoch.
-        """
+    def tidy(self) -> None:
+        """Remove what a killed run left half written, and files whose checkpoint is gone."""
         for path in self.path.glob("epoch_*.fair.tmp"):
             path.unlink(missing_ok=True)
-        has_latest = (self.path / LATEST).exists()
         for path in self.path.glob("epoch_*.fair"):
             match = re.fullmatch(r"epoch_(\d+)\.fair", path.name)
-            if match is None or path.with_suffix(".pt").exists():
-                continue
-            epoch = int(match[1])
-            of_latest = epoch == last_saved if most_recent else epoch not in self.written
-            if not (has_latest and of_latest):
+            if match is not None and not self._has_checkpoint(int(match[1])):
                 path.unlink(missing_ok=True)
+
+    def _has_checkpoint(self, epoch: int) -> bool:
+        if self.file(epoch).with_suffix(".pt").exists():
+            return True
+        if (self.path / LATEST).exists():
+            # Of unknown epoch it is an earlier run's.
+            of_latest = epoch not in self.written if self.latest is None else epoch == self.latest
+            if of_latest:
+                return True
+        # Resumed from under a name of the user's own.
+        checkpoint, resumed = self.resumed or ("", 0)
+        own_name = os.path.basename(checkpoint) != LATEST
+        return epoch == resumed and own_name and os.path.exists(checkpoint)
 
 
 def is_due(args: Any, completed: int) -> bool:
@@ -165,11 +184,14 @@ def _check_plain(value: Any, where: str) -> None:
         for position, item in enumerate(value):
             _check_plain(item, f"{where}[{position}]")
     elif type(value) not in _PLAIN:
-        kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise CallbackError(
-            f"{where} is a {kind}; expected tensors, numbers, strings, None, or lists, tuples and "
-            "dicts of these"
+            f"{where} is a {_kind(value)}; expected tensors, numbers, strings, None, or lists, "
+            "tuples and dicts of these"
         )
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _sync_folder(path: Path) -> None:

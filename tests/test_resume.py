@@ -1,0 +1,154 @@
+"""A run killed with SIGKILL at any moment and resumed equals the uninterrupted one."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+
+import pytest
+import torch
+from killed_runs import DieAt, SeedEpochs, Tally, run, start
+from tiny_clip import HAS_LOCAL_DIR, write_model, write_pairs
+
+pytest.importorskip("open_clip_train.main")
+
+PAIRS, BATCH, EPOCHS = 16, 8, 3
+FAIR = (
+    *("--fair-loss", "--fair-attributes", "sex", "site", "--fair-queue", "4"),
+    *("--fair-faulty-sigma", "1", "--fair-noisy-sigma", "1"),
+)
+IDLE = (
+    *("--fair-loss", "--fair-attributes", "sex", "--fair-weight", "0"),
+    *("--fair-faulty-sigma", "inf", "--fair-noisy-sigma", "inf"),
+)
+FREQUENT = ("--save-frequency", "1")
+RECENT = ("--save-frequency", "0", "--save-most-recent")
+DELETING = (*FREQUENT, "--delete-previous-checkpoint")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    assert run(["--help"], folder) == 0  # the server is up: what is timed later is a run
+    return {
+        "folder": folder,
+        "model": write_model(folder / "tiny"),
+        "train": str(write_pairs(folder, PAIRS, "train")),
+        "val": str(write_pairs(folder, 4, "val", seed=1)),
+    }
+
+
+def arguments(data, logs, *more):
+    return [
+        *("--train-data", data["train"], "--val-data", data["val"], "--model", data["model"]),
+        *(("--device", "cpu") if HAS_LOCAL_DIR else ()),  # 2.x has no such flag
+        *("--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--workers", "0"),
+        *("--warmup", "2", "--lr", "1e-3", "--logs", str(logs), "--name", "run", *more),
+    ]
+
+
+def callbacks(moment=None):
+    return DieAt(moment), SeedEpochs(), Tally()
+
+
+def checkpoints(logs):
+    return logs / "run" / "checkpoints"
+
+
+def end_of(logs):
+    """The last checkpoint and the state beside it."""
+    folder = checkpoints(logs)
+    last = folder / f"epoch_{EPOCHS}.pt"
+    checkpoint = torch.load(last, weights_only=True)
+    states = torch.load(folder / f"epoch_{EPOCHS}.fair", weights_only=True)
+    return checkpoint, states
+
+
+def assert_same(first, second, where=""):
+    """Equal bit for bit, and of the same types, all the way down."""
+    assert type(first) is type(second), where
+    if isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype and first.shape == second.shape, where
+        assert first.numpy().tobytes() == second.numpy().tobytes(), where
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key, value in first.items():
+            assert_same(value, second[key], f"{where}[{key!r}]")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), where
+        for position, pair in enumerate(zip(first, second, strict=True)):
+            assert_same(*pair, f"{where}[{position}]")
+    else:
+        assert first == second, where
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """How the uninterrupted run ends, and how long it takes."""
+    logs = tmp_path_factory.mktemp("whole")
+    began = time.monotonic()
+    assert run(arguments(data, logs, *FAIR, *FREQUENT), data["folder"], None, callbacks()) == 0
+    took = time.monotonic() - began
+    checkpoint, states = end_of(logs)
+    tally = states["callbacks"]["Tally"]
+    # Saved after the evaluation, and what it says is of every epoch.
+    assert tally["batches"].tolist() == [PAIRS // BATCH] * EPOCHS
+    assert [epoch for epoch, _ in tally["evaluations"]] == [1, 2, 3]
+    assert int(states["callbacks"]["FairTrainingCallback"]["loss"]["miner.epoch"]) == EPOCHS
+    return (checkpoint, states), took
+
+
+@pytest.mark.parametrize(
+    ("saving", "moment"),
+    [
+        (FREQUENT, "step"),
+        (FREQUENT, "half_state"),
+        (FREQUENT, "half_checkpoint"),
+        (RECENT, "epoch_end"),
+        (RECENT, "before_replace"),
+        (RECENT, "half_latest"),
+        (DELETING, "after_replace"),
+        (DELETING, "after_checkpoint"),
+        (DELETING, "tidy"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_killed_and_resumed_equals_uninterrupted(data, whole, tmp_path, saving, moment):
+    command = arguments(data, tmp_path, *FAIR, *saving)
+    assert run(command, data["folder"], moment, callbacks(moment)) == -signal.SIGKILL
+    folder = checkpoints(tmp_path)
+    if moment == "half_checkpoint":  # the host takes it for its latest, and is told by its user
+        (folder / "epoch_2.pt").unlink()
+    assert run([*command, "--resume", "latest"], data["folder"], None, callbacks()) == 0
+    assert_same(end_of(tmp_path), whole[0])
+    assert not list(folder.glob("*.tmp"))
+    # What is left is what goes with the checkpoints that are left.
+    epochs = {torch.load(path, weights_only=True)["epoch"] for path in folder.glob("*.pt")}
+    assert {int(path.stem.partition("_")[2]) for path in folder.glob("*.fair")} == epochs
+
+
+def test_killed_at_random_moments_until_it_is_done(data, whole, tmp_path):
+    seed = random.randrange(2**32)
+    draw = random.Random(seed)
+    command = arguments(data, tmp_path, *FAIR, *RECENT, "--resume", "latest")
+    for _ in range(4):
+        process = start(command, data["folder"], None, callbacks())
+        process.join(draw.uniform(0, whole[1]))
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), f"seed {seed}"
+    assert run(command, data["folder"], None, callbacks()) == 0, f"seed {seed}"
+    assert_same(end_of(tmp_path), whole[0], f"seed {seed}")
+
+
+def test_the_weights_are_those_of_the_hosts_own_resume(data, tmp_path):
+    """In one process the host does not take up its order of the data, nor do we in its place."""
+    ends = []
+    for name, own, flags in (("host", None, ()), ("ours", (), IDLE)):
+        command = arguments(data, tmp_path / name, *FREQUENT, *flags)
+        assert run(command, data["folder"], "after_checkpoint", own) == -signal.SIGKILL
+        assert run([*command, "--resume", "latest"], data["folder"], None, own) == 0
+        last = checkpoints(tmp_path / name) / f"epoch_{EPOCHS}.pt"
+        ends.append(torch.load(last, weights_only=True))
+    assert_same(*ends)

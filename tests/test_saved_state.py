@@ -1,0 +1,377 @@
+"""Callbacks' state beside the host's checkpoints, on a stub host: every rule, every moment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stub_host import make_saving_host
+
+from fairclip_losses.errors import CallbackError, UsageError
+from fairclip_losses.integrations import events
+from fairclip_losses.integrations.events import Callback
+from fairclip_losses.integrations.open_clip import HOST, run_training
+
+
+class Tally(Callback):
+    """Keeps the weights it has seen, a count and what it was told of evaluations."""
+
+    def __init__(self):
+        self.seen, self.count, self.metrics = torch.zeros(0), 0, []
+
+    def on_batch_end(self, state):
+        self.seen = torch.cat([self.seen, state.model.weight.detach()[0, :1]])
+        self.count += 1
+
+    def on_eval_end(self, state):
+        self.metrics.append(state.metrics["epoch"])
+
+    def state_dict(self):
+        return {"seen": self.seen, "more": OrderedDict(count=self.count), "metrics": self.metrics}
+
+    def load_state_dict(self, state):
+        self.seen, self.count = state["seen"].clone(), state["more"]["count"]
+        self.metrics = list(state["metrics"])
+
+
+def train(logs, *flags, callbacks=None):
+    """One process's life: its callbacks begin anew."""
+    callbacks = [Tally()] if callbacks is None else callbacks
+    host = make_saving_host()
+    before = sys.modules.get(HOST)
+    sys.modules[HOST] = host
+    try:
+        for callback in callbacks:
+            events.register(callback)
+        run_training(["--logs", str(logs), *flags])
+    finally:
+        for callback in callbacks:
+            if callback in list(events.default_registry):
+                events.default_registry.unregister(callback)
+        del sys.modules[HOST]
+        if before is not None:
+            sys.modules[HOST] = before
+    return callbacks[-1]
+
+
+class Killed(BaseException):
+    pass
+
+
+class Death:
+    """Ends everything at the n-th operation on files: before it, or with half of it done."""
+
+    def __init__(self, moment, half):
+        self.left, self.half, self.dead = moment, half, False
+
+    def step(self):
+        if self.dead:
+            raise Killed  # a dead process cleans nothing up
+        self.left -= 1
+        self.dead = self.left < 0
+        return self.dead
+
+    def patch(self, monkeypatch):
+        save, replace, remove, unlink = torch.save, os.replace, os.remove, Path.unlink
+
+        def own_save(value, file):
+            dies = self.step()
+            save(value, file)
+            if dies and self.half:
+                name = file if isinstance(file, str) else file.name
+                size = os.path.getsize(name)
+                with open(name, "r+b") as stream:
+                    stream.truncate(size // 2)
+            if dies:
+                raise Killed
+
+        def before(function):
+            def own(*args, **kwargs):
+                if self.step():
+                    raise Killed
+                return function(*args, **kwargs)
+
+            return own
+
+        monkeypatch.setattr(torch, "save", own_save)
+        monkeypatch.setattr(os, "replace", before(replace))
+        monkeypatch.setattr(os, "remove", before(remove))
+        monkeypatch.setattr(Path, "unlink", before(unlink))
+
+
+def epochs_of(folder, pattern):
+    """Epoch -> file, by what the file says; files that cannot be read are left out."""
+    found = {}
+    for path in folder.glob(pattern):
+        try:
+            found.setdefault(torch.load(path, weights_only=True)["epoch"], []).append(path.name)
+        except Exception:
+            assert path.name != "epoch_latest.pt"
+    return found
+
+
+EPOCHS = 5
+saving_rules = st.tuples(st.integers(0, 3), st.booleans(), st.booleans(), st.booleans())
+
+
+def flags_of(rules):
+    frequency, recent, deleting, evaluating = rules
+    return [
+        *("--epochs", str(EPOCHS), "--save-frequency", str(frequency)),
+        *["--save-most-recent"] * recent,
+        *["--delete-previous-checkpoint"] * deleting,
+        *["--val"] * evaluating,
+    ]
+
+
+@given(saving_rules, st.lists(st.tuples(st.integers(0, 30), st.booleans()), max_size=3))
+@settings(max_examples=40, deadline=None)
+def test_killed_anywhere_and_resumed_equals_uninterrupted(rules, deaths):
+    with tempfile.TemporaryDirectory() as root:
+        whole = train(f"{root}/whole", *flags_of(rules))
+        folder = Path(root, "cut", "checkpoints")
+        for moment, half in deaths:
+            with pytest.MonkeyPatch.context() as patched:
+                Death(moment, half).patch(patched)
+                with contextlib.suppress(Killed):
+                    train(f"{root}/cut", "--resume", "latest", *flags_of(rules))
+            checkpoints = epochs_of(folder, "epoch_*.pt")
+            # At every moment: a whole checkpoint has its state.
+            assert checkpoints.keys() <= epochs_of(folder, "*.fair").keys()
+            whole_files = {name for names in checkpoints.values() for name in names}
+            for path in folder.glob("epoch_*.pt"):
+                if path.name not in whole_files:
+                    path.unlink()  # half written by the host: its user's to remove
+        resumed = train(f"{root}/cut", "--resume", "latest", *flags_of(rules))
+        for name in ("seen", "count", "metrics"):
+            first, second = getattr(whole, name), getattr(resumed, name)
+            assert torch.equal(first, second) if name == "seen" else first == second
+        # In the end: a state for each checkpoint, and none besides.
+        assert epochs_of(folder, "*.fair").keys() == epochs_of(folder, "epoch_*.pt").keys()
+        assert not list(folder.glob("*.tmp"))
+
+
+@given(saving_rules)
+@settings(max_examples=15, deadline=None)
+def test_states_are_kept_by_the_hosts_rules(rules):
+    with tempfile.TemporaryDirectory() as root:
+        train(root, *flags_of(rules))
+        folder = Path(root, "checkpoints")
+        states = epochs_of(folder, "*.fair")
+        assert states == {epoch: [f"epoch_{epoch}.fair"] for epoch in states}
+        assert states.keys() == epochs_of(folder, "*.pt").keys()
+        for path in folder.glob("*.fair"):
+            saved = torch.load(path, weights_only=True)
+            assert saved["callbacks"]["Tally"]["more"]["count"] == 4 * saved["epoch"]
+            assert len(saved["callbacks"]["Tally"]["metrics"]) == saved["epoch"] * rules[3]
+
+
+def test_without_logs_or_state_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train("none")
+    assert not list(tmp_path.rglob("*.fair"))
+    train(tmp_path / "run", callbacks=[Callback()])
+    assert not list(tmp_path.rglob("*.fair"))
+    assert len(list(tmp_path.rglob("*.pt"))) == 3
+    train(tmp_path / "run", "--resume", "latest", "--epochs", "4", callbacks=[Callback()])
+
+
+class Other(Tally):
+    pass
+
+
+@pytest.fixture
+def saved(tmp_path):
+    train(tmp_path, "--epochs", "2")
+    return tmp_path
+
+
+AGAIN = ("--resume", "latest", "--epochs", "3")
+
+
+def damage(name):
+    def remove(folder):
+        (folder / "epoch_2.fair").unlink()
+
+    def cut(folder):
+        path = folder / "epoch_2.fair"
+        path.write_bytes(path.read_bytes()[:100])
+
+    def another_epoch(folder):
+        shutil.copy(folder / "epoch_1.fair", folder / "epoch_2.fair")
+
+    def another_run(folder):
+        content = torch.load(folder / "epoch_2.fair", weights_only=True)
+        content["weights"] += 1e-6
+        torch.save(content, folder / "epoch_2.fair")
+
+    def another_format(folder):
+        torch.save({"format": 1, "loss": {}}, folder / "epoch_2.fair")
+
+    def a_module(folder):
+        torch.save(torch.nn.Linear(1, 1), folder / "epoch_2.fair")
+
+    def lacks(folder):
+        torch.save({"format": 2, "epoch": 2}, folder / "epoch_2.fair")
+
+    return locals()[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("remove", "no saved state of epoch 2 beside the checkpoint"),
+        ("cut", "epoch_2.fair is no saved state"),
+        ("another_epoch", "epoch_2.fair is the saved state of epoch 1, not 2"),
+        ("another_run", "was saved with other weights than this checkpoint's"),
+        ("another_format", "expected format 2, got 1"),
+        ("a_module", "epoch_2.fair is no saved state"),
+        ("lacks", "epoch_2.fair is no saved state"),
+    ],
+)
+def test_a_missing_or_foreign_state_is_refused_with_the_way_on(saved, name, message):
+    damage(name)(saved / "checkpoints")
+    with pytest.raises(UsageError, match=message) as caught:
+        train(saved, *AGAIN)
+    assert "add --fair-fresh-state to go on with fresh states" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (saved / "checkpoints" / "epoch_3.pt").exists()
+    assert train(saved, *AGAIN, "--fair-fresh-state").count == 4
+
+
+def test_a_callback_that_is_new_is_refused_and_may_start_afresh_alone(saved, caplog):
+    with pytest.raises(UsageError, match=r"no saved state of Other \(there is one of: Tally\)"):
+        train(saved, *AGAIN, callbacks=[Tally(), Other()])
+    kept, fresh = Tally(), Other()
+    train(saved, *AGAIN, "--fair-fresh-state", "Other", callbacks=[kept, fresh])
+    assert (kept.count, fresh.count) == (12, 4)
+    again = torch.load(saved / "checkpoints" / "epoch_3.fair", weights_only=True)["callbacks"]
+    assert list(again) == ["Tally", "Other"]
+    train(saved, "--resume", "latest", "--epochs", "4", callbacks=[Other()])
+    assert "The saved state of Tally is left" in caplog.text
+
+
+def test_a_fresh_state_of_nobody_is_refused(saved):
+    with pytest.raises(UsageError, match=r"no callback Nobody keeps.*\(those that do: Tally\)"):
+        train(saved, *AGAIN, "--fair-fresh-state", "Nobody")
+
+
+def test_a_finished_run_that_is_resumed_ends_with_its_state(saved):
+    heard = []
+
+    class Ends(Tally):
+        name = "Tally"
+
+        def on_run_end(self, state):
+            heard.append(self.count)
+
+    train(saved, "--resume", "latest", "--epochs", "2", callbacks=[Ends()])
+    assert heard == [8]
+
+
+def test_a_state_beside_a_checkpoint_at_an_address(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    from fairclip_losses.integrations.saved_state import read_states
+
+    train(tmp_path, "--epochs", "1")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "checkpoints"), "/bucket", recursive=True)
+    assert read_states("memory://bucket/epoch_1.pt", 1).callbacks["Tally"]["more"]["count"] == 4
+    with pytest.raises(UsageError, match="no saved state of epoch 2"):
+        read_states("memory://bucket/epoch_1.pt", 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [
+        ({"a": np.float64(1)}, r"state\['a'\] is a numpy.float64"),
+        ({"a": [1, {"b": np.zeros(2)}]}, r"state\['a'\]\[1\]\['b'\] is a numpy.ndarray"),
+        ({np.int64(1): 1}, r"state, key .*1.* is a numpy.int64"),
+        ({"a": {1}}, r"state\['a'\] is a builtins.set"),
+        ({"a": Callback()}, r"state\['a'\] is a fairclip_losses.integrations.events.Callback"),
+        (7, "state is a builtins.int; expected a dict"),
+    ],
+)
+def test_what_could_not_be_read_back_is_refused_when_it_is_saved(tmp_path, value, where):
+    class Odd(Tally):
+        def state_dict(self):
+            return value
+
+    with pytest.raises(CallbackError, match=f"callback Odd failed at state_dict: {where}"):
+        train(tmp_path, callbacks=[Odd()])
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_plain_values_come_back_as_they_were(tmp_path):
+    value = {
+        "none": None, "yes": True, "int": 2**70, "float": float("inf"), "complex": 1j, "text": "é",
+        "bytes": b"\x00\xff", "half": torch.ones(2, dtype=torch.bfloat16), "empty": {}, 7: (1, [2]),
+        "parameter": torch.nn.Parameter(torch.ones(1)), "ordered": OrderedDict(b=1, a=2),
+    }  # fmt: skip
+    back = {}
+
+    class Keeper(Tally):
+        def state_dict(self):
+            return value
+
+        def load_state_dict(self, state):
+            back.update(state)
+
+    train(tmp_path, "--epochs", "1", callbacks=[Keeper()])
+    train(tmp_path, "--resume", "latest", "--epochs", "2", callbacks=[Keeper()])
+    assert list(back) == list(value)
+    assert all(type(back[key]) is type(value[key]) and back[key] == value[key] for key in value
+               if not isinstance(value[key], torch.Tensor))  # fmt: skip
+    assert torch.equal(back["half"], value["half"]) and back["half"].dtype == torch.bfloat16
+
+
+def test_a_full_disk_leaves_the_earlier_state_whole(tmp_path, monkeypatch):
+    train(tmp_path, "--epochs", "1")
+    before = (tmp_path / "checkpoints" / "epoch_1.fair").read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(tmp_path, "--epochs", "1")
+    assert (tmp_path / "checkpoints" / "epoch_1.fair").read_bytes() == before
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "epoch_1.fair", "epoch_1.pt",
+    }  # fmt: skip
+
+
+def test_states_of_other_checkpoints_are_left_alone(tmp_path):
+    """A run resumed without --save-most-recent keeps what an earlier one's latest needs."""
+    train(tmp_path, "--epochs", "2", "--save-frequency", "0", "--save-most-recent")
+    folder = tmp_path / "checkpoints"
+    (folder / "epoch_2.pt").unlink()  # the final one; epoch_latest.pt is of epoch 2 as well
+    train(tmp_path, "--resume", str(folder / "epoch_latest.pt"), "--epochs", "4")
+    assert {path.name for path in folder.glob("*.fair")} == {
+        "epoch_2.fair", "epoch_3.fair", "epoch_4.fair",
+    }  # fmt: skip
+
+
+def test_weights_rounded_by_another_precision_are_still_the_same():
+    from fairclip_losses.integrations.saved_state import has_weights, weights_sample
+
+    model = torch.nn.Linear(20, 3)
+    model.bias.data[0] = float("nan")
+    sample = weights_sample(model)
+    assert has_weights(model, sample) and has_weights(model.to(torch.bfloat16), sample)
+    assert has_weights(model.float(), weights_sample(model))
+    with torch.no_grad():
+        model.weight[0, 0] += 1
+    assert not has_weights(model, sample)
+    assert not has_weights(torch.nn.Linear(2, 1), sample)
+    assert has_weights(None, torch.empty(0))
