@@ -78,6 +78,11 @@ def test_a_failure_names_the_callback_and_the_event():
     assert caught.value.__cause__ is error
 
 
+def test_an_exit_is_a_failure_with_a_name():
+    with pytest.raises(CallbackError, match="callback Fails failed at batch_end: SystemExit: 3"):
+        CallbackRegistry([Fails(SystemExit(3))]).fire(Event.BATCH_END, TrainState())
+
+
 @pytest.mark.parametrize(
     "error", [UsageError("no such column"), CallbackError("inner"), KeyboardInterrupt()]
 )
@@ -182,3 +187,79 @@ def test_the_default_registry():
     finally:
         default_registry.unregister(callback)
     assert len(default_registry) == 0
+
+
+class Counts(Callback):
+    def __init__(self, label="Counts"):
+        self.label, self.count = label, 0
+
+    @property
+    def name(self):
+        return self.label
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        if state["count"] < 0:
+            raise UsageError("a count is 0 or more")
+        self.count = state["count"]
+
+
+def test_states_are_saved_and_loaded_by_name():
+    registry = CallbackRegistry([Counts("a"), Callback(), Counts("b"), Callback()])
+    assert list(registry.stateful) == ["a", "b"]
+    registry.stateful["a"].count = 3
+    states = registry.state_dict()
+    assert states == {"a": {"count": 3}, "b": {"count": 0}}
+    other = CallbackRegistry([Counts("b"), Counts("a")])
+    other.load_state_dict(states)
+    assert other.state_dict() == states
+    assert CallbackRegistry([Callback()]).state_dict() == {} == Callback().state_dict()
+    CallbackRegistry([Callback()]).load_state_dict(states)
+    Callback().load_state_dict({})
+
+
+def test_a_missing_state_is_refused_before_any_is_loaded():
+    registry = CallbackRegistry([Counts("a"), Counts("b")])
+    message = re.escape("no saved state of b (there is one of: a)")
+    with pytest.raises(UsageError, match=message):
+        registry.load_state_dict({"a": {"count": 3}})
+    assert registry.stateful["a"].count == 0
+    registry.load_state_dict({"a": {"count": 3}}, fresh=["b"])
+    assert registry.stateful["a"].count == 3
+    registry.load_state_dict({}, fresh=["a", "b"])
+    with pytest.raises(UsageError, match="there is one of: none"):
+        registry.load_state_dict({})
+
+
+def test_what_a_state_method_raises_has_the_callbacks_name():
+    registry = CallbackRegistry([Counts()])
+    with pytest.raises(CallbackError, match="Counts failed at load_state_dict: KeyError: 'count'"):
+        registry.load_state_dict({"Counts": {}})
+    with pytest.raises(UsageError, match="a count is 0 or more"):
+        registry.load_state_dict({"Counts": {"count": -1}})
+    del next(iter(registry)).count
+    with pytest.raises(CallbackError, match="Counts failed at state_dict: AttributeError"):
+        registry.state_dict()
+
+
+def test_two_states_of_one_name_are_refused():
+    registry = CallbackRegistry([Counts(), Callback(), Callback()])
+    with pytest.raises(ValueError, match="two callbacks named Counts keep state; give each a"):
+        registry.register(Counts())
+    registry.register(Counts("another"))
+
+
+def test_half_of_the_protocol_is_refused():
+    class Saves(Callback):
+        def state_dict(self):
+            return {}
+
+    class Loads(Callback):
+        def load_state_dict(self, state):
+            pass
+
+    for half in (Saves(), Loads()):
+        with pytest.raises(ValueError, match=f"callback {half.name} must override state_dict and"):
+            CallbackRegistry().register(half)

@@ -36,10 +36,10 @@ def _main(call: HostCall) -> Any:
 
 
 def _parse_args(call: HostCall) -> Any:
-    argv, *others = call.bound.args
+    argv, *others = call.args
 
     def parse(rest: list[str]) -> Any:
-        return call.original(rest, *others, **call.bound.kwargs)
+        return call.original(rest, *others, **call.kwargs)
 
     args = parse_arguments(parse, argv)
     run = run_of(args)
@@ -101,15 +101,27 @@ def _evaluate(call: HostCall) -> Any:
 _HOOKS = (
     Hook("main", _main),
     Hook("parse_args", _parse_args),
-    Hook("get_data", _get_data, ("args", "preprocess_fns", "epoch", "tokenizer")),
-    Hook("create_loss", _create_loss, ("args",)),
+    Hook(
+        "get_data",
+        _get_data,
+        reads=("args", "preprocess_fns", "epoch", "tokenizer"),
+        known=("args", "preprocess_fns", "epoch", "tokenizer"),
+    ),
+    Hook("create_loss", _create_loss, reads=("args",), known=("args",)),
     Hook(
         "train_one_epoch",
         _train_one_epoch,
-        ("model", "data", "epoch", "optimizer", "scaler", "args", "tb_writer"),
+        reads=("model", "data", "epoch", "optimizer", "scaler", "args", "tb_writer"),
+        known=("model", "data", "loss", "epoch", "optimizer", "scaler", "scheduler", "dist_model",
+               "args", "tb_writer"),
     ),
-    Hook("evaluate", _evaluate, ("model", "epoch", "args", "tb_writer")),
-)
+    Hook(
+        "evaluate",
+        _evaluate,
+        reads=("model", "epoch", "args", "tb_writer"),
+        known=("model", "data", "epoch", "args", "tb_writer", "tokenizer"),
+    ),
+)  # fmt: skip
 HOOKS = tuple(hook.name for hook in _HOOKS)
 
 

@@ -25,33 +25,61 @@ _MARK = "__fairclip_original__"
 
 @dataclass(frozen=True)
 class HostCall:
-    """A call of a host's function, intercepted: its arguments by name, and the function."""
+    """A call of a host's function, intercepted: the function, and what it was called with."""
 
     original: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     bound: inspect.BoundArguments
 
     def __getitem__(self, name: str) -> Any:
-        """Return an argument, or its default."""
+        """Return an argument by its name, or its default."""
         if name in self.bound.arguments:
             return self.bound.arguments[name]
         return self.bound.signature.parameters[name].default
 
     def proceed(self) -> Any:
         """Call the host's function with the arguments as they are."""
-        return self.original(*self.bound.args, **self.bound.kwargs)
+        return self.original(*self.args, **self.kwargs)
 
 
 @dataclass(frozen=True)
 class Hook:
     """What to run around a function of the host.
 
-    ``around`` gets the call and returns what the host shall see. It may read the arguments named
-    in ``parameters``; of a function with none, the host passes one argument by position.
+    ``around`` gets the call and returns what the host shall see. Of the arguments it may read those
+    named in ``reads``; where it reads none by name, the host passes one by position. ``known`` are
+    the parameters of the known versions, in order: they tell the arguments of a function that
+    somebody has wrapped in ``(*args, **kwargs)``.
     """
 
     name: str
     around: Callable[[HostCall], Any]
-    parameters: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
+
+    def signature_of(self, function: Callable[..., Any]) -> inspect.Signature:
+        """Return by which signature to read the arguments of a call."""
+        signature = inspect.signature(function)
+        if not self.known or [p.kind for p in signature.parameters.values()] != [
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.VAR_KEYWORD,
+        ]:
+            return signature
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        named = [inspect.Parameter(name, kind, default=None) for name in self.known]
+        return inspect.Signature([*named, *list(signature.parameters.values())[1:]])
+
+    def missing(self, function: Callable[..., Any]) -> str:
+        """Return what a function does not take of what the hook relies on, in words."""
+        parameters = self.signature_of(function).parameters.values()
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        if self.reads:
+            names = [p.name for p in parameters if p.kind not in variable]
+            return ", ".join(name for name in self.reads if name not in names)
+        first = next(iter(parameters), None)
+        by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+        return "one argument by position" if first is None or first.kind in by_name else ""
 
 
 class HostPatch:
@@ -129,7 +157,7 @@ class HostPatch:
         self._wrappers.clear()
 
     def _wrap(self, hook: Hook, original: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(original)
+        signature = hook.signature_of(original)
 
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -139,7 +167,8 @@ class HostPatch:
                 return original(*args, **kwargs)
             self.enter()
             try:
-                return hook.around(HostCall(original, signature.bind(*args, **kwargs)))
+                bound = signature.bind(*args, **kwargs)
+                return hook.around(HostCall(original, args, kwargs, bound))
             finally:
                 self.leave()
 
@@ -159,21 +188,11 @@ def _check_hook_points(host: ModuleType, hooks: tuple[Hook, ...], known: str) ->
         function = getattr(host, hook.name, None)
         if not callable(function):
             lacks = f"{host.__name__} has no {hook.name}"
-        elif not _takes(function, hook.parameters):
-            wanted = ", ".join(hook.parameters) or "one argument by position"
-            lacks = f"{path}{inspect.signature(function)} does not take {wanted}"
+        elif missing := hook.missing(function):
+            lacks = f"{path}{inspect.signature(function)} does not take {missing}"
         else:
             continue
         raise ImportError(f"{lacks}; known to work: {known}{_found(known.split()[0])}")
-
-
-def _takes(function: Callable[..., Any], names: tuple[str, ...]) -> bool:
-    parameters = inspect.signature(function).parameters
-    if names:
-        return parameters.keys() >= set(names)
-    first = next(iter(parameters.values()), None)
-    by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
-    return first is not None and first.kind not in by_name
 
 
 def _found(package: str) -> str:
