@@ -9,11 +9,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
 import torch
-from tiny_clip import write_model
+from tiny_clip import HAS_LOCAL_DIR, write_model
 
 from fairclip_losses.integrations import events
 from fairclip_losses.integrations.events import Callback
@@ -38,7 +39,7 @@ class Tally(Callback):
         self.batches[state.epoch] += 1
 
     def on_eval_end(self, state):
-        self.evaluations.append((state.epoch, state.metrics["clip_val_loss"]))
+        self.evaluations.append((state.epoch, state.metrics.get("clip_val_loss")))
 
     def state_dict(self):
         return {"batches": self.batches, "evaluations": self.evaluations}
@@ -49,6 +50,17 @@ class Tally(Callback):
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+class RaiseIn(Callback):
+    """Fails in one of several processes, in the middle of an epoch."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def on_batch_end(self, state):
+        if state.args.rank == self.rank and state.batch_index == 0:
+            raise ValueError("no more of this")
 
 
 class DieAt(Callback):
@@ -112,10 +124,13 @@ def install(moment):
     torch.save, os.replace, Path.unlink = own_save, own_replace, own_unlink
 
 
-def _run(arguments, folder, moment, callbacks):
-    output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def _run(arguments, folder, moment, callbacks, environment):
+    os.environ.update(environment)
+    output = os.open(output_of(folder, environment), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    if not HAS_LOCAL_DIR:  # 2.x saves NumPy numbers, which newer torch loads on request only
+        os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     torch.set_num_threads(1)
     write_model(folder / "tiny")
     if moment:
@@ -131,18 +146,49 @@ def _run(arguments, folder, moment, callbacks):
     sys.exit(open_clip_train.main.main(arguments))
 
 
-def start(arguments, folder, moment=None, callbacks=()):
-    """Start a run with these callbacks, or of the host alone; return its process."""
+def output_of(folder, environment=()):
+    """Where a process writes what it would have shown."""
+    return folder / f"output-{dict(environment).get('RANK', 0)}.txt"
+
+
+def start(arguments, folder, moment=None, callbacks=(), environment=()):
+    """Start a run with these callbacks, or (None) of the host alone; return its process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_run, args=(arguments, folder, moment, callbacks))
+    arguments = (arguments, folder, moment, callbacks, dict(environment))
+    process = context.Process(target=_run, args=arguments)
     process.start()
     return process
 
 
 def run(arguments, folder, moment=None, callbacks=()):
     """Run to the end; return the exit status, -9 where it was killed."""
-    process = start(arguments, folder, moment, callbacks)
-    process.join(240)
-    assert process.exitcode is not None, (folder / "output.txt").read_text()[-2000:]
-    return process.exitcode
+    (status,) = run_together(arguments, folder, moment, [callbacks], [{}])
+    return status
+
+
+def run_processes(arguments, folder, moment, callbacks):
+    """Run one process for each entry of ``callbacks``, over gloo; return their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": str(len(callbacks)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [{**world, "RANK": str(k), "LOCAL_RANK": str(k)} for k in range(len(callbacks))]
+    return run_together([*arguments, "--dist-backend", "gloo"], folder, moment, callbacks, ranks)
+
+
+def run_together(arguments, folder, moment, callbacks, environments):
+    """Run processes to their end, each with its own callbacks and environment."""
+    processes = [
+        start(arguments, folder, moment, own, environment)
+        for own, environment in zip(callbacks, environments, strict=True)
+    ]
+    try:
+        for process, environment in zip(processes, environments, strict=True):
+            process.join(240)
+            text = output_of(folder, environment).read_text()
+            assert process.exitcode is not None, text[-2000:]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.exitcode for process in processes]

@@ -8,7 +8,8 @@ import time
 
 import pytest
 import torch
-from killed_runs import DieAt, SeedEpochs, Tally, run, start
+from cpu_processes import AllowCpu
+from killed_runs import DieAt, RaiseIn, SeedEpochs, Tally, output_of, run, run_processes, start
 from tiny_clip import HAS_LOCAL_DIR, write_model, write_pairs
 
 pytest.importorskip("open_clip_train.main")
@@ -56,11 +57,15 @@ def checkpoints(logs):
     return logs / "run" / "checkpoints"
 
 
+def load(path):
+    """A checkpoint of the host; the oldest host's holds NumPy numbers."""
+    return torch.load(path, weights_only=False)
+
+
 def end_of(logs):
     """The last checkpoint and the state beside it."""
     folder = checkpoints(logs)
-    last = folder / f"epoch_{EPOCHS}.pt"
-    checkpoint = torch.load(last, weights_only=True)
+    checkpoint = load(folder / f"epoch_{EPOCHS}.pt")
     states = torch.load(folder / f"epoch_{EPOCHS}.fair", weights_only=True)
     return checkpoint, states
 
@@ -124,7 +129,7 @@ def test_killed_and_resumed_equals_uninterrupted(data, whole, tmp_path, saving, 
     assert_same(end_of(tmp_path), whole[0])
     assert not list(folder.glob("*.tmp"))
     # What is left is what goes with the checkpoints that are left.
-    epochs = {torch.load(path, weights_only=True)["epoch"] for path in folder.glob("*.pt")}
+    epochs = {load(path)["epoch"] for path in folder.glob("*.pt")}
     assert {int(path.stem.partition("_")[2]) for path in folder.glob("*.fair")} == epochs
 
 
@@ -149,6 +154,33 @@ def test_the_weights_are_those_of_the_hosts_own_resume(data, tmp_path):
         command = arguments(data, tmp_path / name, *FREQUENT, *flags)
         assert run(command, data["folder"], "after_checkpoint", own) == -signal.SIGKILL
         assert run([*command, "--resume", "latest"], data["folder"], None, own) == 0
-        last = checkpoints(tmp_path / name) / f"epoch_{EPOCHS}.pt"
-        ends.append(torch.load(last, weights_only=True))
+        ends.append(load(checkpoints(tmp_path / name) / f"epoch_{EPOCHS}.pt"))
     assert_same(*ends)
+
+
+def test_two_processes_killed_and_resumed_equal_the_uninterrupted(data, tmp_path):
+    """The host's sampler of several processes takes up its order by itself."""
+    ends = []
+    for name, moment in (("whole", None), ("cut", "after_checkpoint")):
+        command = arguments(data, tmp_path / name, *FAIR, *FREQUENT, "--batch-size", "4")
+        own = [(AllowCpu(), Tally()), (AllowCpu(), Tally())]
+        if moment:
+            statuses = run_processes(command, data["folder"], moment, own)
+            assert statuses[0] == -signal.SIGKILL and statuses[1] != 0
+            command += ["--resume", "latest"]
+        assert run_processes(command, data["folder"], None, own) == [0, 0]
+        ends.append(end_of(tmp_path / name))
+    assert ends[0][1]["world_size"] == 2
+    assert_same(*ends)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_callback_that_raises_in_one_process_stops_them_all(data, tmp_path, rank):
+    command = arguments(data, tmp_path, *FAIR, "--batch-size", "4")
+    own = [(AllowCpu(), RaiseIn(rank)), (AllowCpu(), RaiseIn(rank))]
+    began = time.monotonic()
+    statuses = run_processes(command, data["folder"], None, own)
+    assert statuses[rank] == 1 and statuses[1 - rank] != 0
+    assert time.monotonic() - began < 60  # gloo itself would wait for half an hour
+    line = "error: callback RaiseIn failed at batch_end: ValueError: no more of this"
+    assert line in output_of(data["folder"], {"RANK": rank}).read_text()

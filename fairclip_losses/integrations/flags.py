@@ -201,9 +201,11 @@ def _check_combination(options: FairOptions) -> None:
     keepers = options.fair_loss or options.fair_callback or len(default_registry)
     if options.fair_fresh_state is not None and not keepers:
         raise UsageError("--fair-fresh-state has no effect without --fair-loss or --fair-callback")
-    if options.fair_attributes and not (options.fair_loss or options.fair_eval_label):
+    readers = options.fair_loss or options.fair_eval_label or options.fair_callback
+    if options.fair_attributes and not readers:
         raise UsageError(
-            "--fair-attributes has no effect without --fair-loss or --fair-eval-label; add one"
+            "--fair-attributes has no effect without --fair-loss, --fair-eval-label or "
+            "--fair-callback; add one"
         )
     if "sinkhorn" in options.fair_loss and not options.fair_attributes:
         raise UsageError(

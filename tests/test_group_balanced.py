@@ -1,0 +1,115 @@
+"""The example of a callback that balances the batches."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_clip import HAS_LOCAL_DIR, write_model, write_pairs
+
+from fairclip_losses import train
+from fairclip_losses.integrations import events
+from fairclip_losses.integrations.events import Callback
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from group_balanced import GroupBalancedSampler
+
+
+@given(
+    st.lists(st.integers(-1, 3), min_size=1, max_size=40),
+    st.integers(1, 9),
+    st.integers(1, 3),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=40, deadline=None)
+def test_batches_are_balanced_and_groups_are_gone_through(codes, batch_size, world_size, seed):
+    codes = torch.tensor(codes)
+    shares = [
+        list(GroupBalancedSampler(codes, batch_size, 5, seed=seed, rank=r, world_size=world_size))
+        for r in range(world_size)
+    ]
+    assert all(
+        len(share) == 5 and {len(batch) for batch in share} == {batch_size} for share in shares
+    )
+    drawn = Counter()
+    for parts in zip(*shares, strict=True):
+        rows = [row for part in parts for row in part]
+        sizes = Counter(codes[rows].tolist())
+        assert max(sizes.values()) - min(sizes.get(c, 0) for c in codes.tolist()) <= 1
+        drawn.update(rows)
+    for code in set(codes.tolist()):
+        visits = [drawn[row] for row in range(len(codes)) if codes[row] == code]
+        assert max(visits) - min(visits) <= 1
+
+
+def test_an_epoch_depends_on_its_number_and_the_seed_alone():
+    codes = torch.arange(40) % 3
+    sampler = GroupBalancedSampler(codes, 6, 4, seed=1)
+    first = list(sampler)
+    torch.rand(3)
+    assert list(sampler) == first and len(sampler) == 4
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert list(GroupBalancedSampler(codes, 6, 4, seed=2)) != first
+
+
+PAIRS, BATCH = 24, 6
+
+
+class Groups(Callback):
+    """Notes the groups and ids of every batch that the loss sees."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_loss_end(self, state):
+        groups = state.loss_inputs["groups"][:, 0].tolist()
+        self.batches.append((state.epoch, state.loss_inputs["pair_ids"].tolist(), groups))
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    pytest.importorskip("open_clip_train.main")
+    return [
+        *("--train-data", str(write_pairs(tmp_path, PAIRS, "train"))),
+        *("--model", write_model(tmp_path / "tiny"), "--logs", str(tmp_path), "--workers", "0"),
+        *(("--device", "cpu") if HAS_LOCAL_DIR else ()),  # 2.x has no such flag
+        *("--batch-size", str(BATCH), "--warmup", "1", "--name", "run"),
+        *("--fair-callback", "group_balanced:GroupBalancedBatches"),
+    ]
+
+
+@pytest.mark.filterwarnings("default")  # the host's own
+def test_the_training_sees_balanced_batches_and_goes_on_with_them(arguments):
+    def heard(*flags):
+        callback = events.register(Groups())
+        try:
+            assert train.main([*arguments, "--fair-loss", "--fair-attributes", "sex", *flags]) == 0
+        finally:
+            events.default_registry.unregister(callback)
+        return callback.batches
+
+    whole = heard("--name", "whole", "--epochs", "2")
+    assert len(whole) == 2 * PAIRS // BATCH
+    for _, _, groups in whole:
+        assert Counter(groups) == {-1: 2, 0: 2, 1: 2}  # f, m and unknown
+    assert heard("--epochs", "1", "--lr-scheduler", "const") == whole[: len(whole) // 2]
+    assert heard("--epochs", "2", "--resume", "latest") == whole[len(whole) // 2 :]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "group_balanced needs --fair-attributes NAME"),
+        (("--fair-attributes", "race"), "no column 'race'"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments, capsys, flags, message):
+    assert train.main([*arguments, *flags]) == 2
+    assert message in capsys.readouterr().err
