@@ -159,11 +159,10 @@ def test_the_weights_are_those_of_the_hosts_own_resume(data, tmp_path):
 
 
 def test_two_processes_killed_and_resumed_equal_the_uninterrupted(data, tmp_path):
-    """The host's sampler of several processes takes up its order by itself."""
     ends = []
     for name, moment in (("whole", None), ("cut", "after_checkpoint")):
         command = arguments(data, tmp_path / name, *FAIR, *FREQUENT, "--batch-size", "4")
-        own = [(AllowCpu(), Tally()), (AllowCpu(), Tally())]
+        own = [(AllowCpu(), *callbacks()), (AllowCpu(), *callbacks())]
         if moment:
             statuses = run_processes(command, data["folder"], moment, own)
             assert statuses[0] == -signal.SIGKILL and statuses[1] != 0
