@@ -370,6 +370,14 @@ def test_a_main_taken_before_that_fails_has_no_end(host, registered):
     host.evaluate = fails
     with pytest.raises(RuntimeError, match="boom"), patch():
         main([])
+
+    def gives_up(argv):
+        host.parse_args(argv)
+        return -1
+
+    with patch():
+        gives_up([])
+    assert Event.ARGS_PARSED in [event for event, _ in journal]
     assert Event.RUN_END not in [event for event, _ in journal]
 
 
@@ -572,6 +580,22 @@ def test_what_the_hosts_parser_says_is_not_lost(host, capsys):
     host.parse_args = warns
     run_training([])
     assert capsys.readouterr().err == "deprecated\n"
+
+
+def test_what_another_thread_says_meanwhile_is_not_swallowed(host, capsys):
+    def refuses(argv):
+        other = threading.Thread(
+            target=print, args=("of another thread",), kwargs={"file": sys.stderr}
+        )
+        other.start()
+        other.join()
+        print("usage: ...\nmain: error: not like this", file=sys.stderr)
+        sys.exit(2)
+
+    host.parse_args = refuses
+    with pytest.raises(UsageError, match=r"^not like this$"):
+        run_training([])
+    assert capsys.readouterr().err == "of another thread\n"
 
 
 def test_refusals_in_several_threads_keep_stderr(host, capsys):

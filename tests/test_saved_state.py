@@ -362,6 +362,38 @@ def test_states_of_other_checkpoints_are_left_alone(tmp_path):
     }  # fmt: skip
 
 
+def test_what_a_killed_run_left_is_cleared_away_as_the_next_goes_on(tmp_path):
+    counts = []
+
+    class Counts(Tally):
+        name = "Tally"
+
+        def on_batch_end(self, state):
+            super().on_batch_end(state)
+            counts.append(len(list(folder.glob("*.fair*"))))
+
+    folder = tmp_path / "checkpoints"
+    train(tmp_path, "--epochs", "1", "--save-most-recent")
+    (folder / "epoch_9.fair.tmp").touch()
+    (folder / "epoch_9.fair").touch()
+    (folder / "epoch_old.fair").touch()  # not a name of ours
+    flags = ("--epochs", "6", "--save-frequency", "0", "--save-most-recent")
+    train(tmp_path, *flags, "--resume", "latest", callbacks=[Counts()])
+    assert {path.name for path in folder.glob("*.fair*")} == {
+        "epoch_1.fair", "epoch_6.fair", "epoch_old.fair",
+    }  # fmt: skip
+    assert max(counts) == 3  # as the host keeps two checkpoints
+
+
+def test_a_checkpoint_under_a_name_of_ones_own_keeps_its_state(tmp_path):
+    train(tmp_path, "--epochs", "2")
+    folder = tmp_path / "checkpoints"
+    (folder / "epoch_1.pt").rename(folder / "best.pt")
+    for _ in range(2):
+        assert train(tmp_path, "--resume", str(folder / "best.pt"), "--epochs", "3").count == 12
+    assert (folder / "epoch_1.fair").exists()
+
+
 def test_weights_rounded_by_another_precision_are_still_the_same():
     from fairclip_losses.integrations.saved_state import has_weights, weights_sample
 
