@@ -10,7 +10,7 @@ import torch
 from tiny_clip import write_model
 
 from fairclip_losses import FairLoss
-from fairclip_losses.integrations.events import Callback
+from fairclip_losses.integrations.events import Callback, TrainState
 from fairclip_losses.integrations.flags import build_parser
 
 ROOT = Path(__file__).parents[1]
@@ -53,9 +53,17 @@ def test_the_pages_on_losses_and_training_run():
     features = torch.randn(2, 8, 3)
     out = loss(features[0], features[1], pair_ids=torch.arange(8), output_dict=True)
     assert list(out) == ["contrastive_loss"]
-    callback, _ = blocks(ROOT / "docs" / "training.md")
-    exec(callback, names)
-    assert issubclass(names["Freeze"], Callback)
+    *callbacks, _ = blocks(ROOT / "docs" / "training.md")
+    for callback in callbacks:
+        exec(callback, names)
+    assert len(callbacks) == 3
+    assert all(issubclass(names[name], Callback) for name in ("Freeze", "SeedEpochs", "Best"))
+    best = names["Best"]()
+    for metrics in ({"clip_val_loss": 2.0}, {}, {"clip_val_loss": 3.0}):
+        best.on_eval_end(TrainState(metrics=metrics))
+    again = names["Best"]()
+    again.load_state_dict(best.state_dict())
+    assert again.best == 2.0
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
