@@ -3,10 +3,37 @@
 from __future__ import annotations
 
 import os
+import sys
 
+import pytest
 from hypothesis import settings
+from stub_host import make_host
+
+from fairclip_losses.integrations import events
+from fairclip_losses.integrations.open_clip import HOST
 
 # Everywhere else each run draws new problems; in continuous integration a run must repeat.
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+@pytest.fixture
+def host(monkeypatch):
+    module = make_host()
+    monkeypatch.setitem(sys.modules, HOST, module)
+    return module
+
+
+@pytest.fixture
+def registered():
+    """Registers callbacks for every run of a test, and takes them back."""
+    added = []
+
+    def add(callback):
+        added.append(events.register(callback))
+        return callback
+
+    yield add
+    for callback in added:
+        events.default_registry.unregister(callback)

@@ -6,11 +6,14 @@ import argparse
 import glob
 import os
 import re
+import threading
+import time
 import types
 
 import torch
 from torch import nn
 
+from fairclip_losses.integrations.events import Callback, Event
 from fairclip_losses.integrations.open_clip import HOST
 
 
@@ -151,3 +154,43 @@ def make_saving_host():
     for function in (parse_args, get_data, create_loss, train_one_epoch, main):
         setattr(host, function.__name__, function)
     return host
+
+
+def recorder(journal):
+    class Recorder(Callback):
+        pass
+
+    for event in Event:
+        setattr(
+            Recorder,
+            f"on_{event.value}",
+            lambda self, state, event=event: journal.append((event, state.loss_call)),
+        )
+    return Recorder()
+
+
+class Journal(Callback):
+    """Made anew for each run: notes what it hears and in which thread."""
+
+    made: list[Journal] = []  # noqa: RUF012  # of the whole process
+
+    def __init__(self):
+        self.heard, self.threads = [], set()
+        self.made.append(self)
+
+
+for _event in Event:
+
+    def _hear(self, state, event=_event):
+        self.heard.append((event, state.args.epochs))
+        self.threads.add(threading.get_ident())
+        time.sleep(0)  # let the others in
+
+    setattr(Journal, f"on_{_event.value}", _hear)
+
+
+def events_of(epochs):
+    batch = [Event.BATCH_START, Event.LOSS_START, Event.LOSS_END, Event.BATCH_END]
+    epoch = [Event.EPOCH_START, *batch * 4, Event.EPOCH_END, Event.EVAL_START, Event.EVAL_END]
+    before = [Event.ARGS_PARSED, Event.DATA_READY, Event.LOSS_READY]
+    return [(event, epochs) for event in [*before, *epoch * epochs, Event.RUN_END]]

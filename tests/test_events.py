@@ -79,8 +79,10 @@ def test_a_failure_names_the_callback_and_the_event():
 
 
 def test_an_exit_is_a_failure_with_a_name():
-    with pytest.raises(CallbackError, match="callback Fails failed at batch_end: SystemExit: 3"):
-        CallbackRegistry([Fails(SystemExit(3))]).fire(Event.BATCH_END, TrainState())
+    for error in (SystemExit(3), StopIteration(3)):
+        message = f"callback Fails failed at batch_end: {type(error).__name__}: 3"
+        with pytest.raises(CallbackError, match=message):
+            CallbackRegistry([Fails(error)]).fire(Event.BATCH_END, TrainState())
 
 
 @pytest.mark.parametrize(
