@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -165,16 +164,16 @@ def _overrides(callback: Callback, method: str) -> bool:
     return getattr(own, "__func__", own) is not getattr(Callback, method)
 
 
-@contextmanager
-def _named(callback: Callback, moment: str) -> Iterator[None]:
-    """Give what a callback raises its name; even an exit, which would end the run unexplained."""
+def _call(callback: Callback, method: str, *arguments: Any) -> Any:
+    """Call a method; what it raises gets its name, even an exit, which would end the run unsaid."""
     try:
-        yield
+        return getattr(callback, method)(*arguments)
     except (CallbackError, UsageError):
         raise
     except (Exception, SystemExit) as error:
         raise CallbackError(
-            f"callback {callback.name} failed at {moment}: {type(error).__name__}: {error}"
+            f"callback {callback.name} failed at {method.removeprefix('on_')}: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 
@@ -246,8 +245,7 @@ class CallbackRegistry:
         """
         callbacks = tuple(self._callbacks)
         for callback in reversed(callbacks) if event.is_after else callbacks:
-            with _named(callback, event.value):
-                getattr(callback, f"on_{event.value}")(state)
+            _call(callback, f"on_{event.value}", state)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return the state of each callback that keeps one, by name.
@@ -255,11 +253,7 @@ class CallbackRegistry:
         Raises:
             CallbackError: a callback raised; the message names it.
         """
-        states = {}
-        for name, callback in self.stateful.items():
-            with _named(callback, "state_dict"):
-                states[name] = callback.state_dict()
-        return states
+        return {name: _call(callback, "state_dict") for name, callback in self.stateful.items()}
 
     def load_state_dict(
         self, states: Mapping[str, dict[str, Any]], fresh: Collection[str] = ()
@@ -278,8 +272,7 @@ class CallbackRegistry:
                 f"{', '.join(states) or 'none'})"
             )
         for name, callback in mine.items():
-            with _named(callback, "load_state_dict"):
-                callback.load_state_dict(states[name])
+            _call(callback, "load_state_dict", states[name])
 
 
 default_registry = CallbackRegistry()
