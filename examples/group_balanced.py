@@ -50,7 +50,7 @@ class GroupBalancedSampler(Sampler[list[int]]):
         return self.num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) % 2**63)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         streams = [_endless(rows, generator) for rows in self.members]
         size, groups = self.batch_size * self.world_size, len(streams)
         for batch in range(self.num_batches):

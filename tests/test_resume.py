@@ -147,6 +147,16 @@ def test_killed_at_random_moments_until_it_is_done(data, whole, tmp_path):
     assert_same(end_of(tmp_path), whole[0], f"seed {seed}")
 
 
+def test_callbacks_alone_are_resumed_too(data, whole, tmp_path):
+    command = arguments(data, tmp_path, *RECENT)
+    assert run(command, data["folder"], "after_replace", callbacks()) == -signal.SIGKILL
+    assert run([*command, "--resume", "latest"], data["folder"], None, callbacks()) == 0
+    states = end_of(tmp_path)[1]["callbacks"]
+    assert list(states) == ["Tally"]
+    assert_same(states["Tally"]["batches"], whole[0][1]["callbacks"]["Tally"]["batches"])
+    assert [epoch for epoch, _ in states["Tally"]["evaluations"]] == [1, 2, 3]
+
+
 def test_the_weights_are_those_of_the_hosts_own_resume(data, tmp_path):
     """In one process the host does not take up its order of the data, nor do we in its place."""
     ends = []
