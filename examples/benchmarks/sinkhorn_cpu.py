@@ -34,6 +34,42 @@ def batch(groups: int, n: int, clustered: bool) -> tuple[Tensor, Tensor]:
     return scores, (codes == torch.arange(groups)[:, None]).float()
 
 
+def published(groups: int, n: int) -> tuple[Tensor, Tensor]:
+    """Return the batch's scores (N,) and, for every group, as many of its own (G, N).
+
+    The published code draws a batch of each group's samples besides, so that no point is common.
+    """
+    draw = torch.Generator().manual_seed(1)
+    own = 0.25 * torch.randn(groups, n, generator=draw) + 0.05 * torch.arange(groups)[:, None]
+    return batch(groups, n, clustered=False)[0], own
+
+
+def ours_published(scores: Tensor, own: Tensor, p: int, blur: float) -> Answer:
+    x = scores[:, None].clone().requires_grad_()
+    value = sinkhorn_divergence(x, own[..., None], p=p, blur=blur)
+    value.sum().backward()
+    return value.detach(), x.grad[:, 0]
+
+
+def geomloss_published(scores: Tensor, own: Tensor, p: int, blur: float) -> Answer:
+    from geomloss import SamplesLoss
+
+    loss = SamplesLoss("sinkhorn", p=p, blur=blur, backend="tensorized")
+    x = scores[:, None].clone().requires_grad_()
+    value = torch.stack([loss(x, row[:, None]) for row in own])
+    value.sum().backward()
+    return value.detach(), x.grad[:, 0]
+
+
+def pot_published(scores: Tensor, own: Tensor, p: int) -> Answer:
+    import ot
+
+    x = scores.clone().requires_grad_()
+    value = ot.wasserstein_1d(x[:, None].expand(*own.T.shape), own.T, p=p) / p
+    value.sum().backward()
+    return value.detach(), x.grad
+
+
 def ours(scores: Tensor, weights: Tensor, p: int, blur: float, **options: object) -> Answer:
     x = scores[:, None].clone().requires_grad_()
     value = sinkhorn_divergence(x, x, None, weights.to(x.dtype), p=p, blur=blur, **options)
@@ -98,21 +134,59 @@ def compare(groups: int, n: int, p: int, blur: float, clustered: bool) -> dict[s
         runs["geomloss loop"] = lambda: geomloss_loop(scores, weights, p, blur)
         if n <= 256:
             runs["geomloss batched"] = lambda: geomloss_batched(scores, weights, p, blur)
+    kind = "clustered" if clustered else "spread"
+    problem = {"groups": groups, "n": n, "p": p, "blur": blur, "scores": kind}
+    return report(problem, runs, truth)
+
+
+def report(
+    problem: dict[str, object], runs: dict[str, Callable[[], Answer]], truth: Answer
+) -> dict[str, object]:
+    """Time the runs and hold them against the truth; print and return the row."""
     accuracy = {name: errors(run(), truth) for name, run in runs.items()}
     taken = interleaved(runs)
-    kind = "clustered" if clustered else "spread"
-    print(f"G={groups} N={n} p={p} blur={blur} {kind}")
+    print(" ".join(f"{name}={value}" for name, value in problem.items()))
     for name in runs:
         print(
-            f"  {name:20s} {1e3 * taken[name]['median_s']:10.2f} ms"
+            f"  {name:20s} {1e3 * taken[name]['median_s']:10.3f} ms"
             f"  value {accuracy[name]['value_error']:.0e}"
             f"  gradient {accuracy[name]['gradient_error']:.0e}",
             flush=True,
         )
-    return {
-        "groups": groups, "n": n, "p": p, "blur": blur, "scores": kind,
-        "runs": {name: taken[name] | accuracy[name] for name in runs},
-    }  # fmt: skip
+    return problem | {"runs": {name: taken[name] | accuracy[name] for name in runs}}
+
+
+def compare_published(groups: int, n: int) -> dict[str, object]:
+    """Return the row of the published setting: p = 2, blur 1e-4, against the exact cost."""
+    scores, own = published(groups, n)
+    truth = pot_published(scores.double(), own.double(), 2)
+    runs: dict[str, Callable[[], Answer]] = {
+        "ours": lambda: ours_published(scores, own, 2, 0.0),
+        "POT wasserstein_1d": lambda: pot_published(scores, own, 2),
+        "geomloss loop": lambda: geomloss_published(scores, own, 2, 1e-4),
+    }
+    return report({"groups": groups, "n": n, "p": 2, "blur": 0.0, "scores": "published"},
+                  runs, truth)  # fmt: skip
+
+
+def exact_against_a_sort(groups: int, n: int, p: int) -> dict[str, object]:
+    """Return the row of a large exact problem, beside one sort and one cumulative sum in torch."""
+    scores, weights = batch(groups, n, clustered=False)
+    scores = scores + 1e-4 * torch.randn(n, generator=torch.Generator().manual_seed(2))
+    truth = pot_exact(scores.double(), weights.double(), p, 0.0)
+
+    def sort_and_sum() -> Answer:
+        scores.sort()
+        weights.cumsum(-1)
+        return truth
+
+    runs: dict[str, Callable[[], Answer]] = {
+        "ours": lambda: ours(scores, weights, p, 0.0),
+        "one sort and one cumsum": sort_and_sum,
+        "POT wasserstein_1d": lambda: pot_exact(scores, weights, p, 0.0),
+    }
+    problem = {"groups": groups, "n": n, "p": p, "blur": 0.0, "scores": "spread"}
+    return report(problem, runs, truth)
 
 
 def main() -> None:
@@ -127,6 +201,9 @@ def main() -> None:
     where = conditions()
     sizes = [(3, 32), (3, 256)] if arguments.quick else [(3, 32), (3, 256), (8, 1024)]
     rows = [compare(*size, p, 0.0, False) for size in sizes for p in (1, 2)]
+    rows += [compare_published(*size) for size in sizes]
+    if not arguments.quick:
+        rows += [exact_against_a_sort(32, 32768, p) for p in (1, 2)]
     for size in sizes:
         rows += [compare(*size, p, 0.05, clustered) for p in (1, 2) for clustered in (False, True)]
         rows.append(compare(*size, 2, 1e-4, False))
