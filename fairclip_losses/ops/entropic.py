@@ -21,8 +21,9 @@ def solve_entropic(
     Envelope theorem: x_i moves by ``a_i (pull towards b - pull towards a itself)``, and the
     derivative in a is f, up to a constant that normalising the weights removes.
     """
-    if suits_host_solver(x, y, options):
-        return solve_on_host(x, y, a, b, options)
+    potentials = wanted[2] or wanted[3]
+    if suits_host_solver(x, y, a, b, options, potentials):
+        return solve_on_host(x, y, a, b, options, potentials)
     one, other = Measure(x, a), Measure(y, b)
     between = solve_between(one, other, options)
     side_a, side_b, cost = between.side_a, between.side_b, between.cost

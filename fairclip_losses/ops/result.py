@@ -71,7 +71,9 @@ def sinkhorn_solve(
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         problem = prepare(x, y, a, b, validate)
         other = problem.x if problem.y is None else problem.y
-        solved = solve_entropic(problem.x, other, problem.a, problem.b, options, [False] * 4)
+        solved = solve_entropic(
+            problem.x, other, problem.a, problem.b, options, [False, False, True, True]
+        )
         f, g = solved.f, solved.g
         kernel = choose_kernel(problem.x, other, options)  # of all points, whatever stood for them
         error = _miss(problem.a, f, kernel.softmin(options.epsilon, problem.b.log(), g), options)

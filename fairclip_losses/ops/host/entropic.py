@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -12,85 +13,72 @@ from ..checks import broadcast_shapes
 from ..options import SinkhornOptions
 from ..solution import EntropicSolution, Slopes
 from .arrays import Array, Shape, stretch
-from .gauss import MOST_POINTS, GaussKernel, quadratic_start
-from .laplace import LaplaceKernel, linear_start
-from .newton import HostKernel, log_weights, solve_pair, solve_self
-
-# Most rounds of Newton's, and of the heavy ball of the self-terms, where no number is asked for.
-_ROUNDS, _SELF_ROUNDS = 40, 100
+from .gauss import MOST_ENTRIES
+from .line_solver import LineSolver, RaggedSolver
 
 
-def suits_host_solver(x: Tensor, y: Tensor, options: SinkhornOptions) -> bool:
+def suits_host_solver(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, potentials: bool
+) -> bool:
     """Whether `solve_on_host` takes the problem: a line, all rows on the same points.
 
-    Any number of them for p = 1, few for p = 2.
+    Any number of them for p = 1; for p = 2 so few that all entries of the kernel stay in memory.
     """
-    points = x.shape[-2] + (0 if y is x else y.shape[-2])
-    return (
+    if not (
         x.shape[-1] == 1
         and options.backend in ("auto", "prefix")
-        and (options.p == 1 or points <= MOST_POINTS)
         and x.is_cpu
         and not torch.compiler.is_compiling()
         and x.shape[:-2].numel() == 1
         and y.shape[:-2].numel() == 1
-    )
+    ):
+        return False
+    if options.p == 1:
+        return True
+    points = x.shape[-2] + (0 if y is x else y.shape[-2])
+    rows = math.prod(broadcast_shapes(a.shape[:-1], b.shape[:-1]))
+    used = rows * points if potentials else rows * int(np.count_nonzero(b.numpy(), -1).max())
+    return points * max(used, points) <= MOST_ENTRIES
 
 
 def solve_on_host(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, potentials: bool
 ) -> EntropicSolution:
     """Solve for points x (*, N, 1), y (*, M, 1) and weights a (*, N), b (*, M) of sum one.
 
-    Both measures are put on the sorted points of either. Gradients are as in `solve_entropic`, and
-    all of them are found: they take no time beside the potentials.
+    Both measures are put on the sorted points of either. Gradients in the points are as in
+    `solve_entropic` and always found: they take no time beside the potentials. Without
+    ``potentials`` these are 0 where b has no weight, and no gradient in the weights is returned.
     """
     line = _Line.of(x, y)
     lead = broadcast_shapes(x.shape[:-2], y.shape[:-2], a.shape[:-1], b.shape[:-1])
     one, other = line.spread(a, line.x), line.spread(b, line.y)
-    of_power = LaplaceKernel if options.p == 1 else GaussKernel
-    kernel: HostKernel = of_power(line.z, options.epsilon)
-    fixed = options.iterations is not None
-    rounds = options.iterations or min(_ROUNDS, options.max_iterations)
-    every_b = stretch(other, lead).reshape(-1, line.z.size)
     every_a = one.reshape(1, -1) if one.size == line.z.size else stretch(one, lead)
     every_a = every_a.reshape(-1, line.z.size)
-    start = (linear_start if options.p == 1 else quadratic_start)(line.z, every_a, every_b)
-    best, taken = solve_pair(kernel, every_a, every_b, start, options.tol, rounds, fixed)
-    f, g = best.due, best.g
-    transport = line.rows((every_a * f).sum(-1) + (every_b * g).sum(-1), lead)
-    pulls = kernel.pull(
-        np.concatenate(
-            [log_weights(every_b) + g / options.epsilon, log_weights(every_a) + f / options.epsilon]
-        )
-    )
-    pull_x = line.at(pulls[: len(f)], line.x, lead)
-    pull_y = line.at(pulls[len(f) :], line.y, lead)
-    potential_x, potential_y = line.at(f, line.x, lead), line.at(g, line.y, lead)
+    every_b = stretch(other, lead).reshape(-1, line.z.size)
+    ragged = options.p == 2 and not potentials
+    solver = (RaggedSolver if ragged else LineSolver)(line.z, options)
+    between = solver.between(every_a, every_b)
+    transport = line.rows(between.cost, lead)
+    f, g = line.at(between.f, line.x, lead), line.at(between.g, line.y, lead)
+    pull_x, pull_y = line.at(between.pull_x, line.x, lead), line.at(between.pull_y, line.y, lead)
     if not options.debias:
-        slopes = (a * pull_x, b * pull_y, potential_x, potential_y)
-        return EntropicSolution(transport, _points(slopes), transport, potential_x, potential_y,
-                                None, None, taken)  # fmt: skip
-
-    own = np.concatenate([w.reshape(-1, line.z.size) for w in (one, other)])
-    rounds = options.iterations or min(_SELF_ROUNDS, options.max_iterations)
-    before, after = solve_self(kernel, own, options.tol, rounds, fixed)
-    costs = (own * (before + after)).sum(-1)
-    pulls = kernel.pull(log_weights(own) + before / options.epsilon)
-    split = one.size // line.z.size
+        slopes = (a * pull_x, b * pull_y, f, g)
+        return EntropicSolution(
+            transport, _slopes(slopes, potentials), transport, f, g, None, None, between.rounds
+        )
     lead_a, lead_b = one.shape[:-1], other.shape[:-1]
-    cost = (
-        transport - 0.5 * line.rows(costs[:split], lead_a) - 0.5 * line.rows(costs[split:], lead_b)
-    )
-    self_x, self_y = line.at(after[:split], line.x, lead_a), line.at(after[split:], line.y, lead_b)
+    own_a, own_b = solver.within(one.reshape(-1, line.z.size), other.reshape(-1, line.z.size))
+    cost = transport - 0.5 * line.rows(own_a.cost, lead_a) - 0.5 * line.rows(own_b.cost, lead_b)
+    self_x, self_y = line.at(own_a.f, line.x, lead_a), line.at(own_b.f, line.y, lead_b)
     slopes = (
-        a * (pull_x - line.at(pulls[:split], line.x, lead_a)),
-        b * (pull_y - line.at(pulls[split:], line.y, lead_b)),
-        potential_x - self_x,
-        potential_y - self_y,
+        a * (pull_x - line.at(own_a.pull, line.x, lead_a)),
+        b * (pull_y - line.at(own_b.pull, line.y, lead_b)),
+        f - self_x,
+        g - self_y,
     )
     return EntropicSolution(
-        cost, _points(slopes), transport, potential_x, potential_y, self_x, self_y, taken
+        cost, _slopes(slopes, potentials), transport, f, g, self_x, self_y, between.rounds
     )
 
 
@@ -141,5 +129,6 @@ class _Line(NamedTuple):
         return torch.from_numpy(values).view(lead)
 
 
-def _points(slopes: tuple[Tensor, Tensor, Tensor, Tensor]) -> Slopes:
-    return slopes[0][..., None], slopes[1][..., None], slopes[2], slopes[3]
+def _slopes(slopes: tuple[Tensor, Tensor, Tensor, Tensor], potentials: bool) -> Slopes:
+    in_weights = slopes[2:] if potentials else (None, None)
+    return slopes[0][..., None], slopes[1][..., None], *in_weights

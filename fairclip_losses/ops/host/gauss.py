@@ -1,4 +1,4 @@
-"""The Gibbs kernel of p = 2 on a line with all its entries in memory, for small batches."""
+"""The Gibbs kernel of p = 2 on a line with all its entries in memory, for batches."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ import numpy as np
 from .arrays import Array
 from .newton import LEVEL, Look, log_weights
 
-# Most points: beyond, fewer points stand for all.
-MOST_POINTS = 128
+# Most entries of all rows: beyond, fewer points stand for all.
+MOST_ENTRIES = 2**20
 # What keeps Newton's matrix regular, and the least part of a point's mass in its diagonal.
 _JITTER, _LEAST = 1e-12, 1e-3
 
 
 class GaussKernel:
-    """The kernel ``exp(-|z_i - z_j|^2 / 2 eps)`` on points z (K,)."""
+    """The kernel ``exp(-|x_i - y_j|^2 / 2 eps)`` between x (1 or R, N) and y (1 or R, M)."""
 
-    def __init__(self, z: Array, epsilon: float) -> None:
-        self.z, self.epsilon = z, epsilon
-        shift = z[:, None] - z
+    def __init__(self, x: Array, y: Array, epsilon: float) -> None:
+        self.x, self.y, self.epsilon = x, y, epsilon
+        shift = x[:, :, None] - y[:, None, :]
         self._log = shift * shift
         self._log *= -0.5 / epsilon
+
+    @property
+    def transposed(self) -> GaussKernel:
+        """See `HostKernel.transposed`; shares the entries."""
+        other = object.__new__(GaussKernel)
+        other.x, other.y, other.epsilon = self.y, self.x, self.epsilon
+        other._log = self._log.transpose(0, 2, 1)
+        return other
 
     def log_product(self, exponent: Array) -> Array:
         """See `HostKernel.log_product`."""
@@ -34,12 +42,14 @@ class GaussKernel:
     def pull(self, exponent: Array) -> Array:
         """See `HostKernel.pull`."""
         _, entries = self._entries(exponent)
-        pulled: Array = self.z - (entries @ self.z) / np.add.reduce(entries, -1)
+        reached = (entries @ self.y[:, :, None])[..., 0]
+        pulled: Array = self.x - reached / np.add.reduce(entries, -1)
         return pulled
 
     def steps(self, a: Array, b: Array, at: Look) -> Array:
         """See `HostKernel.steps`; equations scaled by the weights, so that they are symmetric."""
         epsilon = self.epsilon
+        there = a > 0
         root = np.sqrt(a)
         rho = np.exp(np.minimum((at.f - at.due) / epsilon, 700.0))
         # sqrt(a_i b_j) exp((f_i + g_j - C_ij) / eps): of absent points nothing is left
@@ -49,14 +59,13 @@ class GaussKernel:
         matrix = plan @ plan.transpose(0, 2, 1)
         # constants are the null space: the outer product of the null vector fills it
         np.subtract(root[:, :, None] * root[:, None, :], matrix, out=matrix)
-        places = np.arange(self.z.size)
-        matrix[:, places, places] += np.maximum(np.where(a > 0, rho, 1.0), _LEAST) + _JITTER
-        right = root * (1.0 - rho)
+        places = np.arange(self.x.shape[-1])
+        matrix[:, places, places] += np.maximum(np.where(there, rho, 1.0), _LEAST) + _JITTER
         try:
-            scaled = np.linalg.solve(matrix, right[..., None])[..., 0]
+            scaled = np.linalg.solve(matrix, (root * (1.0 - rho))[..., None])[..., 0]
         except np.linalg.LinAlgError:  # not a number: a plain update instead
             return 1.0 / rho - 1.0
-        step: Array = np.where(a > 0, scaled / np.where(a > 0, root, 1.0), 0.0)
+        step: Array = np.where(there, scaled / np.where(there, root, 1.0), 0.0)
         return step
 
     def _entries(self, exponent: Array) -> tuple[Array, Array]:

@@ -32,6 +32,11 @@ class LaplaceKernel:
             self._grow = np.exp(self.t - 0.5 * self.t[-1])
             self._fade = 1.0 / self._grow
 
+    @property
+    def transposed(self) -> LaplaceKernel:
+        """See `HostKernel.transposed`."""
+        return self
+
     def log_product(self, exponent: Array) -> Array:
         """See `HostKernel.log_product`."""
         if self._grow is None:

@@ -30,26 +30,30 @@ _BALL_STEP, _BALL_MEMORY = 0.686, 0.0294
 
 
 class HostKernel(Protocol):
-    """A Gibbs kernel ``exp(-C_ij / eps)`` between the sorted points (K,) of a line."""
+    """A Gibbs kernel ``exp(-C_ij / eps)`` between points x (1 or R, N) and y (1 or R, M)."""
 
     epsilon: float
 
+    @property
+    def transposed(self) -> HostKernel:
+        """The kernel from y to x."""
+
     def log_product(self, exponent: Array) -> Array:
-        """``log sum_j exp(exponent_j - C_ij / eps)``, (R, K) from (R, K)."""
+        """``log sum_j exp(exponent_j - C_ij / eps)``, (R, N) from (R, M)."""
 
     def pull(self, exponent: Array) -> Array:
-        """``sum_j P(j | i) dc(z_i, z_j) / dz_i``, (R, K), for the plan of these exponents."""
+        """``sum_j P(j | i) dc(x_i, y_j) / dx_i``, (R, N), for the plan of these exponents."""
 
     def steps(self, a: Array, b: Array, at: Look) -> Array:
-        """Newton's steps (R, K) in units of epsilon, for weights (1 or R, K) and (R, K)."""
+        """Newton's steps (R, N) in units of epsilon, for weights (1 or R, N) and (1 or R, M)."""
 
 
 class Look(NamedTuple):
     """What is known at one potential f."""
 
-    f: Array  # (R, K)
-    g: Array  # (R, K) softmin of f
-    due: Array  # (R, K) softmin of g
+    f: Array  # (R, N)
+    g: Array  # (R, M) softmin of f
+    due: Array  # (R, N) softmin of g
     error: Array  # (R,) L1 error of a's marginal
     value: Array  # (R,) of the dual
 
@@ -70,7 +74,7 @@ def log_weights(weights: Array) -> Array:
 def solve_pair(
     kernel: HostKernel, a: Array, b: Array, f: Array, tol: float, rounds: int, fixed: bool
 ) -> tuple[Look, int]:
-    """Return the optimal potentials between a and b (R, K), from a near f, and the rounds taken.
+    """Return the optimal potentials between a and b, from a near f (R, N), and the rounds taken.
 
     ``fixed`` rounds are all taken. Else the last ones go far below ``tol``, as Newton's do: where
     clusters lie many blurs apart, the dual value is flat and a small error of the marginal a large
@@ -79,9 +83,10 @@ def solve_pair(
     """
     epsilon = kernel.epsilon
     log_a, log_b = log_weights(a), log_weights(b)
+    back = kernel.transposed
 
     def look(f: Array) -> Look:
-        g = kernel.log_product(log_a + f / epsilon)
+        g = back.log_product(log_a + f / epsilon)
         g *= -epsilon
         due = kernel.log_product(log_b + g / epsilon)
         due *= -epsilon
@@ -90,7 +95,7 @@ def solve_pair(
         return Look(f, g, due, miss.sum(-1), value)
 
     best = look(look(f).due)
-    radius = np.full((b.shape[0], 1), _TRUST)
+    radius = np.full((f.shape[0], 1), _TRUST)
     taken = 0
     worst = np.inf
     while taken < rounds:

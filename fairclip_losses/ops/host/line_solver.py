@@ -1,0 +1,121 @@
+"""From a kernel on the points of a line to solved problems, between measures and within."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from ..options import SinkhornOptions
+from .arrays import Array
+from .gauss import GaussKernel, quadratic_start
+from .laplace import LaplaceKernel, linear_start
+from .newton import HostKernel, Look, log_weights, solve_pair, solve_self
+
+# Most rounds of Newton's, and of the heavy ball of the self-terms, where no number is asked for.
+_ROUNDS, _SELF_ROUNDS = 40, 100
+
+
+class Between(NamedTuple):
+    """A solved problem between two measures, a row each."""
+
+    cost: Array  # (R,)
+    f: Array  # (R, K)
+    g: Array
+    pull_x: Array  # (R, K) gradient of the cost in each point, per unit of its mass
+    pull_y: Array
+    rounds: int
+
+
+class Within(NamedTuple):
+    """A solved problem of measures against themselves."""
+
+    cost: Array  # (R,)
+    f: Array  # (R, K)
+    pull: Array  # (R, K)
+
+
+class LineSolver:
+    """Solves on the sorted points z (K,) of a line, with one kernel for everything."""
+
+    def __init__(self, z: Array, options: SinkhornOptions) -> None:
+        self.z, self.options = z, options
+        self.epsilon, self.fixed = options.epsilon, options.iterations is not None
+
+    def between(self, a: Array, b: Array) -> Between:
+        """Solve ``OT_eps(a, b)`` for weights a (1 or R, K) and b (R, K)."""
+        f = (linear_start if self.options.p == 1 else quadratic_start)(self.z, a, b)
+        best, rounds = self._pair(self._kernel, a, b, f)
+        exponents = [
+            log_weights(b) + best.g / self.epsilon,
+            log_weights(a) + best.due / self.epsilon,
+        ]
+        pulls = self._kernel.pull(np.concatenate(exponents))
+        cost = (a * best.due).sum(-1) + (b * best.g).sum(-1)
+        return Between(cost, best.due, best.g, pulls[: len(f)], pulls[len(f) :], rounds)
+
+    def within(self, a: Array, b: Array) -> tuple[Within, Within]:
+        """Solve ``OT_eps(a, a)`` and ``OT_eps(b, b)``, all rows at once."""
+        both = self._own(self._kernel, np.concatenate([a, b]))
+        first, second = (Within(*(part[rows] for part in both)) for rows in _split(len(a)))
+        return first, second
+
+    @cached_property
+    def _kernel(self) -> HostKernel:
+        if self.options.p == 1:
+            return LaplaceKernel(self.z, self.epsilon)
+        return GaussKernel(self.z[None], self.z[None], self.epsilon)
+
+    def _pair(self, kernel: HostKernel, a: Array, b: Array, f: Array) -> tuple[Look, int]:
+        rounds = self.options.iterations or min(_ROUNDS, self.options.max_iterations)
+        return solve_pair(kernel, a, b, f, self.options.tol, rounds, self.fixed)
+
+    def _own(self, kernel: HostKernel, a: Array) -> Within:
+        rounds = self.options.iterations or min(_SELF_ROUNDS, self.options.max_iterations)
+        before, after = solve_self(kernel, a, self.options.tol, rounds, self.fixed)
+        pull = kernel.pull(log_weights(a) + before / self.epsilon)
+        return Within((a * (before + after)).sum(-1), after, pull)
+
+
+class RaggedSolver(LineSolver):
+    """Solves p = 2 with a kernel to the points of b alone that have weight, a row its own.
+
+    What it returns of b's side is 0 at the others.
+    """
+
+    def between(self, a: Array, b: Array) -> Between:
+        """See `LineSolver`; Newton's equations are those of b's points."""
+        places, weights = self._present(b)
+        kernel = GaussKernel(self.z[places], self.z[None], self.epsilon)
+        g = np.take_along_axis(quadratic_start(self.z, b, a), places, -1)
+        best, rounds = self._pair(kernel, weights, a, g)
+        cost = (weights * best.due).sum(-1) + (a * best.g).sum(-1)
+        pull_x = kernel.transposed.pull(log_weights(weights) + best.due / self.epsilon)
+        pull_y = kernel.pull(log_weights(a) + best.g / self.epsilon)
+        spread = [self._spread(part, places, weights) for part in (best.due, pull_y)]
+        return Between(cost, best.g, spread[0], pull_x, spread[1], rounds)
+
+    def within(self, a: Array, b: Array) -> tuple[Within, Within]:
+        """See `LineSolver`."""
+        places, weights = self._present(b)
+        points = self.z[places]
+        own = self._own(GaussKernel(points, points, self.epsilon), weights)
+        spread = [self._spread(part, places, weights) for part in (own.f, own.pull)]
+        return self._own(self._kernel, a), Within(own.cost, *spread)
+
+    def _present(self, b: Array) -> tuple[Array, Array]:
+        """Return places and weights (R, M) of each row's points, 0 where it has fewer than others."""
+        there = b > 0
+        most = int(there.sum(-1).max())
+        places = np.argsort(~there, -1, kind="stable")[:, :most]
+        return places, np.take_along_axis(b, places, -1)
+
+    def _spread(self, values: Array, places: Array, weights: Array) -> Array:
+        spread = np.zeros((len(places), self.z.size))
+        np.put_along_axis(spread, places, np.where(weights > 0, values, 0.0), -1)
+        return spread
+
+
+def _split(first: int) -> tuple[slice, slice]:
+    return slice(None, first), slice(first, None)
