@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairclip_losses import functional as F
-from fairclip_losses import miners
 from fairclip_losses.miners import BadPairMiner, EpochSummary, MinerReport
+from fairclip_losses.miners import memory as miner_memory
 
 # ------------------------------ the reference
 
@@ -138,7 +138,7 @@ def assert_same_report(left, right):
 
 def small_logs(monkeypatch, size=4):
     """Make streaming miners join their log to the table every few visits."""
-    monkeypatch.setattr(miners, "_LOG_MINIMUM", size)
+    monkeypatch.setattr(miner_memory, "_LOG_MINIMUM", size)
 
 
 # ------------------------------ module against the loop
@@ -719,7 +719,7 @@ def test_a_device_without_float64(detector, monkeypatch):
     arguments = {"faulty_sigma": 1.5, "noisy_sigma": 1.5, "detector": detector}
     expected = BadPairMiner(40, **arguments)
     weights = play(expected, run)
-    monkeypatch.setattr(miners, "_NO_FLOAT64", frozenset({"cpu"}))
+    monkeypatch.setattr(miner_memory, "_NO_FLOAT64", frozenset({"cpu"}))
     miner = BadPairMiner(40, **arguments).to("cpu")
     assert miner.mean.dtype == miner.std.dtype == torch.float32
     torch.testing.assert_close(play(miner, run), weights, rtol=1e-5, atol=1e-6)

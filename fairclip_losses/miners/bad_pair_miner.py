@@ -1,0 +1,296 @@
+"""Dynamic bad pair mining: find bad image-text pairs from the history of each pair's own loss."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..functional import (
+    CLEAN,
+    FAULTY,
+    KIND_NAMES,
+    NOISY,
+    History,
+    Weighting,
+    bad_pair_kinds,
+    bad_pair_weights,
+    history_statistics,
+    history_z_score,
+    mixture_pair_kinds,
+)
+from ..functional.mining import check_choice, check_mixture_threshold, check_sigma
+from ..functional.options import check_integer
+from .memory import INT64_MIN, PairMemory, Record
+from .report import EpochSummary, MinerReport
+
+__all__ = ["BadPairMiner"]
+
+Detector = Literal["threshold", "mixture"]
+
+
+class BadPairMiner(PairMemory):
+    r"""Weigh down the pairs whose loss history shows that they are bad.
+
+    The miner remembers the losses :math:`l_{k,v}` of every pair `k` by its stable id, whatever the
+    order and the batches they come in. :meth:`end_epoch` computes each pair's history :math:`m_k`,
+    the mean :math:`\mu` and population deviation :math:`\sigma` of the histories, and flags
+
+    - noisy pairs, learnt too easily: :math:`m_k \le \mu - \beta_n \sigma`;
+    - faulty pairs, never learnt: :math:`m_k \ge \mu + \beta_f \sigma`.
+
+    Until the next :meth:`end_epoch` a flagged pair weighs :math:`\exp(-z^2 / 2)`,
+    :math:`z = (l - \mu) / \sigma` at its current loss, and every other pair exactly 1. Use it as::
+
+        miner = BadPairMiner(num_pairs=len(dataset))
+        for epoch in range(epochs):
+            for images, texts, ids in loader:
+                losses = per_pair_losses(model(images, texts))      # (B,)
+                (miner(losses, ids) * losses).mean().backward()
+            miner.end_epoch()
+
+    ``forward`` neither waits for the device nor loops over the samples, and with `num_pairs` given
+    it compiles into one graph. The whole memory is in buffers, so it is saved and resumed by
+    ``state_dict``; on the CPU a resumed run equals the uninterrupted one bit for bit. (On a GPU an
+    id that is twice in a batch may be summed in either order, unless
+    ``torch.use_deterministic_algorithms`` is set.) The memory follows the losses to their device at
+    the first batch; casts such as ``.half()`` move it but never change its precision. It takes 13
+    bytes for each pair, 17 with ``history="linear"``, and 8 more for the id itself where ids are
+    streamed.
+
+    With ``num_pairs=None`` any int64 is an id. The visits of the running epoch are then kept in a
+    log, which joins the sorted table of pairs at :meth:`end_epoch`, before the state is saved or
+    reported, and whenever it holds more than 65,536 visits and an eighth of the table (only then
+    does ``forward`` wait for the device).
+
+    Args:
+        num_pairs: number of pairs, the ids being 0..num_pairs-1; None takes any int64 ids.
+        total_epochs: number of epochs `E` of the run. Used (and needed) only by the linear history
+            with ``renormalize=False``.
+        warmup_epochs: the first call of ``end_epoch`` that flags; 0 is the same as 1.
+        noisy_sigma: :math:`\beta_n`, 0 or more; infinity flags no pair as noisy.
+        faulty_sigma: :math:`\beta_f`, 0 or more; infinity flags no pair as faulty.
+        history: ``"mean"`` of the losses, or ``"linear"``, where a visit in epoch `e` (the number
+            of ``end_epoch`` calls before it) weighs `1 + e`.
+        weighting: ``"relative"``, :math:`\exp(-z^2 / 2)` in (0, 1]; or ``"density"``, the published
+            :math:`\mathcal N(l; \mu, \sigma^2)`, which exceeds 1 where :math:`\sigma < 0.399`.
+        renormalize: divide the linear history by the sum of its weights. False is the published
+            code's mean of :math:`(1 + e) l / E`, for comparison.
+        record: ``"raw"`` losses, or ``"weighted"``: the losses after they are weighed down, which
+            feeds the flags back into the history (a defect of published code, for comparison).
+        detector: of faulty pairs: ``"threshold"`` as above, or ``"mixture"``: the posterior of the
+            higher-mean component of a two-component Gaussian mixture fitted to the histories
+            (:func:`~fairclip_losses.functional.mixture_pair_kinds`). Noisy pairs are found by
+            `noisy_sigma` either way.
+        mixture_threshold: least posterior of a faulty pair, in (0, 1].
+        validate: check the values of the ids at once, which waits for the device. None does so for
+            ids that are on the CPU. Without the check an id outside the range weighs 1, is not
+            recorded, and makes the next ``end_epoch`` raise.
+
+    Raises:
+        ValueError: for an argument outside what is said above.
+
+    Source: Lan et al., ICLR 2024 (arXiv:2302.03357), dynamic bad pair mining, applied to image-text
+    pairs by Bansal et al. (arXiv:2505.03153).
+    """
+
+    def __init__(
+        self,
+        num_pairs: int | None = None,
+        *,
+        total_epochs: int | None = None,
+        warmup_epochs: int = 1,
+        noisy_sigma: float = 3.0,
+        faulty_sigma: float = 3.0,
+        history: History = "mean",
+        weighting: Weighting = "relative",
+        renormalize: bool = True,
+        record: Record = "raw",
+        detector: Detector = "threshold",
+        mixture_threshold: float = 0.5,
+        validate: bool | None = None,
+    ) -> None:
+        super().__init__(
+            num_pairs,
+            total_epochs=total_epochs,
+            history=history,
+            renormalize=renormalize,
+            record=record,
+        )
+        check_sigma("noisy_sigma", noisy_sigma)
+        check_sigma("faulty_sigma", faulty_sigma)
+        check_choice("weighting", weighting, ("relative", "density"))
+        check_choice("detector", detector, ("threshold", "mixture"))
+        check_mixture_threshold(mixture_threshold)
+        self.warmup_epochs = check_integer("warmup_epochs", warmup_epochs, 0)
+        self.noisy_sigma = noisy_sigma
+        self.faulty_sigma = faulty_sigma
+        self.weighting: Weighting = weighting
+        self.detector: Detector = detector
+        self.mixture_threshold = mixture_threshold
+        self.validate = validate
+
+    def forward(
+        self, pair_losses: Tensor, pair_ids: Tensor, *, record: bool | None = None
+    ) -> Tensor:
+        """Return the weight of each pair in the batch, and record its loss.
+
+        Args:
+            pair_losses: raw loss of each pair, shape (B,), floating point. One that is not finite
+                (in float32) is not recorded and weighs 1.
+            pair_ids: stable id of each pair, shape (B,), integers. An id that is there twice counts
+                as two visits.
+            record: whether to record; None records in training mode only. Give False where a batch
+                is weighed again, as gradient accumulation does.
+
+        Returns:
+            (B,) detached weights in the losses' dtype (float32 for half precision), by the flags
+            and statistics of the last ``end_epoch``.
+
+        Raises:
+            ValueError: for a wrong dtype or shape, and, where the values are checked (see
+                `validate`), an id outside 0..num_pairs-1; nothing is recorded then.
+        """
+        self.check(pair_losses, pair_ids)
+        losses = pair_losses.detach()
+        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+        ids = pair_ids.to(torch.int64)
+        ids = ids.to(losses.device, non_blocking=losses.device.type == "cuda")
+        if self.visits.device != losses.device:
+            with torch.inference_mode(False):
+                self.to(losses.device)
+        slots, known = self._locate(ids)
+        if self.kind.numel():
+            kinds = self.kind[slots].masked_fill(~known, CLEAN)
+        else:
+            kinds = torch.zeros_like(ids)
+        weights = bad_pair_weights(losses, kinds, self.mean, self.std, self.weighting)
+        if self.training if record is None else record:
+            stored = (losses if self.record == "raw" else losses * weights).float()
+            if self.num_pairs is None:
+                self._log(ids, stored)
+            else:
+                outside = ids.masked_fill(known, INT64_MIN)
+                largest = torch.cat([self.invalid_largest.view(1), outside]).amax()
+                self.invalid_largest.copy_(largest)
+                self.invalid_count += (~known).sum()
+                self._accumulate(slots, stored, known & torch.isfinite(stored))
+        return weights
+
+    def check(self, pair_losses: Tensor, pair_ids: Tensor) -> None:
+        """Refuse what ``forward`` would refuse, and record nothing.
+
+        Raises:
+            ValueError: as ``forward`` does.
+        """
+        for name, value in (("pair_losses", pair_losses), ("pair_ids", pair_ids)):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+        if not pair_losses.is_floating_point():
+            raise ValueError(f"pair_losses must be floating point, got {pair_losses.dtype}")
+        if (
+            pair_ids.is_floating_point()
+            or pair_ids.is_complex()
+            or pair_ids.dtype in (torch.bool, torch.uint64)
+        ):
+            raise ValueError(f"pair_ids must be integers (int64), got {pair_ids.dtype}")
+        if pair_losses.ndim != 1 or pair_ids.ndim != 1 or len(pair_losses) != len(pair_ids):
+            raise ValueError(
+                "pair_losses and pair_ids must both have shape (B,), "
+                f"got {tuple(pair_losses.shape)} and {tuple(pair_ids.shape)}"
+            )
+        check = pair_ids.device.type == "cpu" if self.validate is None else self.validate
+        # A compiled graph cannot raise on a value; there the ids are counted, as on a GPU.
+        if check and self.num_pairs is not None and not torch.compiler.is_compiling():
+            ids = pair_ids.to(torch.int64)
+            outside = (ids < 0) | (ids >= self.num_pairs)
+            if bool(outside.any()):
+                first = int(outside.nonzero()[0])
+                raise ValueError(
+                    f"pair_ids must lie in 0..{self._last_id()}, "
+                    f"got {int(ids[first])} at position {first}"
+                )
+
+    def end_epoch(self) -> EpochSummary:
+        """End the epoch: refresh the statistics and, after the warm-up, the flags.
+
+        Returns:
+            The epoch's summary, in Python numbers (this waits for the device).
+
+        Raises:
+            ValueError: if ids outside 0..num_pairs-1 came since the last call. They are forgotten
+                and nothing else is changed, so that a second call ends the epoch without them.
+        """
+        invalid = int(self.invalid_count)
+        if invalid:
+            largest = int(self.invalid_largest)
+            self.invalid_count.zero_()
+            self.invalid_largest.fill_(INT64_MIN)
+            raise ValueError(
+                f"pair ids must lie in 0..{self._last_id()}, got {invalid} outside that range "
+                f"since the last end_epoch (the largest is {largest})"
+            )
+        self._consolidate()
+        history = self._history()
+        mean, std = history_statistics(history)
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+        self.epoch += 1
+        epoch = int(self.epoch)
+        if epoch >= self.warmup_epochs:
+            if self.detector == "mixture":
+                kinds = mixture_pair_kinds(
+                    history, mean, std, self.noisy_sigma, self.mixture_threshold
+                )
+            else:
+                kinds = bad_pair_kinds(history, mean, std, self.noisy_sigma, self.faulty_sigma)
+            self.kind.copy_(kinds)
+        return EpochSummary(
+            epoch=epoch,
+            seen=int(torch.count_nonzero(self.visits)),
+            noisy=int((self.kind == NOISY).sum()),
+            faulty=int((self.kind == FAULTY).sum()),
+            mean=float(mean),
+            std=float(std),
+        )
+
+    def report(self) -> MinerReport:
+        """Return the memory of the visited pairs as NumPy arrays (this waits for the device)."""
+        self._consolidate()
+        slots = self.visits.nonzero().squeeze(1)
+        # Every pair of the table has a visit, so there the slots leave nothing out.
+        ids = slots if self.num_pairs is not None else self.table_ids
+        history = self._history()[slots.to(self._double_device())]
+        kinds = self.kind[slots]
+        weights = bad_pair_weights(
+            self.last_loss[slots], kinds, self.mean, self.std, self.weighting
+        )
+        if int(self.epoch):
+            z_score = history_z_score(
+                history, self.mean.to(history.device), self.std.to(history.device)
+            )
+        else:
+            z_score = torch.full_like(history, torch.nan)
+        return MinerReport(
+            ids=ids.cpu().numpy().copy(),
+            visits=self.visits[slots].long().cpu().numpy(),
+            history=history.cpu().numpy(),
+            z_score=z_score.cpu().numpy(),
+            kind=np.array(KIND_NAMES)[kinds.long().cpu().numpy()],
+            weight=weights.cpu().double().numpy(),
+        )
+
+    def extra_repr(self) -> str:
+        """Return the settings for ``repr``."""
+        detector = (
+            f"faulty_sigma={self.faulty_sigma}"
+            if self.detector == "threshold"
+            else f"detector='mixture', mixture_threshold={self.mixture_threshold}"
+        )
+        return (
+            f"num_pairs={self.num_pairs}, warmup_epochs={self.warmup_epochs}, "
+            f"noisy_sigma={self.noisy_sigma}, {detector}, history={self.history!r}, "
+            f"weighting={self.weighting!r}"
+        )
