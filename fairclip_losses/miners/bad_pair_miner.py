@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..distributed import Processes
 from ..functional import (
     CLEAN,
     FAULTY,
@@ -21,7 +22,13 @@ from ..functional import (
     history_z_score,
     mixture_pair_kinds,
 )
-from ..functional.mining import check_choice, check_mixture_threshold, check_sigma
+from ..functional.mining import (
+    MIXTURE_POINTS,
+    check_choice,
+    check_mixture_threshold,
+    check_sigma,
+    order_statistics,
+)
 from ..functional.options import check_integer
 from .memory import INT64_MIN, PairMemory, Record
 from .report import EpochSummary, MinerReport
@@ -29,6 +36,13 @@ from .report import EpochSummary, MinerReport
 __all__ = ["BadPairMiner"]
 
 Detector = Literal["threshold", "mixture"]
+
+
+class _Visits(NamedTuple):
+    losses: Tensor
+    ids: Tensor
+    slots: Tensor
+    known: Tensor  # whether the memory here has a slot for the id
 
 
 class BadPairMiner(PairMemory):
@@ -88,6 +102,11 @@ class BadPairMiner(PairMemory):
         validate: check the values of the ids at once, which waits for the device. None does so for
             ids that are on the CPU. Without the check an id outside the range weighs 1, is not
             recorded, and makes the next ``end_epoch`` raise.
+        processes: None keeps every pair, so that over several processes each has the whole memory.
+            A `~fairclip_losses.distributed.Processes` keeps the shard of this one of W processes:
+            the pairs whose id is its rank modulo W. All of them then call ``forward`` with the same
+            global batch, ``end_epoch`` and ``report`` together; weights, statistics and flags are
+            those of the whole memory. A state dict is of the shard; see `load_shards`.
 
     Raises:
         ValueError: for an argument outside what is said above.
@@ -111,6 +130,7 @@ class BadPairMiner(PairMemory):
         detector: Detector = "threshold",
         mixture_threshold: float = 0.5,
         validate: bool | None = None,
+        processes: Processes | None = None,
     ) -> None:
         super().__init__(
             num_pairs,
@@ -118,6 +138,7 @@ class BadPairMiner(PairMemory):
             history=history,
             renormalize=renormalize,
             record=record,
+            processes=processes or Processes(),
         )
         check_sigma("noisy_sigma", noisy_sigma)
         check_sigma("faulty_sigma", faulty_sigma)
@@ -154,30 +175,28 @@ class BadPairMiner(PairMemory):
                 `validate`), an id outside 0..num_pairs-1; nothing is recorded then.
         """
         self.check(pair_losses, pair_ids)
-        losses = pair_losses.detach()
-        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
-        ids = pair_ids.to(torch.int64)
-        ids = ids.to(losses.device, non_blocking=losses.device.type == "cuda")
-        if self.visits.device != losses.device:
-            with torch.inference_mode(False):
-                self.to(losses.device)
-        slots, known = self._locate(ids)
-        if self.kind.numel():
-            kinds = self.kind[slots].masked_fill(~known, CLEAN)
-        else:
-            kinds = torch.zeros_like(ids)
-        weights = bad_pair_weights(losses, kinds, self.mean, self.std, self.weighting)
+        visits = self._visits(pair_losses, pair_ids)
+        weights = self._own_weights(visits)
         if self.training if record is None else record:
-            stored = (losses if self.record == "raw" else losses * weights).float()
-            if self.num_pairs is None:
-                self._log(ids, stored)
-            else:
-                outside = ids.masked_fill(known, INT64_MIN)
-                largest = torch.cat([self.invalid_largest.view(1), outside]).amax()
-                self.invalid_largest.copy_(largest)
-                self.invalid_count += (~known).sum()
-                self._accumulate(slots, stored, known & torch.isfinite(stored))
-        return weights
+            self._remember(visits, weights, None)
+        return self.processes.total(weights)
+
+    def remember(
+        self, pair_losses: Tensor, pair_ids: Tensor, *, kept: Tensor | None = None
+    ) -> None:
+        """Record a visit that ``forward`` has weighed without recording it.
+
+        Args:
+            pair_losses: as for ``forward``.
+            pair_ids: as for ``forward``.
+            kept: () or (B,) bool, the visits to record; None is all. The others leave no trace.
+
+        Raises:
+            ValueError: as ``forward`` does.
+        """
+        self.check(pair_losses, pair_ids)
+        visits = self._visits(pair_losses, pair_ids)
+        self._remember(visits, self._own_weights(visits), kept)
 
     def check(self, pair_losses: Tensor, pair_ids: Tensor) -> None:
         """Refuse what ``forward`` would refuse, and record nothing.
@@ -234,7 +253,10 @@ class BadPairMiner(PairMemory):
             )
         self._consolidate()
         history = self._history()
-        mean, std = history_statistics(history)
+        shards = self.processes
+        mean, std = history_statistics(
+            history, total=shards.total if shards.world_size > 1 else None
+        )
         self.mean.copy_(mean)
         self.std.copy_(std)
         self.epoch += 1
@@ -242,26 +264,36 @@ class BadPairMiner(PairMemory):
         if epoch >= self.warmup_epochs:
             if self.detector == "mixture":
                 kinds = mixture_pair_kinds(
-                    history, mean, std, self.noisy_sigma, self.mixture_threshold
+                    history,
+                    mean,
+                    std,
+                    self.noisy_sigma,
+                    self.mixture_threshold,
+                    sample=self._histories_of_all(history),
                 )
             else:
                 kinds = bad_pair_kinds(history, mean, std, self.noisy_sigma, self.faulty_sigma)
             self.kind.copy_(kinds)
+        counted = (self.visits > 0, self.kind == NOISY, self.kind == FAULTY)
+        seen, noisy, faulty = shards.total(torch.stack([each.sum() for each in counted])).tolist()
         return EpochSummary(
             epoch=epoch,
-            seen=int(torch.count_nonzero(self.visits)),
-            noisy=int((self.kind == NOISY).sum()),
-            faulty=int((self.kind == FAULTY).sum()),
+            seen=seen,
+            noisy=noisy,
+            faulty=faulty,
             mean=float(mean),
             std=float(std),
         )
 
-    def report(self) -> MinerReport:
-        """Return the memory of the visited pairs as NumPy arrays (this waits for the device)."""
+    def report(self, *, to: int | None = None) -> MinerReport:
+        """Return the memory of the visited pairs as NumPy arrays (this waits for the device).
+
+        Args:
+            to: of a memory in shards, the one process that is given the whole, while the others
+                are given their own shard; None gives it to all. All of them must call this.
+        """
         self._consolidate()
         slots = self.visits.nonzero().squeeze(1)
-        # Every pair of the table has a visit, so there the slots leave nothing out.
-        ids = slots if self.num_pairs is not None else self.table_ids
         history = self._history()[slots.to(self._double_device())]
         kinds = self.kind[slots]
         weights = bad_pair_weights(
@@ -273,14 +305,16 @@ class BadPairMiner(PairMemory):
             )
         else:
             z_score = torch.full_like(history, torch.nan)
-        return MinerReport(
-            ids=ids.cpu().numpy().copy(),
-            visits=self.visits[slots].long().cpu().numpy(),
-            history=history.cpu().numpy(),
-            z_score=z_score.cpu().numpy(),
-            kind=np.array(KIND_NAMES)[kinds.long().cpu().numpy()],
-            weight=weights.cpu().double().numpy(),
-        )
+        counted = torch.stack([self._ids_of(slots), self.visits[slots].long(), kinds.long()])
+        measured = torch.stack([history, z_score, weights.to(history.device, torch.float64)])
+        if self.processes.world_size > 1:
+            counted = torch.cat(self.processes.gather_uneven(counted.t(), to)).t()
+            measured = torch.cat(self.processes.gather_uneven(measured.t(), to)).t()
+            order = counted[0].argsort()
+            counted, measured = counted[:, order], measured[:, order]
+        ids, visits, kinds = (column.numpy().copy() for column in counted.cpu())
+        history_, z_score_, weight = (column.numpy().copy() for column in measured.cpu())
+        return MinerReport(ids, visits, history_, z_score_, np.array(KIND_NAMES)[kinds], weight)
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
@@ -294,3 +328,61 @@ class BadPairMiner(PairMemory):
             f"noisy_sigma={self.noisy_sigma}, {detector}, history={self.history!r}, "
             f"weighting={self.weighting!r}"
         )
+
+    def _visits(self, pair_losses: Tensor, pair_ids: Tensor) -> _Visits:
+        """Find the visits' places in the memory, which moves to their device."""
+        losses = pair_losses.detach()
+        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+        ids = pair_ids.to(torch.int64)
+        ids = ids.to(losses.device, non_blocking=losses.device.type == "cuda")
+        if self.visits.device != losses.device:
+            with torch.inference_mode(False):
+                self.to(losses.device)
+        return _Visits(losses, ids, *self._locate(ids))
+
+    def _own_weights(self, visits: _Visits) -> Tensor:
+        """Return the weights of the pairs of this shard; those of others are 0, to be summed."""
+        losses, ids, slots, known = visits
+        if self.kind.numel():
+            kinds = self.kind[slots].masked_fill(~known, CLEAN)
+        else:
+            kinds = torch.zeros_like(ids)
+        weights = bad_pair_weights(losses, kinds, self.mean, self.std, self.weighting)
+        if self.processes.world_size == 1:
+            return weights
+        return weights.masked_fill(~self._owned(ids), 0.0)
+
+    def _remember(self, visits: _Visits, weights: Tensor, kept: Tensor | None) -> None:
+        losses, ids, slots, known = visits
+        one = self.processes.world_size == 1
+        stored = (losses if self.record == "raw" else losses * weights).float()
+        if self.num_pairs is None:
+            # A loss that is not finite is left out when the log joins the table.
+            if not one:
+                stored = stored.masked_fill(~self._owned(ids), torch.nan)
+            if kept is not None:
+                stored = torch.where(kept, stored, torch.nan)
+            self._log(ids, stored)
+            return
+        recorded = known & torch.isfinite(stored)
+        invalid = ~known if one else ~self._in_range(ids)  # counted in every shard alike
+        if kept is not None:
+            recorded, invalid = recorded & kept, invalid & kept
+        outside = ids.masked_fill(~invalid, INT64_MIN)
+        self.invalid_largest.copy_(torch.cat([self.invalid_largest.view(1), outside]).amax())
+        self.invalid_count += invalid.sum()
+        self._accumulate(slots, stored, recorded)
+
+    def _histories_of_all(self, history: Tensor) -> Tensor | None:
+        """Return what a mixture is fitted to where the histories are spread over shards.
+
+        All of them where they are few enough to be fitted to, else evenly spaced order statistics
+        of each shard.
+        """
+        world_size = self.processes.world_size
+        if world_size == 1:
+            return None
+        values = history[torch.isfinite(history)]
+        count = int(self.processes.total(torch.tensor(len(values), device=values.device)))
+        values = order_statistics(values, MIXTURE_POINTS * len(values) // max(count, 1))
+        return torch.cat(self.processes.gather_uneven(values))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from ..distributed import Processes
 from ..functional import History, pair_history, visit_weight
 from ..functional.mining import check_choice
 from ..functional.options import check_integer
 
 Record = Literal["raw", "weighted"]
+
+_SCALARS = ("epoch", "mean", "std", "invalid_count", "invalid_largest")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -41,7 +44,8 @@ class PairMemory(nn.Module):
     """Sums of every pair's losses, its last loss and its kind, with the statistics over pairs.
 
     A row of the buffers is a slot. With `num_pairs` the slot is the id; else the ids known are a
-    sorted table, and visits wait in a log until they join it all at once.
+    sorted table, and visits wait in a log until they join it all at once. A memory that is one
+    shard of W, spread over processes, has slots for the ids that are its rank modulo W.
     """
 
     loss_sum: Tensor
@@ -66,6 +70,7 @@ class PairMemory(nn.Module):
         history: History,
         renormalize: bool,
         record: Record,
+        processes: Processes,
     ) -> None:
         super().__init__()
         check_choice("history", history, ("mean", "linear"))
@@ -81,8 +86,15 @@ class PairMemory(nn.Module):
         self.history: History = history
         self.renormalize = renormalize
         self.record: Record = record
+        self.processes = processes
 
-        size = self.num_pairs or 0
+        if num_pairs is not None and num_pairs < processes.world_size:
+            raise ValueError(
+                f"num_pairs must be at least the number of shards, got num_pairs={num_pairs} and "
+                f"{processes.world_size} shards"
+            )
+        # Ids rank, rank + W, rank + 2 W, ... below num_pairs.
+        size = len(range(processes.rank, self.num_pairs or 0, processes.world_size))
         if num_pairs is None:
             self.register_buffer("table_ids", torch.zeros(0, dtype=torch.int64))
             self.register_buffer("log_ids", torch.zeros(0, dtype=torch.int64), persistent=False)
@@ -102,16 +114,37 @@ class PairMemory(nn.Module):
     def _last_id(self) -> int:
         return (self.num_pairs or 0) - 1
 
+    def _in_range(self, ids: Tensor) -> Tensor:
+        """Whether each id is one that a memory of num_pairs pairs can have."""
+        if self.num_pairs is None:
+            return torch.ones_like(ids, dtype=torch.bool)
+        return (ids >= 0) & (ids < self.num_pairs)
+
+    def _owned(self, ids: Tensor) -> Tensor:
+        """Whether each id is of this shard."""
+        if self.processes.world_size == 1:
+            return torch.ones_like(ids, dtype=torch.bool)
+        return ids.remainder(self.processes.world_size) == self.processes.rank
+
     def _locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Slot of each id in the memory, and whether it has one; without one the slot is any."""
         if self.num_pairs is not None:
-            known = (ids >= 0) & (ids < self.num_pairs)
+            known = self._in_range(ids)
+            if self.processes.world_size > 1:
+                known = known & self._owned(ids)
+                ids = ids // self.processes.world_size
             return ids.masked_fill(~known, 0), known
         if self.table_ids.numel() == 0:
             return torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
         slots = torch.searchsorted(self.table_ids, ids.contiguous())
         slots = slots.clamp(max=self.table_ids.numel() - 1)
         return slots, self.table_ids[slots] == ids
+
+    def _ids_of(self, slots: Tensor) -> Tensor:
+        """Id of each slot, the inverse of `_locate`."""
+        if self.num_pairs is None:
+            return self.table_ids[slots]
+        return slots * self.processes.world_size + self.processes.rank
 
     def _accumulate(self, slots: Tensor, losses: Tensor, recorded: Tensor) -> None:
         """Add the visits marked `recorded` to the memory of their slots, in order."""
@@ -198,7 +231,12 @@ class PairMemory(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the settings that give the memory its meaning, for ``state_dict``."""
-        return {"num_pairs": self.num_pairs, "history": self.history, "record": self.record}
+        return {
+            "num_pairs": self.num_pairs,
+            "history": self.history,
+            "record": self.record,
+            "shard": [self.processes.rank, self.processes.world_size],
+        }
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Check that a saved memory means the same here.
@@ -206,15 +244,69 @@ class PairMemory(nn.Module):
         Other settings may change from run to run: thresholds, warm-up, weighting, detector.
 
         Raises:
-            ValueError: for a memory of another num_pairs, history or record.
+            ValueError: for a memory of another num_pairs, history or record, or another shard.
         """
         mine = self.get_extra_state()
+        shard = mine.pop("shard")
+        # States of before there were shards are of the whole.
+        if (saved := state.get("shard", [0, 1])) != shard:
+            raise ValueError(
+                f"the saved memory is shard {saved[0]} of {saved[1]}, this miner's is shard "
+                f"{shard[0]} of {shard[1]}: give load_shards the states of all {saved[1]}"
+            )
         for name, value in mine.items():
             if name in state and state[name] != value:
                 raise ValueError(
                     f"the saved memory is of {name}={state[name]!r}, "
                     f"this miner of {name}={value!r}: build the miner with {name}={state[name]!r}"
                 )
+
+    @torch.inference_mode(False)
+    def load_shards(self, states: Iterable[Mapping[str, Any]]) -> None:
+        """Take this memory's pairs out of the shards of another, of however many processes.
+
+        A whole memory is one shard of one: this also spreads one that was whole, and brings
+        together one that was spread.
+
+        Args:
+            states: the state dicts of all shards, in any order; one is held at a time.
+
+        Raises:
+            ValueError: for a memory of another num_pairs, history or record, or shards that are not
+                all there once; nothing is changed then.
+        """
+        ids: list[Tensor] = []
+        columns: list[dict[str, Tensor]] = []
+        scalars: dict[str, Tensor] = {}
+        missing: set[int] | None = None
+        for state in states:
+            meaning = dict(state.get("_extra_state", {}))
+            rank, world_size = meaning.pop("shard", [0, 1])
+            self.set_extra_state({**meaning, "shard": self.get_extra_state()["shard"]})
+            missing = set(range(world_size)) if missing is None else missing
+            if rank not in missing:
+                raise ValueError(f"expected each shard once, got shard {rank} of {world_size}")
+            missing.remove(rank)
+            theirs = state.get("table_ids")
+            if theirs is None:
+                theirs = torch.arange(len(state["visits"])) * world_size + rank
+            theirs = theirs.to(self.visits.device)
+            own = self._owned(theirs)
+            ids.append(theirs[own])
+            columns.append(
+                {name: state[name].to(theirs.device)[own] for name in self._pair_buffers()}
+            )
+            scalars = {name: state[name] for name in _SCALARS}
+        if missing is None or missing:
+            raise ValueError(f"the shards {sorted(missing or ())} are missing")
+        joined, order = torch.sort(torch.cat(ids))
+        if self.num_pairs is None:
+            self._log_count = 0
+            self.table_ids = joined
+        for name in self._pair_buffers():
+            setattr(self, name, torch.cat([column[name] for column in columns])[order])
+        for name, value in scalars.items():
+            getattr(self, name).copy_(value)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._consolidate()
