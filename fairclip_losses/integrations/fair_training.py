@@ -123,11 +123,13 @@ class FairTrainingCallback(Callback):
             log.info("Fair loss: %s", self.loss)
 
     def on_epoch_start(self, state: TrainState) -> None:
-        """Forget rows of a step that the last epoch did not complete."""
+        """Forget rows of a step that the last epoch did not complete; follow the scaler."""
         self._rows = deque(maxlen=state.args.accum_freq)
         # Only now, after a resume that fits: the book is the earlier run's too.
         if state.args.save_logs and state.epoch == state.start_epoch:
             self.codebook.to_json(Path(state.args.checkpoint_path).parent / "fair_codebook.json")
+        if self.loss is not None:
+            self.loss.follow(state.scaler)
 
     def on_batch_start(self, state: TrainState) -> None:
         """Take the row numbers off the batch; the host gets its pair."""
@@ -141,8 +143,9 @@ class FairTrainingCallback(Callback):
         device = state.loss_inputs["image_features"].device
         state.loss_inputs["pair_ids"] = self.ids[rows].to(device, non_blocking=True)
         state.loss_inputs["groups"] = self.codes[rows].to(device, non_blocking=True)
-        # Under accumulation the loss sees the same pairs once a micro-batch: record them once.
-        state.loss_inputs["record"] = state.loss_call == 0
+        # Under accumulation the loss sees the same pairs once a micro-batch: record them once, and
+        # at the end, so that every pass sees the same queue.
+        state.loss_inputs["record"] = state.loss_call == state.args.accum_freq - 1
 
     def on_batch_end(self, state: TrainState) -> None:
         """Log beside the host's own line, at the host's own cadence."""
