@@ -285,7 +285,9 @@ class PairMemory(nn.Module):
             self.set_extra_state({**meaning, "shard": self.get_extra_state()["shard"]})
             missing = set(range(world_size)) if missing is None else missing
             if rank not in missing:
-                raise ValueError(f"expected each shard once, got shard {rank} of {world_size}")
+                raise ValueError(
+                    f"expected each shard once, got shard {rank} of {world_size} again"
+                )
             missing.remove(rank)
             theirs = state.get("table_ids")
             if theirs is None:
@@ -297,8 +299,10 @@ class PairMemory(nn.Module):
                 {name: state[name].to(theirs.device)[own] for name in self._pair_buffers()}
             )
             scalars = {name: state[name] for name in _SCALARS}
-        if missing is None or missing:
-            raise ValueError(f"the shards {sorted(missing or ())} are missing")
+        if missing is None:
+            raise ValueError("expected the states of all shards, got no shard")
+        if missing:
+            raise ValueError(f"expected all shards, {sorted(missing)} of {world_size} missing")
         joined, order = torch.sort(torch.cat(ids))
         if self.num_pairs is None:
             self._log_count = 0
