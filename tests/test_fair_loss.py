@@ -809,7 +809,7 @@ def test_terms_of_different_lengths_are_refused_before_anything_is_recorded():
         ({"groups": {"a": GROUPS[:, 0], "b": GROUPS[:3, 1]}}, r"'a': \(10,\), 'b': \(3,\)"),
         ({"groups": GROUPS[:3]}, r"groups must have one row for each of the 10 pairs .*\(3, 2\)"),
         ({"text_features": torch.ones(9, 4)}, "must have one shape"),
-        ({"image_features": None}, "several processes need image_features and text_features"),
+        ({"image_features": None}, "several processes need image_features"),
     ],
 )
 def test_what_cannot_be_gathered_is_refused(monkeypatch, wrong, message):

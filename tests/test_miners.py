@@ -443,15 +443,27 @@ def test_eval_and_the_record_argument():
         assert miner.report().visits.tolist() == [2, 2]
 
 
+@pytest.mark.parametrize("before", [math.nan, math.inf, 6.6, 6.5])
 @pytest.mark.parametrize("num_pairs", [3, None])
-def test_the_last_loss_is_that_of_the_last_visit(num_pairs):
+def test_the_last_loss_is_that_of_the_last_visit(num_pairs, before):
     miner = BadPairMiner(num_pairs, faulty_sigma=1.2, noisy_sigma=math.inf)
     miner(torch.tensor([1.0, 1.0, 9.0]), torch.arange(3))
     miner.end_epoch()
     mean, std = float(miner.mean), float(miner.std)
-    miner(torch.tensor([8.0, 7.0, math.nan, 6.5, 1.0]), torch.tensor([2, 2, 2, 2, 0]))
+    miner(torch.tensor([8.0, 7.0, before, 6.5, 1.0]), torch.tensor([2, 2, 2, 2, 0]))
     last = miner.report().weight[2]
     assert last == pytest.approx(math.exp(-0.5 * ((6.5 - mean) / std) ** 2), rel=1e-5)
+
+
+@pytest.mark.parametrize("history", ["mean", "linear"])
+@pytest.mark.parametrize("record", ["raw", "weighted"])
+def test_ids_checked_at_once_and_ids_masked_give_one_memory(history, record):
+    run = random_run(3)
+    options = {"faulty_sigma": 1.5, "history": history, "record": record}
+    checked = BadPairMiner(40, **options)
+    masked = BadPairMiner(40, validate=False, **options)
+    assert torch.equal(play(checked, run), play(masked, run))
+    assert_same_report(checked.report(), masked.report())
 
 
 @pytest.mark.parametrize("num_pairs", [40, None])

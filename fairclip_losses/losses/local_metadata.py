@@ -43,12 +43,12 @@ class LocalMetadata:
         try:
             if refusal is not None:
                 raise ValueError(refusal)
-            if not isinstance(features, Tensor) or not isinstance(texts, Tensor):
+            if not isinstance(features, Tensor):
                 raise ValueError(
-                    "several processes need image_features and text_features in the model's "
-                    f"output, got {sorted(model_out)}"
+                    "several processes need image_features in the model's output, "
+                    f"got {sorted(model_out)}"
                 )
-            if features.shape != texts.shape:
+            if isinstance(texts, Tensor) and features.shape != texts.shape:
                 raise ValueError(
                     "image_features and text_features must have one shape, "
                     f"got {tuple(features.shape)} and {tuple(texts.shape)}"

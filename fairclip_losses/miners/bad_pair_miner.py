@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -42,7 +43,7 @@ class _Visits(NamedTuple):
     losses: Tensor
     ids: Tensor
     slots: Tensor
-    known: Tensor  # whether the memory here has a slot for the id
+    known: Tensor | None  # whether the memory here has a slot for the id; None: for all
 
 
 class BadPairMiner(PairMemory):
@@ -220,17 +221,20 @@ class BadPairMiner(PairMemory):
                 "pair_losses and pair_ids must both have shape (B,), "
                 f"got {tuple(pair_losses.shape)} and {tuple(pair_ids.shape)}"
             )
-        check = pair_ids.device.type == "cpu" if self.validate is None else self.validate
-        # A compiled graph cannot raise on a value; there the ids are counted, as on a GPU.
-        if check and self.num_pairs is not None and not torch.compiler.is_compiling():
-            ids = pair_ids.to(torch.int64)
-            outside = (ids < 0) | (ids >= self.num_pairs)
-            if bool(outside.any()):
-                first = int(outside.nonzero()[0])
+        if self._checks_values(pair_ids) and len(pair_ids):
+            least, largest = torch.aminmax(pair_ids)
+            if int(least) < 0 or int(largest) > self._last_id():
+                ids = pair_ids.to(torch.int64)
+                first = int(((ids < 0) | (ids > self._last_id())).nonzero()[0])
                 raise ValueError(
                     f"pair_ids must lie in 0..{self._last_id()}, "
                     f"got {int(ids[first])} at position {first}"
                 )
+
+    def _checks_values(self, ids: Tensor) -> bool:
+        check = ids.device.type == "cpu" if self.validate is None else self.validate
+        # A compiled graph cannot raise on a value; there the ids are counted, as on a GPU.
+        return check and self.num_pairs is not None and not torch.compiler.is_compiling()
 
     def end_epoch(self) -> EpochSummary:
         """End the epoch: refresh the statistics and, after the warm-up, the flags.
@@ -338,15 +342,19 @@ class BadPairMiner(PairMemory):
         if self.visits.device != losses.device:
             with torch.inference_mode(False):
                 self.to(losses.device)
+        whole = self.processes.world_size == 1
+        if whole and ids.device.type == "cpu" and self._checks_values(ids):
+            return _Visits(losses, ids, ids, None)  # each id is its slot, as `check` has seen
         return _Visits(losses, ids, *self._locate(ids))
 
     def _own_weights(self, visits: _Visits) -> Tensor:
         """Return the weights of the pairs of this shard; those of others are 0, to be summed."""
         losses, ids, slots, known = visits
-        if self.kind.numel():
-            kinds = self.kind[slots].masked_fill(~known, CLEAN)
-        else:
+        if not self.kind.numel():
             kinds = torch.zeros_like(ids)
+        else:
+            kinds = self.kind.index_select(0, slots)
+            kinds = kinds if known is None else kinds.masked_fill(~known, CLEAN)
         weights = bad_pair_weights(losses, kinds, self.mean, self.std, self.weighting)
         if self.processes.world_size == 1:
             return weights
@@ -354,23 +362,31 @@ class BadPairMiner(PairMemory):
 
     def _remember(self, visits: _Visits, weights: Tensor, kept: Tensor | None) -> None:
         losses, ids, slots, known = visits
-        one = self.processes.world_size == 1
+        whole = self.processes.world_size == 1
         stored = (losses if self.record == "raw" else losses * weights).float()
         if self.num_pairs is None:
             # A loss that is not finite is left out when the log joins the table.
-            if not one:
+            if not whole:
                 stored = stored.masked_fill(~self._owned(ids), torch.nan)
             if kept is not None:
                 stored = torch.where(kept, stored, torch.nan)
             self._log(ids, stored)
             return
-        recorded = known & torch.isfinite(stored)
-        invalid = ~known if one else ~self._in_range(ids)  # counted in every shard alike
-        if kept is not None:
-            recorded, invalid = recorded & kept, invalid & kept
-        outside = ids.masked_fill(~invalid, INT64_MIN)
-        self.invalid_largest.copy_(torch.cat([self.invalid_largest.view(1), outside]).amax())
-        self.invalid_count += invalid.sum()
+        if known is None and kept is None:
+            # On the CPU one number read tells what masks are for elsewhere. (Where the sum of
+            # finite losses overflows, the masks do no harm.)
+            finite = math.isfinite(float(stored.sum()))
+            self._accumulate(slots, stored, None if finite else torch.isfinite(stored))
+            return
+        recorded = torch.isfinite(stored)
+        recorded = recorded if kept is None else recorded & kept
+        if known is not None:
+            recorded = recorded & known
+            invalid = ~known if whole else ~self._in_range(ids)  # counted in every shard alike
+            invalid = invalid if kept is None else invalid & kept
+            outside = ids.masked_fill(~invalid, INT64_MIN)
+            self.invalid_largest.copy_(torch.cat([self.invalid_largest.view(1), outside]).amax())
+            self.invalid_count += invalid.sum()
         self._accumulate(slots, stored, recorded)
 
     def _histories_of_all(self, history: Tensor) -> Tensor | None:
