@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data import CodeBook, Table, encode_attributes, pair_ids
+from ..distributed import Processes
 from ..errors import UsageError, usage_errors
 from ..losses import FairLoss
 from ..miners import EpochSummary, MinerReport
@@ -167,9 +168,9 @@ class FairTrainingCallback(Callback):
         assert self.loss is not None and self.table is not None  # both set before any epoch
         self.summary = self.loss.end_epoch()
         completed = state.epoch + 1
-        if state.args.rank != 0:  # every process has the same memory; one speaks of it
+        report = self._report(state.args.rank)
+        if state.args.rank != 0:  # what all have, or give to the first; one speaks of it
             return
-        report = self._report()
         if report is not None and self.summary is not None:
             self.rates = flag_rates(report, self.ids, self.codes, self.codebook)
             shown = " ".join(
@@ -239,6 +240,7 @@ class FairTrainingCallback(Callback):
             "warmup_epochs": options.fair_warmup_epochs,
             "noisy_sigma": options.fair_noisy_sigma,
             "faulty_sigma": options.fair_faulty_sigma,
+            "processes": Processes.of(base_loss) if options.fair_shard_memory else None,
         }
         fairness = {
             "p": options.fair_p,
@@ -278,11 +280,13 @@ class FairTrainingCallback(Callback):
             "--train-data": pairs,
         }
 
-    def _report(self) -> MinerReport | None:
-        """The miner's report by pair; the published unit has none."""
+    def _report(self, rank: int) -> MinerReport | None:
+        """The first process's report by pair; the published unit has none."""
         if self.loss is None or self.loss.miner is None or self.loss.mining_unit != "pair":
             return None
-        return self.loss.miner.report()
+        if rank != 0 and not self.options.fair_shard_memory:
+            return None
+        return self.loss.miner.report(to=0)
 
     def _scalars(self) -> dict[str, float]:
         """What the log shows of the last step; reads values back, so only where the host does."""

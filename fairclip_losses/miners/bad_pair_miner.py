@@ -327,10 +327,12 @@ class BadPairMiner(PairMemory):
             if self.detector == "threshold"
             else f"detector='mixture', mixture_threshold={self.mixture_threshold}"
         )
+        shards = self.processes.world_size
         return (
             f"num_pairs={self.num_pairs}, warmup_epochs={self.warmup_epochs}, "
             f"noisy_sigma={self.noisy_sigma}, {detector}, history={self.history!r}, "
             f"weighting={self.weighting!r}"
+            + (f", shard {self.processes.rank} of {shards}" if shards > 1 else "")
         )
 
     def _visits(self, pair_losses: Tensor, pair_ids: Tensor) -> _Visits:
@@ -358,7 +360,7 @@ class BadPairMiner(PairMemory):
         weights = bad_pair_weights(losses, kinds, self.mean, self.std, self.weighting)
         if self.processes.world_size == 1:
             return weights
-        return weights.masked_fill(~self._owned(ids), 0.0)
+        return weights.masked_fill(~self.owned(ids), 0.0)
 
     def _remember(self, visits: _Visits, weights: Tensor, kept: Tensor | None) -> None:
         losses, ids, slots, known = visits
@@ -367,7 +369,7 @@ class BadPairMiner(PairMemory):
         if self.num_pairs is None:
             # A loss that is not finite is left out when the log joins the table.
             if not whole:
-                stored = stored.masked_fill(~self._owned(ids), torch.nan)
+                stored = stored.masked_fill(~self.owned(ids), torch.nan)
             if kept is not None:
                 stored = torch.where(kept, stored, torch.nan)
             self._log(ids, stored)

@@ -13,10 +13,9 @@ from ..distributed import Processes
 from ..functional import History, pair_history, visit_weight
 from ..functional.mining import check_choice
 from ..functional.options import check_integer
+from .shards import collect_shards
 
 Record = Literal["raw", "weighted"]
-
-_SCALARS = ("epoch", "mean", "std", "invalid_count", "invalid_largest")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -120,7 +119,7 @@ class PairMemory(nn.Module):
             return torch.ones_like(ids, dtype=torch.bool)
         return (ids >= 0) & (ids < self.num_pairs)
 
-    def _owned(self, ids: Tensor) -> Tensor:
+    def owned(self, ids: Tensor) -> Tensor:
         """Whether each id is of this shard."""
         if self.processes.world_size == 1:
             return torch.ones_like(ids, dtype=torch.bool)
@@ -131,7 +130,7 @@ class PairMemory(nn.Module):
         if self.num_pairs is not None:
             known = self._in_range(ids)
             if self.processes.world_size > 1:
-                known = known & self._owned(ids)
+                known = known & self.owned(ids)
                 ids = ids // self.processes.world_size
             return ids.masked_fill(~known, 0), known
         if self.table_ids.numel() == 0:
@@ -212,13 +211,14 @@ class PairMemory(nn.Module):
         fresh = fresh[~self._locate(fresh)[1]]
         if fresh.numel():
             self.table_ids, order = torch.sort(torch.cat([self.table_ids, fresh]))
-            for name in self._pair_buffers():
+            for name in self.pair_buffers():
                 old = getattr(self, name)
                 grown = torch.cat([old, old.new_zeros(fresh.numel())])
                 setattr(self, name, grown[order])
         self._accumulate(self._locate(ids)[0], losses, torch.ones_like(ids, dtype=torch.bool))
 
-    def _pair_buffers(self) -> list[str]:
+    def pair_buffers(self) -> list[str]:
+        """Return the names of the buffers with a row for each pair."""
         names = ["loss_sum", "visits", "last_loss", "kind"]
         return names if self.weight_sum is None else [*names, "weight_sum"]
 
@@ -294,42 +294,12 @@ class PairMemory(nn.Module):
             ValueError: for a memory of another num_pairs, history or record, or shards that are not
                 all there once; nothing is changed then.
         """
-        ids: list[Tensor] = []
-        columns: list[dict[str, Tensor]] = []
-        scalars: dict[str, Tensor] = {}
-        missing: set[int] | None = None
-        for state in states:
-            meaning = dict(state.get("_extra_state", {}))
-            rank, world_size = meaning.pop("shard", [0, 1])
-            self.set_extra_state({**meaning, "shard": self.get_extra_state()["shard"]})
-            missing = set(range(world_size)) if missing is None else missing
-            if rank not in missing:
-                raise ValueError(
-                    f"expected each shard once, got shard {rank} of {world_size} again"
-                )
-            missing.remove(rank)
-            theirs = state.get("table_ids")
-            if theirs is None:
-                theirs = torch.arange(len(state["visits"])) * world_size + rank
-            theirs = theirs.to(self.visits.device)
-            own = self._owned(theirs)
-            ids.append(theirs[own])
-            columns.append(
-                {name: state[name].to(theirs.device)[own] for name in self._pair_buffers()}
-            )
-            scalars = {name: state[name] for name in _SCALARS}
-        if missing is None:
-            raise ValueError("expected the states of all shards, got no shard")
-        if missing:
-            raise ValueError(f"expected all shards, {sorted(missing)} of {world_size} missing")
-        joined, order = torch.sort(torch.cat(ids))
+        ids, pairs, scalars = collect_shards(self, states)
         if self.num_pairs is None:
             self._log_count = 0
-            self.table_ids = joined
-        for name in self._pair_buffers():
-            setattr(self, name, torch.cat([column[name] for column in columns])[order])
-        for name, value in scalars.items():
-            getattr(self, name).copy_(value)
+            self.table_ids = ids
+        for name, values in (pairs | scalars).items():
+            setattr(self, name, values)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._consolidate()
@@ -354,7 +324,7 @@ class PairMemory(nn.Module):
         ids = state_dict.get(prefix + "table_ids")
         if self.num_pairs is None and ids is not None:
             self._log_count = 0
-            for name in ["table_ids", *self._pair_buffers()]:
+            for name in ["table_ids", *self.pair_buffers()]:
                 setattr(self, name, getattr(self, name).new_zeros(len(ids)))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
