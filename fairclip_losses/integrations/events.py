@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -123,6 +123,19 @@ class Callback:
 
         Called in every process, once, after LOSS_READY. A `UsageError` says what of
         the state does not fit this run.
+        """
+
+    def part_state_dict(self) -> dict[str, Any]:
+        """Return what this process alone holds, empty where that is nothing.
+
+        As for `state_dict`, which such a callback overrides too; every process saves its own.
+        """
+        return {}
+
+    def load_part_state_dicts(self, parts: Iterable[dict[str, Any]]) -> None:
+        """Take up the parts of all processes of the saved run, however many train now.
+
+        Called after `load_state_dict` where there are parts. One part is read at a time.
         """
 
     def on_args_parsed(self, state: TrainState) -> None:
@@ -254,6 +267,35 @@ class CallbackRegistry:
             CallbackError: a callback raised; the message names it.
         """
         return {name: _call(callback, "state_dict") for name, callback in self.stateful.items()}
+
+    def part_state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return the part that this process holds of each callback that has one, by name.
+
+        Raises:
+            CallbackError: a callback raised; the message names it.
+        """
+        parts = {name: _call(own, "part_state_dict") for name, own in self.stateful.items()}
+        return {name: part for name, part in parts.items() if part}
+
+    def load_part_state_dicts(
+        self,
+        read: Callable[[], Iterable[Mapping[str, dict[str, Any]]]],
+        fresh: Collection[str] = (),
+    ) -> None:
+        """Give each callback the parts of all processes, except those named in ``fresh``.
+
+        Args:
+            read: reads what `part_state_dict` returned in each process, one after the other.
+            fresh: the callbacks that start afresh.
+
+        Raises:
+            CallbackError: a callback raised; the message names it.
+            UsageError: a callback, or ``read``, raised it.
+        """
+        for name, callback in self.stateful.items():
+            if name not in fresh:
+                own = (states[name] for states in read() if name in states)
+                _call(callback, "load_part_state_dicts", own)
 
     def load_state_dict(
         self, states: Mapping[str, dict[str, Any]], fresh: Collection[str] = ()

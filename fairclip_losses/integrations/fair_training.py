@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from ..data import CodeBook, Table, encode_attributes, pair_ids
 from ..distributed import Processes
 from ..errors import UsageError, usage_errors
 from ..losses import FairLoss
-from ..miners import EpochSummary, MinerReport
+from ..miners import BadPairMiner, EpochSummary, MinerReport
 from ..presets import build_fair_loss
 from .events import Callback, TrainState
 from .flags import FairOptions
@@ -25,6 +27,21 @@ from .logs import log_scalars
 from .pair_files import FlagRates, flag_rates, is_table, read_pairs, write_pairs
 
 log = logging.getLogger(__name__)
+
+_MINER = "miner."  # before the names of its state in the loss's
+
+
+@contextlib.contextmanager
+def _unfit() -> Iterator[None]:
+    """Say in one line that a saved state does not fit."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"the saved fair-loss state does not fit this run: {' '.join(str(error).split())}"
+        ) from None
 
 
 class IndexedDataset(Dataset[Any]):
@@ -200,13 +217,20 @@ class FairTrainingCallback(Callback):
                 )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loss's state, the meaning of the group codes, and the flags it depends on."""
+        """Return the loss's state, the meaning of the group codes, and the flags it depends on.
+
+        A memory in shards is in the parts instead.
+        """
         assert self.loss is not None  # saved after an epoch
-        return {
-            "loss": self.loss.state_dict(),
-            "labels": self.codebook.labels,
-            "settings": self._settings(),
-        }
+        loss = self.loss.state_dict()
+        if self._sharded_miner() is not None:
+            loss = {name: value for name, value in loss.items() if not name.startswith(_MINER)}
+        return {"loss": loss, "labels": self.codebook.labels, "settings": self._settings()}
+
+    def part_state_dict(self) -> dict[str, Any]:
+        """Return this process's shard of the memory, where it is in shards."""
+        miner = self._sharded_miner()
+        return {} if miner is None else {"miner": miner.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put the loss's state back.
@@ -227,12 +251,33 @@ class FairTrainingCallback(Callback):
                 f"the saved fair-loss state has the groups {state['labels']}, this run "
                 f"{self.codebook.labels}"
             )
-        try:
-            self.loss.load_state_dict(state["loss"])
-        except (RuntimeError, ValueError) as error:
-            raise UsageError(
-                f"the saved fair-loss state does not fit this run: {' '.join(str(error).split())}"
-            ) from None
+        saved = dict(state["loss"])
+        whole = {name: saved[name] for name in saved if name.startswith(_MINER)}
+        if not whole or self._sharded_miner() is not None:
+            # The memory was in shards, or is now: it is put together by `load_shards`.
+            own = self.loss.state_dict().items()
+            saved |= {name: value for name, value in own if name.startswith(_MINER)}
+        with _unfit():
+            self.loss.load_state_dict(saved)
+            if whole and self._sharded_miner() is not None:
+                self._load_shards([{k.removeprefix(_MINER): v for k, v in whole.items()}])
+
+    def load_part_state_dicts(self, parts: Iterable[dict[str, Any]]) -> None:
+        """Take this process's pairs out of the shards of a run of any number of processes.
+
+        Raises:
+            UsageError: the shards are not of a memory as this run's.
+        """
+        with _unfit():
+            self._load_shards(part["miner"] for part in parts)
+
+    def _load_shards(self, states: Iterable[dict[str, Any]]) -> None:
+        if self.loss is not None and self.loss.miner is not None:
+            self.loss.miner.load_shards(states)
+
+    def _sharded_miner(self) -> BadPairMiner | None:
+        miner = None if self.loss is None else self.loss.miner
+        return miner if miner is not None and miner.processes.world_size > 1 else None
 
     def _build(self, base_loss: torch.nn.Module, epochs: int) -> FairLoss:
         options = self.options
