@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairclip_losses import functional as F
+from fairclip_losses.functional import mining_numpy
 from fairclip_losses.miners import BadPairMiner, EpochSummary, MinerReport
 from fairclip_losses.miners import memory as miner_memory
 
@@ -464,6 +465,22 @@ def test_ids_checked_at_once_and_ids_masked_give_one_memory(history, record):
     masked = BadPairMiner(40, validate=False, **options)
     assert torch.equal(play(checked, run), play(masked, run))
     assert_same_report(checked.report(), masked.report())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    losses=st.lists(st.floats(width=32), max_size=70),
+    mean=st.floats(-3.0, 3.0),
+    std=st.sampled_from([0.0, 1e-30, 0.01, 0.3, 2.0]),
+    weighting=st.sampled_from(["relative", "density"]),
+    double=st.booleans(),
+)
+def test_weights_in_numpy_are_those_in_torch(losses, mean, std, weighting, double):
+    values = torch.tensor(losses, dtype=torch.float64 if double else torch.float32)
+    kinds = torch.arange(len(losses), dtype=torch.int8) % 3
+    found = mining_numpy.pair_weights(values, kinds, mean, std, weighting)
+    mean, std = torch.tensor([mean, std], dtype=torch.float64)
+    assert torch.equal(found, F.bad_pair_weights(values, kinds, mean, std, weighting))
 
 
 @pytest.mark.parametrize("num_pairs", [40, None])

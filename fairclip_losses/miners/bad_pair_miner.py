@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -21,7 +20,9 @@ from ..functional import (
     bad_pair_weights,
     history_statistics,
     history_z_score,
+    mining_numpy,
     mixture_pair_kinds,
+    visit_weight,
 )
 from ..functional.mining import (
     MIXTURE_POINTS,
@@ -43,7 +44,7 @@ class _Visits(NamedTuple):
     losses: Tensor
     ids: Tensor
     slots: Tensor
-    known: Tensor | None  # whether the memory here has a slot for the id; None: for all
+    known: Tensor  # whether the memory here has a slot for the id
 
 
 class BadPairMiner(PairMemory):
@@ -176,9 +177,13 @@ class BadPairMiner(PairMemory):
                 `validate`), an id outside 0..num_pairs-1; nothing is recorded then.
         """
         self.check(pair_losses, pair_ids)
+        recording = self.training if record is None else record
+        done = self._visit_numpy(pair_losses, pair_ids, recording)
+        if done is not None:
+            return done
         visits = self._visits(pair_losses, pair_ids)
         weights = self._own_weights(visits)
-        if self.training if record is None else record:
+        if recording:
             self._remember(visits, weights, None)
         return self.processes.total(weights)
 
@@ -335,6 +340,35 @@ class BadPairMiner(PairMemory):
             + (f", shard {self.processes.rank} of {shards}" if shards > 1 else "")
         )
 
+    def _visit_numpy(self, losses: Tensor, ids: Tensor, recording: bool) -> Tensor | None:
+        """Weigh and record the usual batch on the CPU in NumPy; None where it is not the usual."""
+        losses = losses.detach()
+        if not (
+            self._in_numpy(losses)
+            and (losses.dtype, ids.dtype) == (torch.float32, torch.int64)
+            and self._checks_values(ids)  # and so all are in range
+            and self.record == "raw"
+            and self.visits.device.type == "cpu"
+            and self.processes.world_size == 1
+        ):
+            return None
+        weight = 1.0
+        if self.history == "linear":
+            weight = float(visit_weight(self.epoch, "linear"))
+        return mining_numpy.visit(
+            losses, ids, self._buffers, self.weighting, record=recording, visit_weight=weight
+        )
+
+    def _weights(self, losses: Tensor, kinds: Tensor) -> Tensor:
+        if self._in_numpy(losses):
+            mean, std = float(self.mean), float(self.std)
+            return mining_numpy.pair_weights(losses, kinds, mean, std, self.weighting)
+        return bad_pair_weights(losses, kinds, self.mean, self.std, self.weighting)
+
+    def _in_numpy(self, losses: Tensor) -> bool:
+        # Without checks it is computed on the CPU as on an accelerator: reading nothing back.
+        return self.validate is not False and mining_numpy.takes(losses)
+
     def _visits(self, pair_losses: Tensor, pair_ids: Tensor) -> _Visits:
         """Find the visits' places in the memory, which moves to their device."""
         losses = pair_losses.detach()
@@ -344,20 +378,16 @@ class BadPairMiner(PairMemory):
         if self.visits.device != losses.device:
             with torch.inference_mode(False):
                 self.to(losses.device)
-        whole = self.processes.world_size == 1
-        if whole and ids.device.type == "cpu" and self._checks_values(ids):
-            return _Visits(losses, ids, ids, None)  # each id is its slot, as `check` has seen
         return _Visits(losses, ids, *self._locate(ids))
 
     def _own_weights(self, visits: _Visits) -> Tensor:
         """Return the weights of the pairs of this shard; those of others are 0, to be summed."""
         losses, ids, slots, known = visits
-        if not self.kind.numel():
-            kinds = torch.zeros_like(ids)
+        if self.kind.numel():
+            kinds = self.kind[slots].masked_fill(~known, CLEAN)
         else:
-            kinds = self.kind.index_select(0, slots)
-            kinds = kinds if known is None else kinds.masked_fill(~known, CLEAN)
-        weights = bad_pair_weights(losses, kinds, self.mean, self.std, self.weighting)
+            kinds = torch.zeros_like(ids)
+        weights = self._weights(losses, kinds)
         if self.processes.world_size == 1:
             return weights
         return weights.masked_fill(~self.owned(ids), 0.0)
@@ -374,21 +404,13 @@ class BadPairMiner(PairMemory):
                 stored = torch.where(kept, stored, torch.nan)
             self._log(ids, stored)
             return
-        if known is None and kept is None:
-            # On the CPU one number read tells what masks are for elsewhere. (Where the sum of
-            # finite losses overflows, the masks do no harm.)
-            finite = math.isfinite(float(stored.sum()))
-            self._accumulate(slots, stored, None if finite else torch.isfinite(stored))
-            return
-        recorded = torch.isfinite(stored)
-        recorded = recorded if kept is None else recorded & kept
-        if known is not None:
-            recorded = recorded & known
-            invalid = ~known if whole else ~self._in_range(ids)  # counted in every shard alike
-            invalid = invalid if kept is None else invalid & kept
-            outside = ids.masked_fill(~invalid, INT64_MIN)
-            self.invalid_largest.copy_(torch.cat([self.invalid_largest.view(1), outside]).amax())
-            self.invalid_count += invalid.sum()
+        recorded = known & torch.isfinite(stored)
+        invalid = ~known if whole else ~self._in_range(ids)  # counted in every shard alike
+        if kept is not None:
+            recorded, invalid = recorded & kept, invalid & kept
+        outside = ids.masked_fill(~invalid, INT64_MIN)
+        self.invalid_largest.copy_(torch.cat([self.invalid_largest.view(1), outside]).amax())
+        self.invalid_count += invalid.sum()
         self._accumulate(slots, stored, recorded)
 
     def _histories_of_all(self, history: Tensor) -> Tensor | None:

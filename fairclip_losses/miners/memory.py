@@ -145,11 +145,8 @@ class PairMemory(nn.Module):
             return self.table_ids[slots]
         return slots * self.processes.world_size + self.processes.rank
 
-    def _accumulate(self, slots: Tensor, losses: Tensor, recorded: Tensor | None) -> None:
-        """Add the visits marked `recorded` (None: all) to the memory of their slots, in order."""
-        if recorded is None:
-            self._accumulate_all(slots, losses)
-            return
+    def _accumulate(self, slots: Tensor, losses: Tensor, recorded: Tensor) -> None:
+        """Add the visits marked `recorded` to the memory of their slots, in order."""
         weight = recorded.float() * visit_weight(self.epoch, self.history)
         self.loss_sum.index_add_(0, slots, losses.masked_fill(~recorded, 0.0) * weight)
         if self.weight_sum is not None:
@@ -167,22 +164,6 @@ class PairMemory(nn.Module):
         slot = keys[:1].masked_fill(~kept[:1], 0)
         value = torch.where(kept[:1], last[:1], self.last_loss[:1])
         self.last_loss.index_copy_(0, torch.where(kept, keys, slot), torch.where(kept, last, value))
-
-    def _accumulate_all(self, slots: Tensor, losses: Tensor) -> None:
-        """Do as `_accumulate` where all is recorded and reading a number back costs nothing."""
-        weight = visit_weight(self.epoch, self.history)
-        weighted = losses if self.weight_sum is None else losses * weight
-        self.loss_sum.index_add_(0, slots, weighted)
-        if self.weight_sum is not None:
-            self.weight_sum.index_add_(0, slots, torch.ones_like(losses) * weight)
-        self.visits.index_add_(0, slots, torch.ones_like(slots, dtype=self.visits.dtype))
-        # Where an id comes twice with two losses, one of them is not what stands there now: then
-        # the last visit's is written.
-        self.last_loss.index_copy_(0, slots, losses)
-        if not torch.equal(self.last_loss.index_select(0, slots), losses):
-            keys, order = torch.sort(slots, stable=True)
-            last = losses[order][torch.searchsorted(keys, keys, right=True) - 1]
-            self.last_loss.index_copy_(0, keys, last)
 
     @_eager
     @torch.inference_mode(False)
