@@ -167,6 +167,9 @@ class Callback:
 CallbackT = TypeVar("CallbackT", bound=Callback)
 
 
+_TOGETHER = (("state_dict", "load_state_dict"), ("part_state_dict", "load_part_state_dicts"))
+
+
 def keeps_state(callback: Callback) -> bool:
     """Whether a callback overrides `Callback.state_dict`."""
     return _overrides(callback, "state_dict")
@@ -219,17 +222,21 @@ class CallbackRegistry:
 
         Raises:
             ValueError: it is no `Callback`, is registered already, keeps state under the name of
-                another, or overrides one of ``state_dict`` and ``load_state_dict`` alone.
+                another, or overrides one alone of ``state_dict`` and ``load_state_dict``, or of
+                ``part_state_dict`` and ``load_part_state_dicts``, or the latter two alone.
         """
         if not isinstance(callback, Callback):
             hint = "; register an instance, not the class" if isinstance(callback, type) else ""
             raise ValueError(f"expected a Callback, got {callback!r}{hint}")
         if any(known is callback for known in self._callbacks):
             raise ValueError(f"callback {callback.name} is registered already")
-        if keeps_state(callback) != _overrides(callback, "load_state_dict"):
-            raise ValueError(
-                f"callback {callback.name} must override state_dict and load_state_dict together"
-            )
+        for one, other in _TOGETHER:
+            if _overrides(callback, one) != _overrides(callback, other):
+                raise ValueError(
+                    f"callback {callback.name} must override {one} and {other} together"
+                )
+        if _overrides(callback, "part_state_dict") and not keeps_state(callback):
+            raise ValueError(f"callback {callback.name} has part_state_dict and no state_dict")
         if keeps_state(callback) and callback.name in self.stateful:
             raise ValueError(
                 f"two callbacks named {callback.name} keep state; give each a `name` of its own"

@@ -168,14 +168,14 @@ class Run:
     def _write_part(self, part: SavedStates) -> None:
         """Write this process's part, and wait until every process has written its own."""
         args = self.state.args
-        processes = Processes(args.rank, part.world_size)
+        processes = Processes(getattr(args, "rank", 0), part.world_size)
         refusal = None
         try:
             self._states_folder().write(part, processes)
         except (CallbackError, OSError, RuntimeError) as error:
             refusal = one_line(error)
         try:
-            processes.agree(refusal, (), torch.device(args.device))
+            processes.agree(refusal, (), torch.device(getattr(args, "device", "cpu")))
         except ValueError as error:
             raise CallbackError(f"a part of the state could not be saved: {error}") from None
 
