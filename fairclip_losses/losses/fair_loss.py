@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -22,6 +21,7 @@ from ..functional import (
 from ..functional.options import check_finite_number
 from ..miners import BadPairMiner
 from ..pair_terms import PairTerms, pair_terms
+from .base_loss import CallForm, changed, check_fit
 from .held_visit import HeldVisit, current_scale
 from .local_metadata import LocalMetadata
 from .sinkhorn_fairness import SinkhornFairnessLoss
@@ -140,16 +140,7 @@ class FairLoss(nn.Module):
         self._scaler: Any = None
         self._held: HeldVisit | None = None
         self._agreed = False
-        parameters = inspect.signature(base_loss.forward).parameters.values()
-        self._base_positional = [
-            parameter.name
-            for parameter in parameters
-            if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-        ]
-        self._base_takes_output_dict = any(
-            parameter.name == "output_dict" or parameter.kind is inspect.Parameter.VAR_KEYWORD
-            for parameter in parameters
-        )
+        self._call_form = CallForm.of(base_loss)
 
     def forward(
         self,
@@ -161,16 +152,16 @@ class FairLoss(nn.Module):
         **model_out: Any,
     ) -> Any:
         """Return the loss in the base loss's own form; see the class."""
-        model_out = self._by_name(args, model_out)
+        model_out = self._call_form.by_name(args, model_out)
         output_dict = model_out.pop("output_dict", output_dict)
         if self.miner is None and self.fairness is None:
-            return self._base(model_out, output_dict)
+            return self._call_form.call(self.base_loss, model_out, output_dict)
         self.settle()
         recording = self.training if record is None else record
         pair_ids, groups = self._metadata(pair_ids, groups, model_out, recording)
         terms = pair_terms(self.base_loss, model_out)
-        base = self._base(model_out, output_dict)
-        self._check_fit(base, terms)
+        base = self._call_form.call(self.base_loss, model_out, output_dict)
+        check_fit(base, terms, self.processes.world_size > 1)
         losses = self._of_all_processes(terms.contrastive.detach(), model_out)
         # The miner checks before the fairness term records, and records after that has checked.
         visit = self._visit(losses, pair_ids)
@@ -241,29 +232,6 @@ class FairLoss(nn.Module):
             f"normalization={self.normalization!r}, mining_unit={self.mining_unit!r}"
         )
 
-    def _by_name(self, args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-        """Return all that was passed for the base loss by the names of its parameters."""
-        names = self._base_positional
-        if len(args) > len(names):
-            raise ValueError(
-                f"expected at most {len(names)} positional arguments ({', '.join(names)}), "
-                f"got {len(args)}"
-            )
-        twice = [name for name in names[: len(args)] if name in named]
-        if twice:
-            raise ValueError(f"expected {', '.join(twice)} once, got it by position and by name")
-        return {**dict(zip(names, args, strict=False)), **named}
-
-    def _base(self, model_out: dict[str, Any], output_dict: bool) -> Any:
-        if self._base_takes_output_dict:
-            return self.base_loss(**model_out, output_dict=output_dict)
-        if output_dict:
-            raise ValueError(
-                "output_dict=True needs a base loss that takes it, "
-                f"got {type(self.base_loss).__name__}"
-            )
-        return self.base_loss(**model_out)
-
     def _metadata(
         self,
         pair_ids: Tensor | None,
@@ -295,26 +263,6 @@ class FairLoss(nn.Module):
         if self.processes.world_size > 1:
             return metadata.gather(self.processes)
         return pair_ids, groups
-
-    def _check_fit(self, base: Any, terms: PairTerms) -> None:
-        """Refuse per-pair terms that do not fit what the base loss returned, or each other."""
-        names = list(terms.named)
-        if isinstance(base, dict):
-            if not terms.named.keys() <= base.keys():
-                raise ValueError(
-                    f"pair_terms names {names}, but the base loss returned {list(base)}"
-                )
-        elif len(names) > (count := len(base) if isinstance(base, tuple) else 1):
-            raise ValueError(f"pair_terms names {names}, but the base loss returned {count} terms")
-        count = terms.contrastive.numel()
-        several = self.processes.world_size > 1
-        for name, values in (("contrastive", terms.contrastive), *terms.named.items()):
-            # Over several processes some terms are of this one's pairs and some of all.
-            if values.dim() != 1 or (values.shape[0] != count and not several):
-                raise ValueError(
-                    f"the terms of pair_terms must all have shape (B,), B = {count}, "
-                    f"got {name} of shape {tuple(values.shape)}"
-                )
 
     def _is_local(self, values: Tensor, model_out: dict[str, Any]) -> bool:
         """Whether values are of this process's pairs alone, not of all processes'."""
@@ -408,24 +356,11 @@ class FairLoss(nn.Module):
         self, base: Any, terms: PairTerms, weights: Tensor, fairness: Tensor | None
     ) -> Any:
         weights = normalized_weights(weights, self.normalization)
-        # `_check_fit` has made sure that all of this fits: by now the batch is recorded.
         changes = {
             name: reweighting(values, self._weights_of(values, weights))
             for name, values in terms.named.items()
         }
-        if isinstance(base, dict):
-            combined = {
-                name: value + changes[name] if name in changes else value
-                for name, value in base.items()
-            }
-            return combined if fairness is None else combined | {"fairness_loss": fairness}
-        # Positional forms list the terms in the order of `terms.named`.
-        parts = list(base) if isinstance(base, tuple) else [base]
-        for k, change in enumerate(changes.values()):
-            parts[k] = parts[k] + change
-        if fairness is not None:
-            parts[0] = parts[0] + fairness
-        return tuple(parts) if isinstance(base, tuple) else parts[0]
+        return changed(base, changes, fairness)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.settle()

@@ -24,16 +24,11 @@ from ..functional import (
     mixture_pair_kinds,
     visit_weight,
 )
-from ..functional.mining import (
-    MIXTURE_POINTS,
-    check_choice,
-    check_mixture_threshold,
-    check_sigma,
-    order_statistics,
-)
+from ..functional.mining import check_choice, check_mixture_threshold, check_sigma
 from ..functional.options import check_integer
 from .memory import INT64_MIN, PairMemory, Record
 from .report import EpochSummary, MinerReport
+from .shards import histories_of_all
 
 __all__ = ["BadPairMiner"]
 
@@ -278,7 +273,7 @@ class BadPairMiner(PairMemory):
                     std,
                     self.noisy_sigma,
                     self.mixture_threshold,
-                    sample=self._histories_of_all(history),
+                    sample=histories_of_all(history, shards),
                 )
             else:
                 kinds = bad_pair_kinds(history, mean, std, self.noisy_sigma, self.faulty_sigma)
@@ -412,17 +407,3 @@ class BadPairMiner(PairMemory):
         self.invalid_largest.copy_(torch.cat([self.invalid_largest.view(1), outside]).amax())
         self.invalid_count += invalid.sum()
         self._accumulate(slots, stored, recorded)
-
-    def _histories_of_all(self, history: Tensor) -> Tensor | None:
-        """Return what a mixture is fitted to where the histories are spread over shards.
-
-        All of them where they are few enough to be fitted to, else evenly spaced order statistics
-        of each shard.
-        """
-        world_size = self.processes.world_size
-        if world_size == 1:
-            return None
-        values = history[torch.isfinite(history)]
-        count = int(self.processes.total(torch.tensor(len(values), device=values.device)))
-        values = order_statistics(values, MIXTURE_POINTS * len(values) // max(count, 1))
-        return torch.cat(self.processes.gather_uneven(values))

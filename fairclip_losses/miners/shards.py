@@ -1,4 +1,4 @@
-"""A memory put together from the shards of another."""
+"""What takes more than one shard: a memory put together from another's, all histories at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ..distributed import Processes
+from ..functional.mining import MIXTURE_POINTS, order_statistics
 
 if TYPE_CHECKING:
     from .memory import PairMemory
@@ -55,3 +58,17 @@ def collect_shards(
     names = memory.pair_buffers()
     pairs = {name: torch.cat([column[name] for column in columns])[order] for name in names}
     return sorted_ids, pairs, scalars
+
+
+def histories_of_all(history: Tensor, processes: Processes) -> Tensor | None:
+    """Return what a mixture is fitted to where the histories are spread over shards, else None.
+
+    All of them where they are few enough to be fitted to; of more, evenly spaced order statistics
+    of each shard.
+    """
+    if processes.world_size == 1:
+        return None
+    values = history[torch.isfinite(history)]
+    count = int(processes.total(torch.tensor(len(values), device=values.device)))
+    values = order_statistics(values, MIXTURE_POINTS * len(values) // max(count, 1))
+    return torch.cat(processes.gather_uneven(values))
