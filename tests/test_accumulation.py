@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from open_clip.loss import ClipLoss, SigLipLoss
+from open_clip.loss import ClipLoss, CoCaLoss, SigLipLoss
 from torch import nn
 
 from fairclip_losses import BadPairMiner, FairLoss, SinkhornFairnessLoss
@@ -14,6 +14,7 @@ from fairclip_losses import BadPairMiner, FairLoss, SinkhornFairnessLoss
 host = pytest.importorskip("open_clip_train.train")
 
 PAIRS, STEP, EPOCHS = 128, 64, 3
+SCALARS = {"logit_scale", "logit_bias"}
 
 
 class Tables(nn.Module):
@@ -37,6 +38,21 @@ class Tables(nn.Module):
 class BiasedTables(Tables):
     def forward(self, images, texts):
         return super().forward(images, texts) | {"logit_bias": 1.0 * self.logit_bias}
+
+
+class CaptioningTables(Tables):
+    """With a captioning head, and captions of one to four tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.caption = nn.Embedding(PAIRS, 4 * 9)
+
+    def forward(self, images, texts):
+        tokens = 1 + (texts[:, None] + torch.arange(4)) % 8
+        return super().forward(images, texts) | {
+            "logits": self.caption(texts).view(-1, 4, 9),
+            "labels": tokens.masked_fill(torch.arange(4) > texts[:, None] % 4, 0),
+        }
 
 
 class Loader(list):
@@ -64,8 +80,11 @@ class WithMetadata(nn.Module):
 
 def run(kind, accum_freq, fair):
     """Train at a learning rate of 0; return the gradients of every step and the fair loss."""
-    model = (BiasedTables if kind == "siglip" else Tables)()
-    base = SigLipLoss() if kind == "siglip" else ClipLoss()
+    model, base = {
+        "clip": lambda: (Tables(), ClipLoss()),
+        "siglip": lambda: (BiasedTables(), SigLipLoss()),
+        "coca": lambda: (CaptioningTables(), CoCaLoss(2.0, 1.0)),
+    }[kind]()
     loss = base
     if fair:
         loss = FairLoss(
@@ -101,11 +120,11 @@ def towers_error(one, other):
     """Largest difference of the towers' gradients, beside the largest of them."""
     return max(
         float((one[name] - other[name]).abs().max() / one[name].abs().max())
-        for name in ("image.weight", "text.weight")
+        for name in one.keys() - SCALARS
     )
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "coca"])
 def test_four_times_sixteen_is_once_sixty_four(kind):
     whole, fair = run(kind, 1, fair=True)
     parts, fair_in_parts = run(kind, 4, fair=True)
@@ -128,6 +147,6 @@ def test_four_times_sixteen_is_once_sixty_four(kind):
         assert upstreams < 1e-5
         assert towers_error(whole[step], parts[step]) <= 2 * max(upstreams, 2 * eps)
         # open_clip counts the gradient of the scale (and bias) once a pass; ours goes with it.
-        for name in whole[step].keys() - {"image.weight", "text.weight"}:
+        for name in whole[step].keys() & SCALARS:
             for once, often in ((plain_whole, plain_parts), (whole, parts)):
                 torch.testing.assert_close(often[step][name], 4 * once[step][name])

@@ -304,9 +304,12 @@ def test_the_other_presets_train(data, tmp_path, preset):
 
 
 def test_accumulation_records_each_pair_once_a_step(data, tmp_path, record):
-    flags = (*FAIR, "--accum-freq", "2", "--fair-save-pairs")
+    flags = (*FAIR, "--accum-freq", "2", "--fair-save-pairs", "--fair-queue", "4")
     assert train.main(arguments(data, tmp_path, "accum", *flags)) == 0
     assert len(record.steps) == EPOCHS * (STEPS // 2) * 2
+    # Both passes of a step see the same queue.
+    terms = [step["fairness_loss"] for step in record.steps]
+    assert terms[0::2] == pytest.approx(terms[1::2], rel=1e-4)
     rows = rows_of(tmp_path / "accum" / "checkpoints" / f"pairs_epoch_{EPOCHS}.csv")
     assert {int(row["id"]): int(row["visits"]) for row in rows} == {
         pair: len(losses) for pair, losses in record.visits.items()
