@@ -172,9 +172,7 @@ class FairLoss(nn.Module):
         fairness = self._fairness(scores, groups, at_once)
         weights = self._mine(losses, visit, at_once)
         if recording and not at_once:
-            scored = (
-                (scores.detach(), groups) if scores is not None and groups is not None else None
-            )
+            scored = None if scores is None or groups is None else (scores.detach(), groups)
             self._held = HeldVisit(visit, scored, self._scaler, current_scale(self._scaler))
         self.last = FairLossState(
             losses, weights, self.fairness.last if self.fairness is not None else None
@@ -193,15 +191,15 @@ class FairLoss(nn.Module):
         Raises:
             ValueError: a miner without a method ``remember(losses, ids, kept=...)``.
         """
-        self.settle()
-        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        if self._scaler is not None and not (
-            self.miner is None or callable(getattr(self.miner, "remember", None))
-        ):
+        following = scaler is not None and scaler.is_enabled()
+        waits = self.miner is None or callable(getattr(self.miner, "remember", None))
+        if following and not waits:
             raise ValueError(
                 "to follow a scaler the miner needs a method remember, as BadPairMiner has, got "
                 f"{type(self.miner).__name__}"
             )
+        self.settle()
+        self._scaler = scaler if following else None
 
     def settle(self) -> None:
         """Record the visit that waits for its step, if there is one and the step was made."""
@@ -209,9 +207,9 @@ class FairLoss(nn.Module):
         if held is None:
             return
         kept = held.kept()
-        if held.visit is not None:
+        if held.visit is not None and self.miner is not None:
             losses, ids = held.visit
-            self.miner.remember(losses, ids, kept=kept.to(losses.device))  # type: ignore
+            self.miner.remember(losses, ids, kept=kept.to(losses.device))
             if self.mining_unit == "batch":
                 self.batch_position.add_(kept.to(self.batch_position))
         if held.scored is not None and self.fairness is not None:
