@@ -369,6 +369,34 @@ def siglip_memory(rank, world_size):
     return found
 
 
+def siglip_gradients(rank, world_size):
+    """By form and precision: the largest differences from open_clip's own loss and gradients."""
+    found = {}
+    for form in SIGLIP_FORMS:
+        loss = base_loss("siglip", False, form, rank, world_size)
+        for kind in ("double", "autocast"):
+            dtype = torch.float64 if kind == "double" else torch.float32
+            sides = []
+            for mine in (False, True):
+                made = batch(rank, world_size, 8)
+                leaves = [made["image_features"], made["text_features"], torch.tensor(5.0),
+                          torch.tensor(-1.0)]  # fmt: skip
+                leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
+                names = ("image_features", "text_features", "logit_scale", "logit_bias")
+                out = dict(zip(names, leaves, strict=True))
+                with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+                    total = pair_terms(loss, out).contrastive.mean() if mine else loss(**out)
+                total.backward()
+                numbers = torch.stack([total.detach(), leaves[2].grad, leaves[3].grad])
+                dist.all_reduce(numbers)  # these are each process's share
+                sides.append([numbers, leaves[0].grad, leaves[1].grad])
+            found[form, kind] = max(
+                float(((one - other).abs() / one.abs().max()).max())
+                for one, other in zip(*sides, strict=True)
+            )
+    return found
+
+
 # ------------------------------ the memory in shards
 
 MEMORIES = {
@@ -465,6 +493,7 @@ def everything(rank, world_size, cases):
         "refusals": refusals(rank, world_size),
         "exchanges": exchanges(rank, world_size),
         "siglip": siglip_memory(rank, world_size),
+        "siglip gradients": siglip_gradients(rank, world_size),
         "shards": shards(rank, world_size),
         "scaled": scaled(rank, world_size, range(6), poisoned=4),
     }

@@ -176,6 +176,14 @@ def test_siglip_terms_hold_one_block_of_the_global_matrix(form, world_size):
         assert waiting == 2 * 32 * 5 + 2
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("form", SIGLIP_FORMS)
+def test_siglip_terms_have_upstreams_value_and_gradients(form, world_size):
+    for rank in processes(world_size):
+        assert rank["siglip gradients"][form, "double"] < 1e-12
+        assert rank["siglip gradients"][form, "autocast"] < 0.02
+
+
 # ------------------------------ the memory in shards
 
 
