@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import os
 import tempfile
 import time
@@ -19,9 +20,15 @@ def spread(function, world_size, *arguments, seconds=300):
 
     Raises what one of them raised, or TimeoutError where they are not done in time.
     """
+    # Forked from a server that has imported everything, in which nothing has been computed.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([function.__module__])
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.spawn(
-            _work, (function, world_size, folder, arguments), nprocs=world_size, join=False
+        context = mp.start_processes(
+            _work,
+            (function, world_size, folder, arguments),
+            nprocs=world_size,
+            join=False,
+            start_method="forkserver",
         )
         end = time.monotonic() + seconds
         while not context.join(timeout=1):
