@@ -6,11 +6,16 @@ averaged afterwards (by DistributedDataParallel), which decides how a term must 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+Route = Literal["bidir", "shift", "reduce", "gather"]
+
+_MESSAGE = 1024  # bytes of a refusal that the other processes are told
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,6 @@ class Processes:
         torch.distributed.all_gather(parts, values.detach().contiguous())
         return torch.cat(parts)
 
-    def gather_with_gradient(self, values: Tensor) -> Tensor:
-        """Return the values of all processes; what they do there comes back as gradient here."""
-        gathered: Tensor = _GatherWithGradient.apply(values, self)
-        return gathered
-
     def gather_live(self, values: Tensor) -> Tensor:
         """Return the values of all processes, this one's with their graph.
 
@@ -61,17 +61,110 @@ class Processes:
         fixed = term.detach()
         return fixed + self.world_size * (term - fixed)
 
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum of the values over all processes, the same in each."""
+        if self.world_size == 1:
+            return values
+        values = values.detach().clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(values)
+        return values
 
-class _GatherWithGradient(torch.autograd.Function):
-    """all_gather whose backward adds up what every process has made of these values."""
+    def gather_uneven(self, values: Tensor, to: int | None = None) -> list[Tensor]:
+        """Return each process's values, whose first dimensions differ; waits for the device.
 
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, processes: Processes) -> Tensor:
-        ctx.own = processes.own(values.shape[0])
-        return processes.gather(values)
+        With ``to`` only that process is given them; every other has its own alone.
+        """
+        if self.world_size == 1:
+            return [values]
+        sizes = self.gather(torch.tensor([len(values)], device=values.device)).tolist()
+        padded = values.new_zeros(max(sizes), *values.shape[1:])
+        padded[: len(values)] = values
+        if to not in (None, self.rank):
+            torch.distributed.gather(padded, dst=to)
+            return [values]
+        parts = [torch.empty_like(padded) for _ in sizes]
+        if to is None:
+            torch.distributed.all_gather(parts, padded)
+        else:
+            torch.distributed.gather(padded, parts, dst=to)
+        return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous()
-        torch.distributed.all_reduce(grad)
-        return grad[ctx.own], None
+    def others(self, values: Tensor, route: Route) -> Iterator[tuple[int, Tensor]]:
+        """Yield (rank, values) of every other process, in exchanges as many in each of them.
+
+        ``bidir`` and ``shift`` hand them on round a ring, both ways or one, and ``reduce`` has each
+        process in turn tell all others: one or two blocks are held at a time. ``gather`` holds all.
+        """
+        values = values.detach().contiguous()
+        if route == "gather":
+            for rank, block in enumerate(self.gather(values).chunk(self.world_size)):
+                if rank != self.rank:
+                    yield rank, block
+        elif route == "reduce":
+            for rank in range(self.world_size):
+                block = values if rank == self.rank else torch.empty_like(values)
+                torch.distributed.broadcast(block, rank)
+                if rank != self.rank:
+                    yield rank, block
+        else:
+            yield from self._round_the_ring(values, both_ways=route == "bidir")
+
+    def _round_the_ring(self, values: Tensor, both_ways: bool) -> Iterator[tuple[int, Tensor]]:
+        right = left = values  # what goes on to each side
+        for hop in range(1, (self.world_size // 2 if both_ways else self.world_size - 1) + 1):
+            two = both_ways and 2 * hop < self.world_size  # opposite each other, one way is enough
+            sent = [(right, 1), (left, -1)] if two else [(right, 1)]
+            received = [torch.empty_like(values) for _ in sent]
+            operations = [
+                operation
+                for (block, side), place in zip(sent, received, strict=True)
+                for operation in (
+                    self._with(torch.distributed.isend, block, side),
+                    self._with(torch.distributed.irecv, place, -side),
+                )
+            ]
+            for request in torch.distributed.batch_isend_irecv(operations):
+                request.wait()
+            for (_, side), block in zip(sent, received, strict=True):
+                yield (self.rank - side * hop) % self.world_size, block
+            right, left = received[0], received[-1]
+
+    def _with(self, operation: Any, values: Tensor, side: int) -> Any:
+        """Return a sending or receiving with the neighbour on that side of the ring."""
+        neighbour = (self.rank + side) % self.world_size
+        return torch.distributed.P2POp(operation, values, neighbour)
+
+    def agree(self, refusal: str | None, layout: Sequence[int], device: torch.device) -> None:
+        """Refuse in every process what one of them refuses, or what they do not pass alike.
+
+        A process that raises by itself would leave the others waiting for it in the next exchange.
+        This takes one small gathering, and reads it (which waits for the device); a second one
+        where there is a refusal.
+
+        Args:
+            refusal: what this process refuses its part of the batch for, or None.
+            layout: numbers that must be the same in every process.
+            device: where the processes exchange tensors.
+
+        Raises:
+            ValueError: the same in every process.
+        """
+        mine = torch.tensor([[refusal is not None, *layout]], dtype=torch.int64, device=device)
+        flags, *rows = self.gather(mine).t().tolist()
+        if any(flags):
+            rank = flags.index(1)
+            text = self._tell(refusal or "", device)[rank]
+            raise ValueError(text if self.world_size == 1 else f"process {rank}: {text}")
+        for values in rows:
+            if len(set(values)) > 1:
+                raise ValueError(
+                    "every process must pass as many pairs, with ids, groups and record alike, got "
+                    f"{[list(row) for row in zip(*rows, strict=True)]} by process"
+                )
+
+    def _tell(self, text: str, device: torch.device) -> list[str]:
+        """Return the text of each process, cut to what fits a message of fixed length."""
+        data = text.encode()[:_MESSAGE].ljust(_MESSAGE, b" ")
+        message = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+        told = self.gather(message).cpu().view(self.world_size, _MESSAGE)
+        return [bytes(row.tolist()).decode(errors="ignore").rstrip() for row in told]

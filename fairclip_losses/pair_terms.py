@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .distributed import Processes
+from .blockwise import blockwise_siglip_pair_losses
+from .distributed import Processes, Route
 from .functional import (
     caption_pair_losses,
     clip_pair_losses,
@@ -110,15 +111,11 @@ def _siglip(loss: Any, model_out: Mapping[str, Any]) -> PairTerms:
     if processes.world_size == 1:
         contrastive = siglip_pair_losses(pair_logits(image, text, scale, bias))
     else:
-        # This process's rows and columns of the global matrix, never the whole of it.
-        all_image = processes.gather_with_gradient(image)
-        all_text = processes.gather_with_gradient(text)
-        shift = 0.0 if bias is None else bias
-        per_image = scale * image @ all_text.t() + shift
-        per_text = scale * text @ all_image.t() + shift
-        own = torch.arange(image.shape[0], device=image.device)
-        own = own + processes.own(image.shape[0]).start
-        contrastive = siglip_pair_losses(per_image, per_text, own)
+        # The oldest versions have `bidir`, true or false, in place of `dist_impl`.
+        route: Route = getattr(
+            loss, "dist_impl", "bidir" if getattr(loss, "bidir", True) else "shift"
+        )
+        contrastive = blockwise_siglip_pair_losses(image, text, scale, bias, processes, route)
     return PairTerms(contrastive, {"contrastive_loss": contrastive})
 
 

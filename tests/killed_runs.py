@@ -100,6 +100,7 @@ def install(moment):
         epoch = value.get("epoch") if isinstance(value, dict) else None
         if epoch == 2 and name in {
             "half_state": ("epoch_2.fair.tmp",),
+            "half_part": ("epoch_2.fair.1-of-2.tmp",),
             "half_checkpoint": ("epoch_2.pt",),
             "half_latest": ("tmp.pt",),
         }.get(moment, ()):

@@ -265,3 +265,64 @@ def test_half_of_the_protocol_is_refused():
     for half in (Saves(), Loads()):
         with pytest.raises(ValueError, match=f"callback {half.name} must override state_dict and"):
             CallbackRegistry().register(half)
+
+
+class Shares(Counts):
+    """Holds a number of its own in every process, besides the count."""
+
+    def __init__(self, name="Counts", share=0):
+        super().__init__(name)
+        self.share, self.shares = share, []
+
+    def part_state_dict(self):
+        return {"share": self.share} if self.share else {}
+
+    def load_part_state_dicts(self, parts):
+        self.shares = [part["share"] for part in parts]
+
+
+def test_parts_are_saved_and_loaded_by_name_each_read_anew():
+    registry = CallbackRegistry([Shares("a", 5), Counts("b"), Shares("c"), Shares("d", 7)])
+    part = registry.part_state_dict()
+    assert part == {"a": {"share": 5}, "d": {"share": 7}}
+    reads = []
+
+    def read():
+        reads.append(1)
+        yield part
+        yield {"d": {"share": 8}}
+
+    registry.load_part_state_dicts(read, fresh=["a"])
+    shares = {name: getattr(own, "shares", None) for name, own in registry.stateful.items()}
+    assert shares == {"a": [], "b": None, "c": [], "d": [7, 8]}
+    assert Callback().part_state_dict() == {}
+    assert Callback().load_part_state_dicts([]) is None
+
+
+def test_what_the_reading_of_parts_raises_passes():
+    def read():
+        raise UsageError("no part 1")
+        yield {}
+
+    with pytest.raises(UsageError, match=r"^no part 1$"):
+        CallbackRegistry([Shares()]).load_part_state_dicts(read)
+    with pytest.raises(CallbackError, match="Counts failed at load_part_state_dicts: KeyError"):
+        CallbackRegistry([Shares()]).load_part_state_dicts(lambda: [{"Counts": {}}])
+
+
+def test_half_of_the_protocol_of_parts_is_refused():
+    class Saves(Counts):
+        def part_state_dict(self):
+            return {}
+
+    class Alone(Callback):
+        def part_state_dict(self):
+            return {}
+
+        def load_part_state_dicts(self, parts):
+            pass
+
+    with pytest.raises(ValueError, match="must override part_state_dict and load_part_state_dicts"):
+        CallbackRegistry([Saves()])
+    with pytest.raises(ValueError, match="Alone has part_state_dict and no state_dict"):
+        CallbackRegistry([Alone()])

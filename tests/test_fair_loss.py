@@ -495,13 +495,13 @@ def test_batch_unit_by_a_loop(seed, accumulated):
             if position in flagged:
                 density = math.exp(-(((base - mean) / std) ** 2) / 2)
                 weight = density / (std * math.sqrt(2 * math.pi))
+            if accumulated:  # the same batch once before, only read
+                before = fair(**output, pair_ids=torch.arange(size), record=False)
             got = fair(**output, pair_ids=torch.arange(size))
+            assert not accumulated or torch.equal(before.detach(), got.detach())
             expected = pytest.approx(weight * base, rel=1e-5, abs=2e-6 * base)
             assert float(got.detach()) == expected
             stored[position].append(weight * base)
-            if accumulated:  # the same batch once more, only read
-                again = fair(**output, pair_ids=torch.arange(size), record=False)
-                assert torch.equal(again.detach(), got.detach())
         assert int(fair.batch_position) == len(sizes)
         fair.end_epoch()
         assert int(fair.batch_position) == 0
@@ -802,11 +802,14 @@ def test_terms_of_different_lengths_are_refused_before_anything_is_recorded():
     ("wrong", "message"),
     [
         ({"pair_ids": IDS.tolist()}, "pair_ids must be a tensor, got list"),
-        ({"groups": GROUPS.tolist()}, "groups must be a tensor, got list"),
-        (
-            {"groups": {"a": GROUPS[:, 0], "b": GROUPS[:3, 1]}},
-            r"groups\['b'\] must have one row for each of the 10 pairs .*, got shape \(3,\)",
-        ),
+        ({"pair_ids": IDS[:3]}, r"must both have shape \(B,\), got \(10,\) and \(3,\)"),
+        ({"pair_ids": IDS + 40}, r"pair_ids must lie in 0\.\.39"),
+        ({"pair_ids": None}, "the miner needs pair_ids"),
+        ({"groups": GROUPS.tolist()}, "group codes must be a tensor, got list"),
+        ({"groups": {"a": GROUPS[:, 0], "b": GROUPS[:3, 1]}}, r"'a': \(10,\), 'b': \(3,\)"),
+        ({"groups": GROUPS[:3]}, r"groups must have one row for each of the 10 pairs .*\(3, 2\)"),
+        ({"text_features": torch.ones(9, 4)}, "must have one shape"),
+        ({"image_features": None}, "several processes need image_features"),
     ],
 )
 def test_what_cannot_be_gathered_is_refused(monkeypatch, wrong, message):
@@ -816,8 +819,8 @@ def test_what_cannot_be_gathered_is_refused(monkeypatch, wrong, message):
     )
     fair = parts()
     fair.processes = Processes(0, 2)
-    with pytest.raises(ValueError, match=message):
-        fair(**model_output(), **(metadata() | wrong))
+    with pytest.raises(ValueError, match=f"process 0: .*{message}"):
+        fair(**(model_output() | metadata() | wrong))
     assert not fair.miner.visits.any() and fair.fairness.queue.isnan().all()
 
 

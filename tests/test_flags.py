@@ -53,6 +53,11 @@ def test_evaluation_alone_is_active_without_the_loss():
         (["--fair-loss", "both"], "invalid choice"),
         (["--fair-weight", "0.1"], "--fair-weight has no effect without --fair-loss"),
         (["--fair-save-pairs"], "--fair-save-pairs has no effect"),
+        (["--fair-shard-memory"], "--fair-shard-memory has no effect"),
+        (
+            ["--fair-loss", "sinkhorn", "--fair-attributes", "a", "--fair-shard-memory"],
+            "--fair-shard-memory needs --fair-loss dbpm",
+        ),
         (["--fair-loss", "dbpm", "--fair-weight", "much"], "invalid float"),
         (["--fair-loss", "dbpm", "--fair-preset", "best"], "invalid choice"),
         (["--fair-loss", "--fair-attributes", "a", "a"], "twice"),

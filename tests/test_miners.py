@@ -19,8 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairclip_losses import functional as F
-from fairclip_losses import miners
+from fairclip_losses.functional import mining_numpy
 from fairclip_losses.miners import BadPairMiner, EpochSummary, MinerReport
+from fairclip_losses.miners import memory as miner_memory
 
 # ------------------------------ the reference
 
@@ -138,7 +139,7 @@ def assert_same_report(left, right):
 
 def small_logs(monkeypatch, size=4):
     """Make streaming miners join their log to the table every few visits."""
-    monkeypatch.setattr(miners, "_LOG_MINIMUM", size)
+    monkeypatch.setattr(miner_memory, "_LOG_MINIMUM", size)
 
 
 # ------------------------------ module against the loop
@@ -443,15 +444,43 @@ def test_eval_and_the_record_argument():
         assert miner.report().visits.tolist() == [2, 2]
 
 
+@pytest.mark.parametrize("before", [math.nan, math.inf, 6.6, 6.5])
 @pytest.mark.parametrize("num_pairs", [3, None])
-def test_the_last_loss_is_that_of_the_last_visit(num_pairs):
+def test_the_last_loss_is_that_of_the_last_visit(num_pairs, before):
     miner = BadPairMiner(num_pairs, faulty_sigma=1.2, noisy_sigma=math.inf)
     miner(torch.tensor([1.0, 1.0, 9.0]), torch.arange(3))
     miner.end_epoch()
     mean, std = float(miner.mean), float(miner.std)
-    miner(torch.tensor([8.0, 7.0, math.nan, 6.5, 1.0]), torch.tensor([2, 2, 2, 2, 0]))
+    miner(torch.tensor([8.0, 7.0, before, 6.5, 1.0]), torch.tensor([2, 2, 2, 2, 0]))
     last = miner.report().weight[2]
     assert last == pytest.approx(math.exp(-0.5 * ((6.5 - mean) / std) ** 2), rel=1e-5)
+
+
+@pytest.mark.parametrize("history", ["mean", "linear"])
+@pytest.mark.parametrize("record", ["raw", "weighted"])
+def test_ids_checked_at_once_and_ids_masked_give_one_memory(history, record):
+    run = random_run(3)
+    options = {"faulty_sigma": 1.5, "history": history, "record": record}
+    checked = BadPairMiner(40, **options)
+    masked = BadPairMiner(40, validate=False, **options)
+    assert torch.equal(play(checked, run), play(masked, run))
+    assert_same_report(checked.report(), masked.report())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    losses=st.lists(st.floats(width=32), max_size=70),
+    mean=st.floats(-3.0, 3.0),
+    std=st.sampled_from([0.0, 1e-30, 0.01, 0.3, 2.0]),
+    weighting=st.sampled_from(["relative", "density"]),
+    double=st.booleans(),
+)
+def test_weights_in_numpy_are_those_in_torch(losses, mean, std, weighting, double):
+    values = torch.tensor(losses, dtype=torch.float64 if double else torch.float32)
+    kinds = torch.arange(len(losses), dtype=torch.int8) % 3
+    found = mining_numpy.pair_weights(values, kinds, mean, std, weighting)
+    mean, std = torch.tensor([mean, std], dtype=torch.float64)
+    assert torch.equal(found, F.bad_pair_weights(values, kinds, mean, std, weighting))
 
 
 @pytest.mark.parametrize("num_pairs", [40, None])
@@ -719,7 +748,7 @@ def test_a_device_without_float64(detector, monkeypatch):
     arguments = {"faulty_sigma": 1.5, "noisy_sigma": 1.5, "detector": detector}
     expected = BadPairMiner(40, **arguments)
     weights = play(expected, run)
-    monkeypatch.setattr(miners, "_NO_FLOAT64", frozenset({"cpu"}))
+    monkeypatch.setattr(miner_memory, "_NO_FLOAT64", frozenset({"cpu"}))
     miner = BadPairMiner(40, **arguments).to("cpu")
     assert miner.mean.dtype == miner.std.dtype == torch.float32
     torch.testing.assert_close(play(miner, run), weights, rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import random
 import signal
 import time
@@ -184,6 +185,87 @@ def test_two_processes_killed_and_resumed_equal_the_uninterrupted(data, tmp_path
         ends.append(end_of(tmp_path / name))
     assert ends[0][1]["world_size"] == 2
     assert_same(*ends)
+
+
+def run_sharded(data, logs, count, *more, moment=None, shards=("--fair-shard-memory",)):
+    """Run processes that see 8 pairs a step together; return the exit statuses.
+
+    Without a queue: which scores are the newest is a matter of their order in a batch, which goes
+    by process.
+    """
+    command = arguments(
+        data, logs, *FAIR, *FREQUENT, *shards, "--batch-size", str(BATCH // count),
+        "--precision", "fp32", "--fair-save-pairs", "--fair-queue", "0", "--local-loss",
+        "--gather-with-grad", *more,
+    )  # fmt: skip
+    own = [(AllowCpu(), *callbacks()) for _ in range(count)]
+    return run_processes(command, data["folder"], moment, own)
+
+
+def pairs_of(folder, epoch=EPOCHS):
+    with open(folder / f"pairs_epoch_{epoch}.csv", newline="") as file:
+        return {int(row["id"]): row for row in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module")
+def in_shards(data, tmp_path_factory):
+    logs = tmp_path_factory.mktemp("in_shards")
+    assert run_sharded(data, logs, 2) == [0, 0]
+    return logs
+
+
+def test_a_memory_in_shards_is_the_whole_memory(data, tmp_path, in_shards):
+    assert run_sharded(data, tmp_path, 2, shards=()) == [0, 0]
+    whole, parts = pairs_of(checkpoints(tmp_path)), pairs_of(checkpoints(in_shards))
+    assert whole == parts and len(whole) == PAIRS
+    assert {row["kind"] for row in whole.values()} > {"clean"}
+    states = [end_of(logs)[1] for logs in (tmp_path, in_shards)]
+    memory = states[0]["callbacks"]["FairTrainingCallback"]["loss"]
+    assert states[1]["parts"] == 2
+    assert not any(
+        name.startswith("miner.") for name in states[1]["callbacks"]["FairTrainingCallback"]["loss"]
+    )
+    for rank in range(2):
+        shard = shards_of(in_shards)[rank]["callbacks"]["FairTrainingCallback"]["miner"]
+        for name in ("loss_sum", "visits", "kind", "last_loss"):
+            assert torch.equal(shard[name], memory[f"miner.{name}"][rank::2])
+
+
+def shards_of(logs, epoch=EPOCHS, count=2):
+    return [
+        torch.load(checkpoints(logs) / f"epoch_{epoch}.fair.{rank}-of-{count}", weights_only=True)
+        for rank in range(count)
+    ]
+
+
+def test_killed_in_the_middle_of_a_part_and_resumed_equals_uninterrupted(data, tmp_path, in_shards):
+    statuses = run_sharded(data, tmp_path, 2, moment="half_part")
+    assert statuses[1] == -signal.SIGKILL and statuses[0] != 0
+    folder = checkpoints(tmp_path)
+    assert not (folder / "epoch_2.fair").exists() and not (folder / "epoch_2.pt").exists()
+    assert run_sharded(data, tmp_path, 2, "--resume", "latest") == [0, 0]
+    assert_same(end_of(tmp_path), end_of(in_shards))
+    assert_same(shards_of(tmp_path), shards_of(in_shards))
+    assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("count", [4, 1])
+def test_shards_are_resumed_by_another_number_of_processes(data, tmp_path, in_shards, count):
+    """Four see the pairs that two saw, each image cut at random by another process.
+
+    One, of another order of the pairs, takes the memory up whole.
+    """
+    checkpoint = str(checkpoints(in_shards) / "epoch_2.pt")
+    assert run_sharded(data, tmp_path, count, "--resume", checkpoint) == [0] * count
+    found, expected = pairs_of(checkpoints(tmp_path)), pairs_of(checkpoints(in_shards))
+    assert found.keys() == expected.keys()
+    for pair, row in expected.items():
+        assert found[pair]["visits"] == row["visits"] == str(EPOCHS)
+        if count == 4:
+            mean_loss = float(row["mean_loss"])
+            assert float(found[pair]["mean_loss"]) == pytest.approx(mean_loss, rel=0.05)
+    parts = list(checkpoints(tmp_path).glob("epoch_3.fair.*"))
+    assert len(parts) == (4 if count == 4 else 0)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

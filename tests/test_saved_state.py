@@ -407,3 +407,78 @@ def test_weights_rounded_by_another_precision_are_still_the_same():
     assert not has_weights(model, sample)
     assert not has_weights(torch.nn.Linear(2, 1), sample)
     assert has_weights(None, torch.empty(0))
+
+
+# ------------------------------ parts
+
+
+class Shared(Tally):
+    """Has besides a part in every process."""
+
+    name = "Tally"
+
+    def __init__(self):
+        super().__init__()
+        self.parts = None
+
+    def part_state_dict(self):
+        return {"count": self.count}
+
+    def load_part_state_dicts(self, parts):
+        self.parts = [part["count"] for part in parts]
+
+
+def test_parts_come_back_and_go_with_their_checkpoint(tmp_path):
+    folder = tmp_path / "checkpoints"
+    flags = ("--save-most-recent", "--save-frequency", "0")
+    (first,) = train_with_parts(tmp_path, "--epochs", "1", *flags)
+    assert {path.name for path in folder.glob("*.fair*")} == {"epoch_1.fair", "epoch_1.fair.0-of-1"}
+    assert load(folder / "epoch_1.fair")["parts"] == 1
+    (folder / "epoch_7.fair.1-of-2").touch()  # of a run that was killed
+    (folder / "epoch_1.fair.0-of-1.tmp").touch()
+    (second,) = train_with_parts(tmp_path, "--epochs", "4", *flags, "--resume", "latest")
+    assert second.parts == [first.count]
+    left = {path.name for path in folder.glob("*.fair*")}
+    assert left == {f"epoch_{n}.fair{part}" for n in (1, 4) for part in ("", ".0-of-1")}
+
+
+def train_with_parts(logs, *flags):
+    callbacks = [Shared()]
+    train(logs, *flags, callbacks=callbacks)
+    return callbacks
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.unlink(), r"no saved state of epoch 1 .*epoch_1\.fair\.0-of-1"),
+        (lambda path: path.write_bytes(b"no"), r"epoch_1\.fair\.0-of-1 is no saved state"),
+        (
+            lambda path: torch.save(load(path) | {"weights": torch.ones(3)}, path),
+            "part 0 of 1 of the saved state of epoch 1 .* was saved with other weights",
+        ),
+    ],
+)
+def test_a_missing_or_foreign_part_is_refused_with_the_way_on(tmp_path, change, message):
+    train_with_parts(tmp_path, "--epochs", "1")
+    change(tmp_path / "checkpoints" / "epoch_1.fair.0-of-1")
+    with pytest.raises(UsageError, match=f"{message}.*; add --fair-fresh-state to go on"):
+        train_with_parts(tmp_path, "--epochs", "2", "--resume", "latest")
+    (fresh,) = train_with_parts(
+        tmp_path, "--epochs", "2", "--resume", "latest", "--fair-fresh-state"
+    )
+    assert fresh.parts is None
+
+
+def test_a_part_that_cannot_be_written_stops_the_run_before_the_checkpoint(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CallbackError, match="part of the state could not be saved: No space left"):
+        train_with_parts(tmp_path, "--epochs", "1")
+    assert not list((tmp_path / "checkpoints").iterdir())

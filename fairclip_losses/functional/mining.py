@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -32,6 +33,9 @@ KIND_NAMES: tuple[str, str, str] = ("clean", "noisy", "faulty")
 
 History = Literal["mean", "linear"]
 Weighting = Literal["relative", "density"]
+
+MIXTURE_POINTS = 1 << 17
+"""Most values that a Gaussian mixture is fitted on."""
 
 # A spread below this fraction of the mean is rounding of the float32 loss sums, not a spread.
 _ROUNDING = 2.0**-20
@@ -104,7 +108,12 @@ def pair_history(
     return torch.where(visits > 0, history, torch.full_like(history, torch.nan))
 
 
-def history_statistics(history: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def history_statistics(
+    history: Tensor,
+    seen: Tensor | None = None,
+    *,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     r"""Mean and population standard deviation of the histories of the pairs seen.
 
     .. math:: \mu = \frac{1}{|S|} \sum_{k \in S} m_k, \qquad
@@ -114,6 +123,8 @@ def history_statistics(history: Tensor, seen: Tensor | None = None) -> tuple[Ten
         history: (N,) floating point.
         seen: (N,) bool, the pairs of `S`; None = those of finite history. A pair whose history is
             not finite is never counted.
+        total: sums a tensor over processes, of which each passes a part of the pairs; None where
+            all are here.
 
     Returns:
         :math:`(\mu, \sigma)`, two float64 scalars; both 0 where no pair was seen.
@@ -124,6 +135,10 @@ def history_statistics(history: Tensor, seen: Tensor | None = None) -> tuple[Ten
     Source: Lan et al., ICLR 2024 (arXiv:2302.03357), mean and deviation of the histories.
     """
     values = history[_seen_mask(history, seen)].double()
+    if total is not None:
+        count, summed = total(torch.stack([torch.ones_like(values).sum(), values.sum()]))
+        mean = summed / count.clamp(min=1)
+        return mean, (total((values - mean).square().sum()) / count.clamp(min=1)).sqrt()
     if values.numel() == 0:
         zero = torch.zeros((), dtype=torch.float64, device=history.device)
         return zero, zero.clone()
@@ -177,6 +192,8 @@ def mixture_pair_kinds(
     noisy_sigma: float = 3.0,
     mixture_threshold: float = 0.5,
     seen: Tensor | None = None,
+    *,
+    sample: Tensor | None = None,
 ) -> Tensor:
     r"""Kind of each pair: faulty by a two-component Gaussian mixture, noisy by its threshold.
 
@@ -193,6 +210,8 @@ def mixture_pair_kinds(
         noisy_sigma: :math:`\beta_n`, 0 or more.
         mixture_threshold: least posterior of a faulty pair, in (0, 1].
         seen: (N,) bool; as for :func:`bad_pair_kinds`.
+        sample: (M,) histories to fit the mixture to, where these are a part of them; None = those
+            seen.
 
     Returns:
         (N,) int8 of the codes `CLEAN`, `NOISY`, `FAULTY`.
@@ -207,7 +226,7 @@ def mixture_pair_kinds(
     kinds = bad_pair_kinds(history, mean, std, noisy_sigma, torch.inf, seen)
     used = _seen_mask(history, seen)
     values = history[used]
-    upper = gaussian_mixture_posterior(values) >= mixture_threshold
+    upper = gaussian_mixture_posterior(values, sample=sample) >= mixture_threshold
     kinds[used] = kinds[used].masked_fill(upper & (values > mean), FAULTY)
     return kinds
 
@@ -282,7 +301,8 @@ def gaussian_mixture_posterior(
     variance_floor: float = 1e-3,
     max_iterations: int = 200,
     tolerance: float = 1e-6,
-    max_points: int = 1 << 17,
+    max_points: int = MIXTURE_POINTS,
+    sample: Tensor | None = None,
 ) -> Tensor:
     r"""Posterior of the higher-mean component of a two-component Gaussian mixture on the line.
 
@@ -302,9 +322,11 @@ def gaussian_mixture_posterior(
         max_iterations: most iterations of expectation-maximisation.
         tolerance: it stops when the mean log-likelihood gains less than this.
         max_points: most values to fit on.
+        sample: (M,) finite values to fit on; None = `values`.
 
     Returns:
-        (N,) float64 in [0, 1]; all 0 where there are fewer than two values or they do not differ.
+        (N,) float64 in [0, 1]; all 0 where there are fewer than two values to fit on or they do not
+        differ.
 
     Raises:
         ValueError: for values that are not one-dimensional or not finite, a variance_floor of 0 or
@@ -322,17 +344,15 @@ def gaussian_mixture_posterior(
             f"got {max_iterations!r} and {max_points!r}"
         )
     values = values.detach().double()
-    if not bool(torch.isfinite(values).all()):
+    sample = values if sample is None else sample.detach().double()
+    if not bool(torch.isfinite(values).all() & torch.isfinite(sample).all()):
         raise ValueError("values must be finite, got NaN or infinity")
-    mean, std = history_statistics(values)
+    mean, std = history_statistics(sample)
     if not bool(_has_spread(mean, std)):
         return torch.zeros_like(values)
     values = (values - mean) / std
 
-    points = values.sort().values
-    if points.numel() > max_points:
-        rank = torch.linspace(0, points.numel() - 1, max_points, dtype=torch.float64)
-        points = points[rank.round().long().to(values.device)]
+    points = order_statistics((sample - mean) / std, max_points)
     cuts = torch.tensor([0.5, 0.75, 0.9, 0.97], dtype=values.dtype, device=values.device)
     cuts = (cuts * points.numel()).round()
     rank = torch.arange(points.numel(), device=values.device)
@@ -353,6 +373,15 @@ def gaussian_mixture_posterior(
     )
     posterior = torch.softmax(joint, dim=0)[:, 0]
     return posterior[1] if centre[1, best] >= centre[0, best] else posterior[0]
+
+
+def order_statistics(values: Tensor, most: int) -> Tensor:
+    """Return the values sorted, or where there are more than ``most``, that many evenly spaced."""
+    values = values.sort().values
+    if values.numel() <= most:
+        return values
+    rank = torch.linspace(0, values.numel() - 1, most, dtype=torch.float64)
+    return values[rank.round().long().to(values.device)]
 
 
 def _mixture_parameters(

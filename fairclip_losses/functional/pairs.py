@@ -86,9 +86,13 @@ def siglip_pair_losses(
     Source: Zhai et al. 2023 (arXiv:2303.15343), eq. 1, before the mean.
     """
     per_image, per_text, labels = _both_sides(logits, text_logits, labels)
-    columns = torch.arange(per_image.shape[1], device=labels.device)
-    sign = torch.where(columns == labels[:, None], 1.0, -1.0).to(per_image.dtype)
-    return -0.5 * (F.logsigmoid(sign * per_image) + F.logsigmoid(sign * per_text)).sum(1)
+    matches = torch.arange(per_image.shape[1], device=labels.device) == labels[:, None]
+    return 0.5 * (sigmoid_losses(per_image, matches) + sigmoid_losses(per_text, matches)).sum(1)
+
+
+def sigmoid_losses(logits: Tensor, matches: Tensor) -> Tensor:
+    """Return ``-log sigmoid(z L)`` of each image and text, (B, M), z = 1 at matches, else -1."""
+    return -F.logsigmoid(torch.where(matches, logits, -logits))
 
 
 def _both_sides(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -125,6 +125,19 @@ class Callback:
         the state does not fit this run.
         """
 
+    def part_state_dict(self) -> dict[str, Any]:
+        """Return what this process alone holds, empty where that is nothing.
+
+        As for `state_dict`, which such a callback overrides too; every process saves its own.
+        """
+        return {}
+
+    def load_part_state_dicts(self, parts: Iterable[dict[str, Any]]) -> None:
+        """Take up the parts of all processes of the saved run, however many train now.
+
+        Called after `load_state_dict` where there are parts. One part is read at a time.
+        """
+
     def on_args_parsed(self, state: TrainState) -> None:
         """See `Event`; likewise the methods below."""
 
@@ -152,6 +165,9 @@ class Callback:
 
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
+
+
+_TOGETHER = (("state_dict", "load_state_dict"), ("part_state_dict", "load_part_state_dicts"))
 
 
 def keeps_state(callback: Callback) -> bool:
@@ -206,17 +222,21 @@ class CallbackRegistry:
 
         Raises:
             ValueError: it is no `Callback`, is registered already, keeps state under the name of
-                another, or overrides one of ``state_dict`` and ``load_state_dict`` alone.
+                another, or overrides one alone of ``state_dict`` and ``load_state_dict``, or of
+                ``part_state_dict`` and ``load_part_state_dicts``, or the latter two alone.
         """
         if not isinstance(callback, Callback):
             hint = "; register an instance, not the class" if isinstance(callback, type) else ""
             raise ValueError(f"expected a Callback, got {callback!r}{hint}")
         if any(known is callback for known in self._callbacks):
             raise ValueError(f"callback {callback.name} is registered already")
-        if keeps_state(callback) != _overrides(callback, "load_state_dict"):
-            raise ValueError(
-                f"callback {callback.name} must override state_dict and load_state_dict together"
-            )
+        for one, other in _TOGETHER:
+            if _overrides(callback, one) != _overrides(callback, other):
+                raise ValueError(
+                    f"callback {callback.name} must override {one} and {other} together"
+                )
+        if _overrides(callback, "part_state_dict") and not keeps_state(callback):
+            raise ValueError(f"callback {callback.name} has part_state_dict and no state_dict")
         if keeps_state(callback) and callback.name in self.stateful:
             raise ValueError(
                 f"two callbacks named {callback.name} keep state; give each a `name` of its own"
@@ -254,6 +274,35 @@ class CallbackRegistry:
             CallbackError: a callback raised; the message names it.
         """
         return {name: _call(callback, "state_dict") for name, callback in self.stateful.items()}
+
+    def part_state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return the part that this process holds of each callback that has one, by name.
+
+        Raises:
+            CallbackError: a callback raised; the message names it.
+        """
+        parts = {name: _call(own, "part_state_dict") for name, own in self.stateful.items()}
+        return {name: part for name, part in parts.items() if part}
+
+    def load_part_state_dicts(
+        self,
+        read: Callable[[], Iterable[Mapping[str, dict[str, Any]]]],
+        fresh: Collection[str] = (),
+    ) -> None:
+        """Give each callback the parts of all processes, except those named in ``fresh``.
+
+        Args:
+            read: reads what `part_state_dict` returned in each process, one after the other.
+            fresh: the callbacks that start afresh.
+
+        Raises:
+            CallbackError: a callback raised; the message names it.
+            UsageError: a callback, or ``read``, raised it.
+        """
+        for name, callback in self.stateful.items():
+            if name not in fresh:
+                own = (states[name] for states in read() if name in states)
+                _call(callback, "load_part_state_dicts", own)
 
     def load_state_dict(
         self, states: Mapping[str, dict[str, Any]], fresh: Collection[str] = ()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data import CodeBook, Table, encode_attributes, pair_ids
+from ..distributed import Processes
 from ..errors import UsageError, usage_errors
 from ..losses import FairLoss
-from ..miners import EpochSummary, MinerReport
+from ..miners import BadPairMiner, EpochSummary, MinerReport
 from ..presets import build_fair_loss
 from .events import Callback, TrainState
 from .flags import FairOptions
@@ -24,6 +27,21 @@ from .logs import log_scalars
 from .pair_files import FlagRates, flag_rates, is_table, read_pairs, write_pairs
 
 log = logging.getLogger(__name__)
+
+_MINER = "miner."  # before the names of its state in the loss's
+
+
+@contextlib.contextmanager
+def _unfit() -> Iterator[None]:
+    """Say in one line that a saved state does not fit."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"the saved fair-loss state does not fit this run: {' '.join(str(error).split())}"
+        ) from None
 
 
 class IndexedDataset(Dataset[Any]):
@@ -123,11 +141,13 @@ class FairTrainingCallback(Callback):
             log.info("Fair loss: %s", self.loss)
 
     def on_epoch_start(self, state: TrainState) -> None:
-        """Forget rows of a step that the last epoch did not complete."""
+        """Forget rows of a step that the last epoch did not complete; follow the scaler."""
         self._rows = deque(maxlen=state.args.accum_freq)
         # Only now, after a resume that fits: the book is the earlier run's too.
         if state.args.save_logs and state.epoch == state.start_epoch:
             self.codebook.to_json(Path(state.args.checkpoint_path).parent / "fair_codebook.json")
+        if self.loss is not None:
+            self.loss.follow(state.scaler)
 
     def on_batch_start(self, state: TrainState) -> None:
         """Take the row numbers off the batch; the host gets its pair."""
@@ -141,8 +161,9 @@ class FairTrainingCallback(Callback):
         device = state.loss_inputs["image_features"].device
         state.loss_inputs["pair_ids"] = self.ids[rows].to(device, non_blocking=True)
         state.loss_inputs["groups"] = self.codes[rows].to(device, non_blocking=True)
-        # Under accumulation the loss sees the same pairs once a micro-batch: record them once.
-        state.loss_inputs["record"] = state.loss_call == 0
+        # Under accumulation the loss sees the same pairs once a micro-batch: record them once, and
+        # at the end, so that every pass sees the same queue.
+        state.loss_inputs["record"] = state.loss_call == state.args.accum_freq - 1
 
     def on_batch_end(self, state: TrainState) -> None:
         """Log beside the host's own line, at the host's own cadence."""
@@ -164,9 +185,9 @@ class FairTrainingCallback(Callback):
         assert self.loss is not None and self.table is not None  # both set before any epoch
         self.summary = self.loss.end_epoch()
         completed = state.epoch + 1
-        if state.args.rank != 0:  # every process has the same memory; one speaks of it
+        report = self._report(state.args.rank)
+        if state.args.rank != 0:  # what all have, or give to the first; one speaks of it
             return
-        report = self._report()
         if report is not None and self.summary is not None:
             self.rates = flag_rates(report, self.ids, self.codes, self.codebook)
             shown = " ".join(
@@ -196,13 +217,20 @@ class FairTrainingCallback(Callback):
                 )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loss's state, the meaning of the group codes, and the flags it depends on."""
+        """Return the loss's state, the meaning of the group codes, and the flags it depends on.
+
+        A memory in shards is in the parts instead.
+        """
         assert self.loss is not None  # saved after an epoch
-        return {
-            "loss": self.loss.state_dict(),
-            "labels": self.codebook.labels,
-            "settings": self._settings(),
-        }
+        loss = self.loss.state_dict()
+        if self._sharded_miner() is not None:
+            loss = {name: value for name, value in loss.items() if not name.startswith(_MINER)}
+        return {"loss": loss, "labels": self.codebook.labels, "settings": self._settings()}
+
+    def part_state_dict(self) -> dict[str, Any]:
+        """Return this process's shard of the memory, where it is in shards."""
+        miner = self._sharded_miner()
+        return {} if miner is None else {"miner": miner.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put the loss's state back.
@@ -223,12 +251,33 @@ class FairTrainingCallback(Callback):
                 f"the saved fair-loss state has the groups {state['labels']}, this run "
                 f"{self.codebook.labels}"
             )
-        try:
-            self.loss.load_state_dict(state["loss"])
-        except (RuntimeError, ValueError) as error:
-            raise UsageError(
-                f"the saved fair-loss state does not fit this run: {' '.join(str(error).split())}"
-            ) from None
+        saved = dict(state["loss"])
+        whole = {name: saved[name] for name in saved if name.startswith(_MINER)}
+        if not whole or self._sharded_miner() is not None:
+            # The memory was in shards, or is now: it is put together by `load_shards`.
+            own = self.loss.state_dict().items()
+            saved |= {name: value for name, value in own if name.startswith(_MINER)}
+        with _unfit():
+            self.loss.load_state_dict(saved)
+            if whole and self._sharded_miner() is not None:
+                self._load_shards([{k.removeprefix(_MINER): v for k, v in whole.items()}])
+
+    def load_part_state_dicts(self, parts: Iterable[dict[str, Any]]) -> None:
+        """Take this process's pairs out of the shards of a run of any number of processes.
+
+        Raises:
+            UsageError: the shards are not of a memory as this run's.
+        """
+        with _unfit():
+            self._load_shards(part["miner"] for part in parts)
+
+    def _load_shards(self, states: Iterable[dict[str, Any]]) -> None:
+        if self.loss is not None and self.loss.miner is not None:
+            self.loss.miner.load_shards(states)
+
+    def _sharded_miner(self) -> BadPairMiner | None:
+        miner = None if self.loss is None else self.loss.miner
+        return miner if miner is not None and miner.processes.world_size > 1 else None
 
     def _build(self, base_loss: torch.nn.Module, epochs: int) -> FairLoss:
         options = self.options
@@ -236,6 +285,7 @@ class FairTrainingCallback(Callback):
             "warmup_epochs": options.fair_warmup_epochs,
             "noisy_sigma": options.fair_noisy_sigma,
             "faulty_sigma": options.fair_faulty_sigma,
+            "processes": Processes.of(base_loss) if options.fair_shard_memory else None,
         }
         fairness = {
             "p": options.fair_p,
@@ -275,11 +325,13 @@ class FairTrainingCallback(Callback):
             "--train-data": pairs,
         }
 
-    def _report(self) -> MinerReport | None:
-        """The miner's report by pair; the published unit has none."""
+    def _report(self, rank: int) -> MinerReport | None:
+        """The first process's report by pair; the published unit has none."""
         if self.loss is None or self.loss.miner is None or self.loss.mining_unit != "pair":
             return None
-        return self.loss.miner.report()
+        if rank != 0 and not self.options.fair_shard_memory:
+            return None
+        return self.loss.miner.report(to=0)
 
     def _scalars(self) -> dict[str, float]:
         """What the log shows of the last step; reads values back, so only where the host does."""

@@ -32,6 +32,7 @@ class FairOptions:
     fair_faulty_sigma: float | None
     fair_queue: int | None
     fair_id_key: str | None
+    fair_shard_memory: bool
     fair_eval_label: str | None
     fair_eval_prompts: tuple[str, ...]
     fair_callback: tuple[str, ...]
@@ -137,6 +138,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="a callback of your own (class or instance); may be given several times",
     )
     add(
+        "--fair-shard-memory",
+        action="store_true",
+        help="spread the miner's memory over the processes (owner = id modulo their number); "
+        "without it each keeps the whole",
+    )
+    add(
         "--fair-save-pairs",
         action="store_true",
         help="write every pair's history after each epoch, not only the flagged ones",
@@ -192,7 +199,7 @@ def _check_combination(options: FairOptions) -> None:
             "fair_preset",
             "fair_weight", "fair_blur", "fair_p", "fair_score", "fair_warmup_epochs",
             "fair_noisy_sigma", "fair_faulty_sigma", "fair_queue", "fair_id_key",
-            "fair_save_pairs",
+            "fair_save_pairs", "fair_shard_memory",
         }  # fmt: skip
         for option in fields(options):
             if option.name in with_loss_only and getattr(options, option.name) not in (None, False):
@@ -201,6 +208,8 @@ def _check_combination(options: FairOptions) -> None:
     keepers = options.fair_loss or options.fair_callback or len(default_registry)
     if options.fair_fresh_state is not None and not keepers:
         raise UsageError("--fair-fresh-state has no effect without --fair-loss or --fair-callback")
+    if options.fair_shard_memory and options.fair_loss and "dbpm" not in options.fair_loss:
+        raise UsageError("--fair-shard-memory needs --fair-loss dbpm: there is no memory to spread")
     readers = options.fair_loss or options.fair_eval_label or options.fair_callback
     if options.fair_attributes and not readers:
         raise UsageError(

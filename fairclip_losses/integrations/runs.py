@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..errors import UsageError, usage_errors
+from ..distributed import Processes
+from ..errors import CallbackError, UsageError, one_line, usage_errors
 from .events import CallbackRegistry, Event, TrainState, default_registry
 from .fair_evaluation import FairEvaluationCallback
 from .fair_training import FairTrainingCallback
@@ -27,6 +30,7 @@ from .saved_state import (
     fresh_names,
     has_weights,
     is_due,
+    read_parts,
     read_states,
     weights_sample,
 )
@@ -121,6 +125,11 @@ class Run:
             return
         with _way_on():
             self.registry.load_state_dict(self._resumed.callbacks, self.fresh)
+            if self._resumed.parts:
+                parts = functools.partial(read_parts, str(self.state.args.resume), self._resumed)
+                self.registry.load_part_state_dicts(
+                    lambda: (part.callbacks for part in parts()), self.fresh
+                )
         names = ", ".join(name for name in self.registry.stateful if name not in self.fresh)
         log.info("Resumed the state of epoch %d of %s", self._resumed.epoch, names)
         self._resumed.callbacks.clear()  # theirs now
@@ -142,12 +151,33 @@ class Run:
         if completed is None or not self.registry.stateful or not is_due(args, completed):
             return
         states = self.registry.state_dict()  # in every process: they may gather
+        parts = self.registry.part_state_dict()
+        if not (parts or args.save_logs):
+            return
+        world_size = getattr(args, "world_size", 1)
+        sample = weights_sample(self.state.model)
+        if parts:
+            self._write_part(SavedStates(completed, world_size, sample, parts))
         if args.save_logs:
-            world_size = getattr(args, "world_size", 1)
-            sample = weights_sample(self.state.model)
-            self._states_folder().write(SavedStates(completed, world_size, sample, states))
+            self._states_folder().write(
+                SavedStates(completed, world_size, sample, states, world_size if parts else 0)
+            )
             if args.save_most_recent:
                 self._to_be_latest = completed  # once the host has saved it
+
+    def _write_part(self, part: SavedStates) -> None:
+        """Write this process's part, and wait until every process has written its own."""
+        args = self.state.args
+        processes = Processes(getattr(args, "rank", 0), part.world_size)
+        refusal = None
+        try:
+            self._states_folder().write(part, processes)
+        except (CallbackError, OSError, RuntimeError) as error:
+            refusal = one_line(error)
+        try:
+            processes.agree(refusal, (), torch.device(getattr(args, "device", "cpu")))
+        except ValueError as error:
+            raise CallbackError(f"a part of the state could not be saved: {error}") from None
 
     def _tidy(self) -> None:
         """Remove states whose checkpoint the host has removed, after it has saved the last."""

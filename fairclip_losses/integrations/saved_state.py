@@ -5,6 +5,9 @@ of the folder and must not take one of these. Which file belongs to a checkpoint
 epoch that the checkpoint records, whatever its name (``epoch_latest.pt``). The file is complete
 before the host begins its checkpoint, so a run killed between the two resumes from an older
 checkpoint whose file is still there, and writes this one anew before the next.
+
+What each process holds alone is in a part of its own, ``epoch_N.fair.R-of-W``. All parts are
+complete before the first process writes the file that says how many there are.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import Processes
 from ..errors import CallbackError, UsageError, one_line
 
 FORMAT = 2
@@ -36,6 +40,7 @@ class SavedStates:
     world_size: int
     weights: Tensor
     callbacks: dict[str, dict[str, Any]]
+    parts: int = 0  # files with what each process held alone
 
 
 @dataclass
@@ -57,11 +62,11 @@ class StateFolder:
                 folder.latest = start_epoch
         return folder
 
-    def file(self, epoch: int) -> Path:
-        """Return where the state of an epoch is kept."""
-        return self.path / f"epoch_{epoch}.fair"
+    def file(self, epoch: int, part: Processes | None = None) -> Path:
+        """Return where the state of an epoch is kept, or one process's part of it."""
+        return self.path / _file_name(epoch, part)
 
-    def write(self, states: SavedStates) -> None:
+    def write(self, states: SavedStates, part: Processes | None = None) -> None:
         """Write a file whole or not at all, even if the process is killed meanwhile.
 
         Raises:
@@ -72,8 +77,8 @@ class StateFolder:
             if not isinstance(state, dict):
                 raise CallbackError(f"{where} is a {_kind(state)}; expected a dict")
             _check_plain(state, where)
-        target = self.file(states.epoch)
-        temporary = target.with_suffix(".fair.tmp")
+        target = self.file(states.epoch, part)
+        temporary = target.with_name(f"{target.name}.tmp")
         try:
             with open(temporary, "wb") as file:
                 torch.save({"format": FORMAT, **vars(states)}, file)
@@ -88,11 +93,9 @@ class StateFolder:
 
     def tidy(self) -> None:
         """Remove what a killed run left half written, and files whose checkpoint is gone."""
-        for path in self.path.glob("epoch_*.fair.tmp"):
-            path.unlink(missing_ok=True)
-        for path in self.path.glob("epoch_*.fair"):
-            match = re.fullmatch(r"epoch_(\d+)\.fair", path.name)
-            if match is not None and not self._has_checkpoint(int(match[1])):
+        for path in self.path.glob("epoch_*.fair*"):
+            match = re.fullmatch(r"epoch_(\d+)\.fair(\.\d+-of-\d+)?(\.tmp)?", path.name)
+            if match is not None and (match[3] or not self._has_checkpoint(int(match[1]))):
                 path.unlink(missing_ok=True)
 
     def _has_checkpoint(self, epoch: int) -> bool:
@@ -119,13 +122,34 @@ def is_due(args: Any, completed: int) -> bool:
     return bool(by_frequency or args.save_most_recent)
 
 
-def read_states(checkpoint: str, epoch: int) -> SavedStates:
+def _file_name(epoch: int, part: Processes | None) -> str:
+    name = f"epoch_{epoch}.fair"
+    return name if part is None else f"{name}.{part.rank}-of-{part.world_size}"
+
+
+def read_parts(checkpoint: str, states: SavedStates) -> Iterator[SavedStates]:
+    """Yield what each process held alone when ``states`` was saved, one process after the other.
+
+    Raises:
+        UsageError: one is not there, is no such file, or is of another saving.
+    """
+    for rank in range(states.parts):
+        part = read_states(checkpoint, states.epoch, Processes(rank, states.parts))
+        if not torch.equal(part.weights.nan_to_num(), states.weights.nan_to_num()):
+            raise UsageError(
+                f"part {rank} of {states.parts} of the saved state of epoch {states.epoch} beside "
+                f"{checkpoint} was saved with other weights than the rest"
+            )
+        yield part
+
+
+def read_states(checkpoint: str, epoch: int, part: Processes | None = None) -> SavedStates:
     """Return what was saved with a checkpoint of ``epoch``, a path or, as for the host, a URL.
 
     Raises:
         UsageError: there is none, or the file is not one of these.
     """
-    path = os.path.join(os.path.dirname(checkpoint), f"epoch_{epoch}.fair")
+    path = os.path.join(os.path.dirname(checkpoint), _file_name(epoch, part))
     try:
         if "://" in path:
             import fsspec  # comes with torch; the host reads its checkpoint by it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -22,6 +21,9 @@ from ..functional import (
 from ..functional.options import check_finite_number
 from ..miners import BadPairMiner
 from ..pair_terms import PairTerms, pair_terms
+from .base_loss import CallForm, changed, check_fit
+from .held_visit import HeldVisit, current_scale
+from .local_metadata import LocalMetadata
 from .sinkhorn_fairness import SinkhornFairnessLoss
 
 if TYPE_CHECKING:
@@ -63,19 +65,23 @@ class FairLoss(nn.Module):
 
     ``forward`` takes what ``base_loss`` takes, positional or by name, and besides ``pair_ids``
     (B,) int64 (needed by the miner in training), ``groups`` (needed by the fairness term) and
-    ``record`` (None: record the visit in training mode; False: only read, as for the 2nd and later
-    passes over one accumulated batch). It returns what ``base_loss`` returns; in dict form
-    (``output_dict=True``) the fairness term is the entry ``fairness_loss``, otherwise it is added
-    to the first term. Where miner and fairness are None, or nothing is flagged and the weight is 0,
-    the result equals the base loss bit for bit. Scores that are not finite take no part in the
-    fairness term and are not recorded; the base loss then is what it is without this module.
+    ``record`` (None: record the visit in training mode; False: only read, as for all but the last
+    pass over one accumulated batch, so that every pass sees the same queue). It returns what
+    ``base_loss`` returns; in dict form (``output_dict=True``) the fairness term is the entry
+    ``fairness_loss``, otherwise it is added to the first term. Where miner and fairness are None,
+    or nothing is flagged and the weight is 0, the result equals the base loss bit for bit. Scores
+    that are not finite take no part in the fairness term and are not recorded; the base loss then
+    is what it is without this module.
 
     Over several processes (a base loss with ``world_size`` > 1) each process passes its own pairs,
     as many as every other; mining and fairness see the global batch, every process keeps the
-    same memory, and gradients averaged over processes are those of one process on that batch where
-    the base loss's are (``gather_with_grad``).
+    same memory (or its shard of it, as the miner is built), and gradients averaged over processes
+    are those of one process on that batch where the base loss's are (``gather_with_grad``). What
+    one process refuses all refuse: they agree before they exchange anything else. On an
+    accelerator, where that would wait for the device, they do so at the first call only.
 
-    Call `end_epoch` after each epoch. `last` holds the last call's `FairLossState`.
+    Call `end_epoch` after each epoch, and `follow` once where a gradient scaler may skip steps.
+    `last` holds the last call's `FairLossState`.
 
     Raises:
         ValueError: a loss, miner or fairness that is no module, or options out of range; in
@@ -131,16 +137,10 @@ class FairLoss(nn.Module):
         self.mining_unit: MiningUnit = mining_unit
         self.register_buffer("batch_position", torch.zeros((), dtype=torch.int64))
         self.last: FairLossState | None = None
-        parameters = inspect.signature(base_loss.forward).parameters.values()
-        self._base_positional = [
-            parameter.name
-            for parameter in parameters
-            if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-        ]
-        self._base_takes_output_dict = any(
-            parameter.name == "output_dict" or parameter.kind is inspect.Parameter.VAR_KEYWORD
-            for parameter in parameters
-        )
+        self._scaler: Any = None
+        self._held: HeldVisit | None = None
+        self._agreed = False
+        self._call_form = CallForm.of(base_loss)
 
     def forward(
         self,
@@ -152,29 +152,74 @@ class FairLoss(nn.Module):
         **model_out: Any,
     ) -> Any:
         """Return the loss in the base loss's own form; see the class."""
-        model_out = self._by_name(args, model_out)
+        model_out = self._call_form.by_name(args, model_out)
         output_dict = model_out.pop("output_dict", output_dict)
         if self.miner is None and self.fairness is None:
-            return self._base(model_out, output_dict)
+            return self._call_form.call(self.base_loss, model_out, output_dict)
+        self.settle()
         recording = self.training if record is None else record
-        self._check_metadata(pair_ids, groups, recording)
+        pair_ids, groups = self._metadata(pair_ids, groups, model_out, recording)
         terms = pair_terms(self.base_loss, model_out)
-        base = self._base(model_out, output_dict)
-        self._check_fit(base, terms)
+        base = self._call_form.call(self.base_loss, model_out, output_dict)
+        check_fit(base, terms, self.processes.world_size > 1)
         losses = self._of_all_processes(terms.contrastive.detach(), model_out)
         # The miner checks before the fairness term records, and records after that has checked.
-        visit = self._visit(losses, pair_ids, model_out, recording)
+        visit = self._visit(losses, pair_ids)
         if visit is not None and isinstance(self.miner, BadPairMiner):
             self.miner.check(*visit)
-        fairness = self._fairness(terms, groups, model_out, recording)
-        weights = self._mine(losses, visit, recording)
+        at_once = recording and self._scaler is None
+        scores = self._scores(terms, model_out) if self.fairness is not None else None
+        fairness = self._fairness(scores, groups, at_once)
+        weights = self._mine(losses, visit, at_once)
+        if recording and not at_once:
+            scored = None if scores is None or groups is None else (scores.detach(), groups)
+            self._held = HeldVisit(visit, scored, self._scaler, current_scale(self._scaler))
         self.last = FairLossState(
             losses, weights, self.fairness.last if self.fairness is not None else None
         )
         return self._combine(base, terms, weights, fairness)
 
+    def follow(self, scaler: Any) -> None:
+        """Record each visit once its step is over, and not at all where the scaler skips the step.
+
+        The visit waits for the next call, `settle`, `end_epoch` or ``state_dict``; by then the
+        scaler must have been updated. A step counts as skipped where the scaler's scale has fallen.
+
+        Args:
+            scaler: a `torch.amp.GradScaler`, or None to record at once.
+
+        Raises:
+            ValueError: a miner without a method ``remember(losses, ids, kept=...)``.
+        """
+        following = scaler is not None and scaler.is_enabled()
+        waits = self.miner is None or callable(getattr(self.miner, "remember", None))
+        if following and not waits:
+            raise ValueError(
+                "to follow a scaler the miner needs a method remember, as BadPairMiner has, got "
+                f"{type(self.miner).__name__}"
+            )
+        self.settle()
+        self._scaler = scaler if following else None
+
+    def settle(self) -> None:
+        """Record the visit that waits for its step, if there is one and the step was made."""
+        held, self._held = self._held, None
+        if held is None:
+            return
+        kept = held.kept()
+        if held.visit is not None and self.miner is not None:
+            losses, ids = held.visit
+            self.miner.remember(losses, ids, kept=kept.to(losses.device))
+            if self.mining_unit == "batch":
+                self.batch_position.add_(kept.to(self.batch_position))
+        if held.scored is not None and self.fairness is not None:
+            scores, groups = held.scored
+            kept = kept.to(scores.device)
+            self.fairness.remember(scores, groups, valid=torch.isfinite(scores) & kept)
+
     def end_epoch(self) -> EpochSummary | None:
         """Refresh the miner's statistics and flags; return its summary, None without a miner."""
+        self.settle()
         self.batch_position.zero_()
         return None if self.miner is None else self.miner.end_epoch()
 
@@ -185,63 +230,37 @@ class FairLoss(nn.Module):
             f"normalization={self.normalization!r}, mining_unit={self.mining_unit!r}"
         )
 
-    def _by_name(self, args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-        """Return all that was passed for the base loss by the names of its parameters."""
-        names = self._base_positional
-        if len(args) > len(names):
-            raise ValueError(
-                f"expected at most {len(names)} positional arguments ({', '.join(names)}), "
-                f"got {len(args)}"
-            )
-        twice = [name for name in names[: len(args)] if name in named]
-        if twice:
-            raise ValueError(f"expected {', '.join(twice)} once, got it by position and by name")
-        return {**dict(zip(names, args, strict=False)), **named}
-
-    def _base(self, model_out: dict[str, Any], output_dict: bool) -> Any:
-        if self._base_takes_output_dict:
-            return self.base_loss(**model_out, output_dict=output_dict)
-        if output_dict:
-            raise ValueError(
-                "output_dict=True needs a base loss that takes it, "
-                f"got {type(self.base_loss).__name__}"
-            )
-        return self.base_loss(**model_out)
-
-    def _check_metadata(
+    def _metadata(
         self,
         pair_ids: Tensor | None,
         groups: Tensor | Mapping[str, Tensor] | None,
+        model_out: dict[str, Any],
         recording: bool,
-    ) -> None:
-        """Refuse a call that lacks ids or groups before anything is recorded."""
-        by_pair = self.miner is not None and self.mining_unit == "pair"
-        if by_pair and pair_ids is None and recording:
-            raise ValueError("the miner needs pair_ids (B,), got None")
-        if self.fairness is not None and groups is None:
-            raise ValueError(
-                "the fairness term needs groups (B,), (B, C) or name -> (B,), got None"
-            )
+    ) -> tuple[Tensor | None, Tensor | Mapping[str, Tensor] | None]:
+        """Return the ids and groups of all processes that miner and fairness use.
 
-    def _check_fit(self, base: Any, terms: PairTerms) -> None:
-        """Refuse per-pair terms that do not fit what the base loss returned, or each other."""
-        names = list(terms.named)
-        if isinstance(base, dict):
-            if not terms.named.keys() <= base.keys():
-                raise ValueError(
-                    f"pair_terms names {names}, but the base loss returned {list(base)}"
-                )
-        elif len(names) > (count := len(base) if isinstance(base, tuple) else 1):
-            raise ValueError(f"pair_terms names {names}, but the base loss returned {count} terms")
-        count = terms.contrastive.numel()
-        several = self.processes.world_size > 1
-        for name, values in (("contrastive", terms.contrastive), *terms.named.items()):
-            # Over several processes some terms are of this one's pairs and some of all.
-            if values.dim() != 1 or (values.shape[0] != count and not several):
-                raise ValueError(
-                    f"the terms of pair_terms must all have shape (B,), B = {count}, "
-                    f"got {name} of shape {tuple(values.shape)}"
-                )
+        What is wrong with them is refused before anything is recorded.
+        """
+        by_pair = self.miner is not None and self.mining_unit == "pair"
+        pair_ids = pair_ids if by_pair else None
+        groups = groups if self.fairness is not None else None
+        missing = None
+        if by_pair and pair_ids is None and recording:
+            missing = "the miner needs pair_ids (B,), got None"
+        elif self.fairness is not None and groups is None:
+            missing = "the fairness term needs groups (B,), (B, C) or name -> (B,), got None"
+        if self.processes.world_size > 1:
+            check = self.miner.check if isinstance(self.miner, BadPairMiner) else None
+            metadata = LocalMetadata.of(model_out, pair_ids, groups, recording, missing, check)
+            if metadata.device.type == "cpu" or not self._agreed:
+                self.processes.agree(metadata.refusal, metadata.layout, metadata.device)
+                self._agreed = True
+            missing = metadata.refusal
+        if missing is not None:
+            raise ValueError(missing)
+        if self.processes.world_size > 1:
+            return metadata.gather(self.processes)
+        return pair_ids, groups
 
     def _is_local(self, values: Tensor, model_out: dict[str, Any]) -> bool:
         """Whether values are of this process's pairs alone, not of all processes'."""
@@ -251,27 +270,7 @@ class FairLoss(nn.Module):
     def _of_all_processes(self, values: Tensor, model_out: dict[str, Any]) -> Tensor:
         return self.processes.gather(values) if self._is_local(values, model_out) else values
 
-    def _gathered(self, name: str, values: Tensor, model_out: dict[str, Any]) -> Tensor:
-        """Return what came beside the model's output, of all processes."""
-        if self.processes.world_size == 1:
-            return values
-        if not isinstance(values, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(values).__name__}")
-        features = model_out["image_features"]
-        if values.shape[:1] != features.shape[:1]:
-            raise ValueError(
-                f"{name} must have one row for each of the {features.shape[0]} pairs of this "
-                f"process, got shape {tuple(values.shape)}"
-            )
-        return self.processes.gather(values.to(features.device))
-
-    def _visit(
-        self,
-        losses: Tensor,
-        pair_ids: Tensor | None,
-        model_out: dict[str, Any],
-        recording: bool,
-    ) -> tuple[Tensor, Tensor] | None:
+    def _visit(self, losses: Tensor, pair_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Return the losses and ids that the miner is given, None where it is given none."""
         if self.miner is None:
             return None
@@ -279,16 +278,13 @@ class FairLoss(nn.Module):
             if losses.device != self.batch_position.device:
                 with torch.inference_mode(False):
                     self.to(losses.device)
-            # A pass that only reads sees the batch recorded last again.
-            position = self.batch_position
-            position = position.clone() if recording else (position - 1).clamp(min=0)
-            return losses.mean()[None], position[None]
-        if pair_ids is None:
-            return None
-        return losses, self._gathered("pair_ids", pair_ids, model_out)
+            # In evaluation the batch recorded last is seen again: there may be none after it.
+            position = self.batch_position if self.training else self.batch_position - 1
+            return losses.mean()[None], position.clamp(min=0).clone()[None]
+        return None if pair_ids is None else (losses, pair_ids)
 
     def _mine(self, losses: Tensor, visit: tuple[Tensor, Tensor] | None, recording: bool) -> Tensor:
-        """Return the weights of all processes' pairs; each process keeps the whole memory."""
+        """Return the weights of all processes' pairs."""
         if self.miner is None or visit is None:
             return torch.ones_like(losses)
         weights: Tensor = self.miner(*visit, record=recording)
@@ -300,28 +296,13 @@ class FairLoss(nn.Module):
 
     def _fairness(
         self,
-        terms: PairTerms,
+        scores: Tensor | None,
         groups: Tensor | Mapping[str, Tensor] | None,
-        model_out: dict[str, Any],
         recording: bool,
     ) -> Tensor | None:
-        if self.fairness is None or groups is None:
+        if self.fairness is None or scores is None or groups is None:
             return None
-        scores = self._scores(terms, model_out)
-        if isinstance(groups, Mapping):
-            groups = {
-                name: self._gathered(f"groups[{name!r}]", codes, model_out)
-                for name, codes in groups.items()
-            }
-        else:
-            groups = self._gathered("groups", groups, model_out)
-        processes = self.processes
-        local = self._is_local(scores, model_out)
-        if local:
-            scores = processes.gather_live(scores)
         term: Tensor = self.fairness(scores, groups, valid=torch.isfinite(scores), record=recording)
-        if local and self._counts_once():
-            term = processes.averaged(term)
         # Weight 0 leaves no trace: 0 times a term that overflowed would be NaN.
         return self.fairness_weight * term if self.fairness_weight else torch.zeros_like(term)
 
@@ -334,9 +315,17 @@ class FairLoss(nn.Module):
         base = self.base_loss
         return bool(getattr(base, "local_loss", True) or getattr(base, "gather_with_grad", True))
 
+    def _spread(self, values: Tensor, model_out: dict[str, Any]) -> Tensor:
+        """Return the values of all processes' pairs, live; the base loss decides by how much."""
+        if not self._is_local(values, model_out):
+            return values
+        values = self.processes.gather_live(values)
+        return self.processes.averaged(values) if self._counts_once() else values
+
     def _scores(self, terms: PairTerms, model_out: dict[str, Any]) -> Tensor:
+        """Return the scores of all processes' pairs."""
         if self.score == "loss":
-            return terms.contrastive
+            return self._spread(terms.contrastive, model_out)
         names = ("image_features", "text_features", "logit_scale")
         missing = [name for name in names if name not in model_out]
         if missing:
@@ -346,9 +335,14 @@ class FairLoss(nn.Module):
             )
         image, text, scale = (model_out[name] for name in names)
         bias = model_out.get("logit_bias")
-        if self.score == "similarity":
+        if self.score == "official":
+            return official_scores(pair_logits(image, text, scale, bias))
+        if self.processes.world_size == 1:
             return pair_similarities(image, text, scale, bias)
-        return official_scores(pair_logits(image, text, scale, bias))
+        # The scale and the bias are every process's own: their gradient is whole in each.
+        cosines = self._spread(pair_similarities(image, text, 1.0), model_out)
+        scores: Tensor = scale * cosines
+        return scores if bias is None else scores + bias
 
     def _weights_of(self, values: Tensor, weights: Tensor) -> Tensor:
         """Return the weights of the pairs that values are of: all processes' or this one's."""
@@ -360,21 +354,16 @@ class FairLoss(nn.Module):
         self, base: Any, terms: PairTerms, weights: Tensor, fairness: Tensor | None
     ) -> Any:
         weights = normalized_weights(weights, self.normalization)
-        # `_check_fit` has made sure that all of this fits: by now the batch is recorded.
         changes = {
             name: reweighting(values, self._weights_of(values, weights))
             for name, values in terms.named.items()
         }
-        if isinstance(base, dict):
-            combined = {
-                name: value + changes[name] if name in changes else value
-                for name, value in base.items()
-            }
-            return combined if fairness is None else combined | {"fairness_loss": fairness}
-        # Positional forms list the terms in the order of `terms.named`.
-        parts = list(base) if isinstance(base, tuple) else [base]
-        for k, change in enumerate(changes.values()):
-            parts[k] = parts[k] + change
-        if fairness is not None:
-            parts[0] = parts[0] + fairness
-        return tuple(parts) if isinstance(base, tuple) else parts[0]
+        return changed(base, changes, fairness)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.settle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self._held = None
+        super()._load_from_state_dict(*args, **options)

@@ -145,6 +145,27 @@ class SinkhornFairnessLoss(nn.Module):
         self.last = FairnessTerms(*(part.detach() for part in terms))
         return terms.total
 
+    def remember(
+        self,
+        scores: Tensor,
+        groups: Tensor | Mapping[str, Tensor],
+        *,
+        valid: Tensor | None = None,
+    ) -> None:
+        """Put scores into the queue that ``forward`` has compared without recording them.
+
+        Args:
+            scores: as for ``forward``.
+            groups: as for ``forward``.
+            valid: as for ``forward``.
+        """
+        if not self.queue_size:
+            return
+        check_scores(scores)
+        names, codes = self._codes(groups)
+        num_groups = self._num_groups(names, codes)
+        self._enqueue(scores.detach(), codes.to(scores.device), num_groups, valid)
+
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
         return (
