@@ -105,7 +105,7 @@ class RaggedSolver(LineSolver):
         return self._own(self._kernel, a), Within(own.cost, *spread)
 
     def _present(self, b: Array) -> tuple[Array, Array]:
-        """Return places and weights (R, M) of each row's points, 0 where it has fewer than others."""
+        """Return places and weights (R, M) of each row's points, 0 beyond what it has."""
         there = b > 0
         most = int(there.sum(-1).max())
         places = np.argsort(~there, -1, kind="stable")[:, :most]
