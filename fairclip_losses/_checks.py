@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fairclip_losses._weighted import FloatArray, IntArray
-from fairclip_losses.data.tables import UNKNOWN
+from fairclip_losses.data.groups import UNKNOWN
 
 
 def check_samples(y_true: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[IntArray, FloatArray, int]:

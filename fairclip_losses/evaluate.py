@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fairclip_losses.data.tables import read_table, write_table, write_text
+from fairclip_losses.data import read_table, write_table, write_text
 from fairclip_losses.errors import one_line
 from fairclip_losses.report import FairnessReport
 from fairclip_losses.zero_shot import (

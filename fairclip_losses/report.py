@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fairclip_losses import _checks, _weighted
 from fairclip_losses._weighted import FloatArray, IntArray
-from fairclip_losses.data.tables import CodeBook
+from fairclip_losses.data import CodeBook
 
 __all__ = ["AttributeReport", "Estimate", "FairnessReport", "GroupReport", "fairness_report"]
 

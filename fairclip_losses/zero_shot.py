@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from fairclip_losses._weighted import FloatArray, IntArray, decide
-from fairclip_losses.data.tables import (
+from fairclip_losses.data import (
     CodeBook,
     Table,
     encode_attributes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -23,6 +24,30 @@ def host(monkeypatch):
     module = make_host()
     monkeypatch.setitem(sys.modules, HOST, module)
     return module
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_levels():
+    """Take back the level that the host's setup_logging gives to every logger there is."""
+    root = logging.getLogger()
+    levels = {name: logging.getLogger(name).level for name in root.manager.loggerDict}
+    level = root.level
+    yield
+    root.setLevel(level)
+    for name in list(root.manager.loggerDict):
+        logging.getLogger(name).setLevel(levels.get(name, logging.NOTSET))
+
+
+@pytest.fixture(autouse=True)
+def own_handlers():
+    """Take back the handlers that the host's setup_logging leaves on the root logger."""
+    root = logging.getLogger()
+    handlers = list(root.handlers)
+    yield
+    for handler in list(root.handlers):
+        if handler not in handlers:
+            root.removeHandler(handler)
+            handler.close()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -12,6 +11,17 @@ import sys
 import numpy as np
 import pytest
 import torch
+from host_runs import (
+    BATCH,
+    EPOCHS,
+    SeedEpochs,
+    StopBefore,
+    arguments,
+    assert_same_state,
+    assert_same_weights,
+    one_line,
+    rows_of,
+)
 from tiny_clip import HAS_LOCAL_DIR, write_model, write_pairs
 
 from fairclip_losses import train
@@ -24,7 +34,7 @@ host = pytest.importorskip("open_clip_train.main")
 # The host's own warnings (no accelerator to pin memory for, and such) are not ours to fix.
 pytestmark = pytest.mark.filterwarnings("default")
 
-PAIRS, BATCH, EPOCHS = 40, 8, 3
+PAIRS = 40
 STEPS = PAIRS // BATCH
 
 
@@ -38,58 +48,12 @@ def data(tmp_path_factory):
     }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def own_levels():
-    """Take back the level that the host's setup_logging gives to every logger there is."""
-    root = logging.getLogger()
-    levels = {name: logging.getLogger(name).level for name in root.manager.loggerDict}
-    level = root.level
-    yield
-    root.setLevel(level)
-    for name in list(root.manager.loggerDict):
-        logging.getLogger(name).setLevel(levels.get(name, logging.NOTSET))
-
-
-@pytest.fixture(autouse=True)
-def own_handlers():
-    """Take back the handlers that the host's setup_logging leaves on the root logger."""
-    root = logging.getLogger()
-    handlers = list(root.handlers)
-    yield
-    for handler in list(root.handlers):
-        if handler not in handlers:
-            root.removeHandler(handler)
-            handler.close()
-
-
-def arguments(data, logs, name, *more, epochs=EPOCHS):
-    return [
-        *("--train-data", data["train"], "--model", data["model"]),
-        *(("--device", "cpu") if HAS_LOCAL_DIR else ()),  # 2.x has no such flag
-        *("--batch-size", str(BATCH), "--epochs", str(epochs), "--workers", "0"),
-        *("--warmup", "2", "--lr", "1e-3", "--logs", str(logs), "--name", name),
-        # Not the host's default, amp: its scaler skips first steps, of which nothing is recorded.
-        *("--log-every-n-steps", "2", "--precision", "fp32", *more),
-    ]
-
-
 def weights(logs, name, epoch=EPOCHS):
     return load_weights(logs / name / "checkpoints" / f"epoch_{epoch}.pt")
 
 
-def assert_same_weights(first, second):
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        assert torch.equal(value, second[key]), key
-
-
 def saved_loss(path):
     return torch.load(path, weights_only=True)["callbacks"]["FairTrainingCallback"]["loss"]
-
-
-def rows_of(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 class StepRecorder(Callback):
@@ -319,36 +283,12 @@ def test_accumulation_records_each_pair_once_a_step(data, tmp_path, record):
         assert float(row["mean_loss"]) == pytest.approx(expected, rel=1e-5)
 
 
-class SeedEpochs(Callback):
-    """Starts each epoch from a random state of its own: the host does not save its own."""
-
-    def on_epoch_start(self, state):
-        torch.manual_seed(state.epoch)
-
-
-class StopBefore(Callback):
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_epoch_start(self, state):
-        if state.epoch == self.epoch:
-            raise KeyboardInterrupt
-
-
-@pytest.fixture
-def add_callback():
-    added = []
-    yield lambda callback: added.append(events.register(callback)) or callback
-    for callback in added:
-        events.default_registry.unregister(callback)
-
-
 @pytest.mark.parametrize("ids", [(), ("--fair-id-key", "pair")])
-def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path, add_callback, ids):
+def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path, registered, ids):
     flags = (*FAIR, *ids, "--fair-faulty-sigma", "1", "--fair-queue", "4")
-    add_callback(SeedEpochs())
+    registered(SeedEpochs())
     assert train.main(arguments(data, tmp_path, "whole", *flags)) == 0
-    stop = add_callback(StopBefore(2))
+    stop = registered(StopBefore(2))
     assert train.main(arguments(data, tmp_path, "cut", *flags)) == 130
     assert not (tmp_path / "cut" / "checkpoints" / "epoch_3.pt").exists()
     stop.epoch = None
@@ -357,14 +297,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path, add_callback
     whole, cut = (
         saved_loss(tmp_path / name / "checkpoints" / "epoch_3.fair") for name in ("whole", "cut")
     )
-    assert whole.keys() == cut.keys()
-    for key, value in whole.items():
-        same = (
-            torch.equal(value.nan_to_num(7), cut[key].nan_to_num(7))
-            if isinstance(value, torch.Tensor)
-            else value == cut[key]
-        )
-        assert same, key
+    assert_same_state(whole, cut)
     for name in ("whole", "cut"):
         assert rows_of(tmp_path / name / "checkpoints" / "flagged_epoch_3.csv")
     files = [tmp_path / n / "checkpoints" / "flagged_epoch_3.csv" for n in ("whole", "cut")]
@@ -415,15 +348,6 @@ def test_saved_states_follow_the_checkpoints(data, tmp_path):
     assert not list(folder.glob("*.tmp"))
 
 
-def one_line(capsys):
-    """The error line, which is the last thing on stderr."""
-    lines = capsys.readouterr().err.splitlines()
-    assert sum("error:" in line for line in lines) == 1
-    assert lines[-1].startswith("fairclip_losses.train: error: ")
-    assert "Traceback" not in "".join(lines)
-    return lines[-1]
-
-
 def rewritten(data, tmp_path, change):
     """A copy of the training table with its lines changed."""
     path = tmp_path / "changed.tsv"
@@ -459,7 +383,7 @@ def rewritten(data, tmp_path, change):
         ((*FAIR, "--csv-separator", ";"), "no column 'filepath'"),
         (("--fair-loss", "dbpm", "--batch-size", "64"), "40 pairs, fewer than one step"),
         (("--fair-loss", "dbpm", "--train-data", "/no/such.csv"), "/no/such.csv"),
-        (("--fair-loss", "dbpm", "--train-data", "x.tar"), "trains on a CSV or TSV file"),
+        (("--fair-loss", "dbpm", "--train-data", "x.parquet"), "trains on a table"),
         (
             ("--fair-eval-label", "bright", "--fair-eval-prompts", "a",
              "--fair-attributes", "sex"),
@@ -469,6 +393,11 @@ def rewritten(data, tmp_path, change):
             ("--fair-eval-label", "shade", "--fair-eval-prompts", "a", "b",
              "--fair-attributes", "sex"),
             "no column 'shade'",
+        ),
+        (
+            ("--fair-eval-label", "bright", "--fair-eval-prompts", "a", "b",
+             "--fair-attributes", "sex", "--val-data", "x.tar"),
+            "takes the validation pairs from a table",
         ),
         (("--fair-loss", "dbpm", "--fair-callback", "json:dumps"), "must be a fairclip_losses"),
     ],

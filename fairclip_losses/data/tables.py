@@ -17,44 +17,35 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
+
+from .files import reason, write_text
+from .groups import (
+    CodeBook,
+    IntArray,
+    attribute_labels,
+    distinct_labels,
+    group_codes,
+    is_missing,
+    shortened,
+)
 
 __all__ = [
-    "MAX_GROUPS",
-    "UNKNOWN",
-    "CodeBook",
     "Table",
     "encode_attributes",
     "encode_labels",
     "pair_ids",
     "read_table",
     "write_table",
-    "write_text",
 ]
 
-IntArray = npt.NDArray[np.int64]
-
-UNKNOWN = -1
-"""Group code of a value that is not known: it counts in the whole and in no group."""
-
-MAX_GROUPS = 64
-"""A column with more distinct values is an id or a measurement, not a protected attribute."""
-
-_MISSING = frozenset({"", "na", "n/a", "nan", "none", "null", "unknown"})
 _INTEGER = re.compile(r"[+-]?[0-9]+")
-# pandas writes an integer column that has gaps as "1.0": still a whole number.
-_WHOLE = re.compile(r"([+-]?[0-9]+)(?:\.0*)?")
-_NUMBER = re.compile(r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf)", re.IGNORECASE)
 # Stands below the last line; Unicode keeps this character out of text.
 _END = "\uffff"
 
@@ -76,51 +67,6 @@ class Table:
             there = ", ".join(repr(column) for column in self.columns)
             raise ValueError(f"{self.path}: no column {name!r}; the columns are {there}")
         return self.columns[name]
-
-
-@dataclass(frozen=True)
-class CodeBook:
-    """What the group codes mean: each attribute's labels, a label's position being its code."""
-
-    labels: dict[str, tuple[str, ...]]
-
-    def __post_init__(self) -> None:
-        """Refuse labels that would not give every code one meaning."""
-        for name, labels in self.labels.items():
-            if not labels or len(set(labels)) != len(labels):
-                raise ValueError(
-                    f"attribute {name!r}: expected at least one label and each label once, "
-                    f"got {list(labels)}"
-                )
-
-    @property
-    def num_groups(self) -> dict[str, int]:
-        """The number of groups of each attribute."""
-        return {name: len(labels) for name, labels in self.labels.items()}
-
-    def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the code book as a JSON object, attribute name to list of labels."""
-        text = json.dumps({name: list(labels) for name, labels in self.labels.items()}, indent=2)
-        write_text(path, text + "\n")
-
-    @classmethod
-    def from_json(cls, path: str | os.PathLike[str]) -> CodeBook:
-        """Read what `to_json` wrote; ValueError where the file is something else."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: cannot read the code book: {_reason(error)}") from error
-        if not isinstance(content, dict) or not all(
-            isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-            for labels in content.values()
-        ):
-            raise ValueError(
-                f"{path}: expected a JSON object of attribute names, each with a list of labels"
-            )
-        try:
-            return cls({name: tuple(labels) for name, labels in content.items()})
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 def read_table(path: str | os.PathLike[str], separator: str = "\t") -> Table:
@@ -149,7 +95,7 @@ def read_table(path: str | os.PathLike[str], separator: str = "\t") -> Table:
             # A quote that is never closed swallows the rest of the file, and with it this line.
             records = _records(itertools.chain(file, [_END]), separator)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot read the table: {_reason(error)}") from error
+        raise ValueError(f"{path}: cannot read the table: {reason(error)}") from error
 
     if records[-1][1] != [_END]:
         raise ValueError(
@@ -210,27 +156,6 @@ def write_table(
     write_text(path, text.getvalue())
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 text file that appears whole or not at all, with the folders it needs.
-
-    The text goes to a temporary file in the same folder, which then takes the place of `path`.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        # mkstemp makes a private file; give this one the rights that an ordinary new file gets.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def encode_attributes(
     table: Table, names: Sequence[str], codebook: CodeBook | None = None
 ) -> tuple[IntArray, CodeBook]:
@@ -261,15 +186,15 @@ def encode_attributes(
     for position, name in enumerate(names):
         cells = table.column(name)
         where = f"{table.path}: attribute column {name!r}"
-        if all(_is_missing(cell) for cell in cells):
+        if all(is_missing(cell) for cell in cells):
             raise ValueError(f"{where}: expected groups, got no known value in {len(cells)} rows")
         if codebook is None:
-            labels[name] = _attribute_labels(cells, where)
+            labels[name] = attribute_labels(cells, where)
         elif name in codebook.labels:
             labels[name] = codebook.labels[name]
         else:
             raise ValueError(f"{where}: the code book holds only {sorted(codebook.labels)}")
-        codes[:, position] = _codes(cells, labels[name], where)
+        codes[:, position] = group_codes(cells, labels[name], where)
     return codes, CodeBook(labels)
 
 
@@ -317,18 +242,18 @@ def encode_labels(table: Table, column: str, num_classes: int) -> tuple[IntArray
     cells = table.column(column)
     where = f"{table.path}: label column {column!r}"
     for row, cell in enumerate(cells, start=1):
-        if _is_missing(cell):
+        if is_missing(cell):
             raise ValueError(f"{where}: expected a label in every row, got {cell!r} in row {row}")
-    labels = _distinct(cells, where)
+    labels = distinct_labels(cells, where)
     classes = tuple(str(code) for code in range(num_classes))
     if set(labels) <= set(classes):
         labels = classes
     if len(labels) != num_classes:
         raise ValueError(
             f"{where}: expected {num_classes} classes, got {len(labels)} distinct values: "
-            f"{_shortened(labels)}"
+            f"{shortened(labels)}"
         )
-    return _codes(cells, labels, where), labels
+    return group_codes(cells, labels, where), labels
 
 
 def _records(lines: Iterable[str], separator: str) -> list[tuple[int, list[str]]]:
@@ -343,68 +268,3 @@ def _records(lines: Iterable[str], separator: str) -> list[tuple[int, list[str]]
             records.append((start, cells))
         start = reader.line_num + 1
     return records
-
-
-def _attribute_labels(cells: Sequence[str], where: str) -> tuple[str, ...]:
-    """Return the labels of an attribute column, refusing what cannot be a set of groups."""
-    labels = _distinct([cell for cell in cells if not _is_missing(cell)], where)
-    if len(labels) > MAX_GROUPS:
-        raise ValueError(
-            f"{where}: expected at most {MAX_GROUPS} groups, got {len(labels)} distinct values: "
-            f"an id, or a measurement to be binned first ({_shortened(labels)})"
-        )
-    return labels
-
-
-def _distinct(values: Iterable[str], where: str) -> tuple[str, ...]:
-    """Return the distinct values in order: numerical if all are whole numbers, else by string."""
-    distinct = set(values)
-    if all(_WHOLE.fullmatch(value) for value in distinct):
-        return tuple(map(str, sorted({int(_canonical(value)) for value in distinct})))
-    if all(_NUMBER.fullmatch(value) for value in distinct):
-        example = min(value for value in distinct if not _WHOLE.fullmatch(value))
-        raise ValueError(
-            f"{where}: expected whole numbers or names, got the number {example}; bin it first"
-        )
-    return tuple(sorted(distinct))
-
-
-def _codes(cells: Sequence[str], labels: Sequence[str], where: str) -> IntArray:
-    """Return the position of each cell's value among the labels, `UNKNOWN` where it is missing."""
-    code = {label: position for position, label in enumerate(labels)}
-    codes = np.full(len(cells), UNKNOWN, dtype=np.int64)
-    strange: Counter[str] = Counter()
-    for row, cell in enumerate(cells):
-        value = cell if cell in code else _canonical(cell)
-        if value in code:
-            codes[row] = code[value]
-        elif not _is_missing(cell):
-            strange[cell] += 1
-    if strange:
-        value, count = strange.most_common(1)[0]
-        raise ValueError(
-            f"{where}: expected one of {_shortened(labels)}, got {value!r} in {count} "
-            f"row{'s' if count > 1 else ''}"
-        )
-    return codes
-
-
-def _canonical(value: str) -> str:
-    """Write a whole number in one way ("+1", "01" and "1.0" are "1"); leave the rest alone."""
-    match = _WHOLE.fullmatch(value)
-    return str(int(match[1])) if match else value
-
-
-def _is_missing(value: str) -> bool:
-    return value.lower() in _MISSING or _canonical(value) == str(UNKNOWN)
-
-
-def _shortened(labels: Sequence[str]) -> str:
-    return ", ".join(map(repr, labels[:8])) + (", ..." if len(labels) > 8 else "")
-
-
-def _reason(error: Exception) -> str:
-    """Say in one line why a file could not be read."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).splitlines()[0]

@@ -14,7 +14,7 @@ from ..zero_shot import ZeroShotTask, evaluate_task
 from .events import Callback, TrainState
 from .flags import FairOptions
 from .logs import log_scalars
-from .pair_files import read_pairs
+from .pair_files import is_table, read_pairs
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,12 @@ class FairEvaluationCallback(Callback):
         args, options = state.args, self.options
         if not args.val_data:
             raise UsageError("--fair-eval-label needs --val-data FILE.csv")
+        if not is_table(args.val_data, args):
+            raise UsageError(
+                "--fair-eval-label takes the validation pairs from a table (--val-data FILE.csv or "
+                f".tsv, with --dataset-type csv or auto), got --val-data {args.val_data!r} "
+                f"--dataset-type {args.dataset_type}"
+            )
         assert options.fair_eval_label is not None  # the callback exists because of it
         table = read_pairs(args.val_data, args)
         with usage_errors():

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from ..data import CodeBook, Table, encode_attributes, pair_ids
 from ..distributed import Processes
 from ..errors import UsageError, usage_errors
 from ..losses import FairLoss
@@ -24,7 +19,8 @@ from ..presets import build_fair_loss
 from .events import Callback, TrainState
 from .flags import FairOptions
 from .logs import log_scalars
-from .pair_files import FlagRates, flag_rates, is_table, read_pairs, write_pairs
+from .pair_files import FlagRates, is_table, read_pairs, write_pairs
+from .pair_sources import PairBatch, PairSource, pair_source
 
 log = logging.getLogger(__name__)
 
@@ -44,47 +40,24 @@ def _unfit() -> Iterator[None]:
         ) from None
 
 
-class IndexedDataset(Dataset[Any]):
-    """A dataset of (image, text) that gives each sample's row number as a third item."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return (*self.inner[index], index)
-
-
 class FairTrainingCallback(Callback):
     """Trains with `FairLoss`: takes hold of the data, the loss and the end of each epoch.
 
-    The training CSV is read once before anything else, so that a wrong column stops the run before
-    the model is built. The dataset yields its row number with every pair; ids and group codes are
-    looked up by it, and given to the loss beside what the model returns.
+    A `PairSource` knows the training pairs, checks them before the model is built, and makes the
+    loader carry their ids and groups, which the loss is given beside what the model returns.
     """
 
     def __init__(self, options: FairOptions) -> None:
         self.options = options
-        self.table: Table | None = None
-        self.ids = torch.empty(0, dtype=torch.int64)
-        self.codes = torch.empty(0, 0, dtype=torch.int64)
-        self.codebook = CodeBook({})
+        self.source: PairSource | None = None
         self.loss: FairLoss | None = None
         self.rates: FlagRates = {}
         self.summary: EpochSummary | None = None
-        self._rows: deque[Tensor] = deque()
-        self._pair_columns = ("", "")  # of the image and the caption
+        self._pairs: deque[PairBatch] = deque()
 
     def on_args_parsed(self, state: TrainState) -> None:
-        """Read the training table and refuse what cannot work."""
+        """Look at the training data and refuse what cannot work."""
         args = state.args
-        if not is_table(args.train_data, args):
-            raise UsageError(
-                "--fair-loss trains on a CSV or TSV file (--train-data FILE.csv), got "
-                f"--train-data {args.train_data!r} --dataset-type {args.dataset_type}"
-            )
         if args.horovod:
             raise UsageError("--fair-loss does not support --horovod")
         for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
@@ -97,70 +70,48 @@ class FairTrainingCallback(Callback):
         # The evaluation of fairness, where there is one, reads the validation table itself.
         if not self.options.fair_eval_label and is_table(args.val_data, args):
             read_pairs(args.val_data, args)
-        table = read_pairs(args.train_data, args)
-        self._pair_columns = (args.csv_img_key, args.csv_caption_key)
+        self.source = pair_source(args, self.options)
         with usage_errors():
-            if self.options.fair_attributes:  # bad pair mining alone goes without
-                codes, self.codebook = encode_attributes(table, self.options.fair_attributes)
-                self.codes = torch.from_numpy(codes)
-            else:
-                self.codes = torch.empty(len(table), 0, dtype=torch.int64)
-            self.ids = torch.from_numpy(pair_ids(table, self.options.fair_id_key))
-            self.table = table
             # Built for its checks of the options alone; the real one wraps the host's loss.
-            self._build(torch.nn.Identity(), args.epochs)
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        if len(table) < args.batch_size * args.accum_freq * processes:
-            raise UsageError(
-                f"{args.train_data} holds {len(table)} pairs, fewer than one step takes "
-                f"(--batch-size {args.batch_size} x --accum-freq {args.accum_freq} x "
-                f"{processes} process{'es' * (processes > 1)})"
-            )
+            two_each = (2,) * len(self.options.fair_attributes)
+            self._build(torch.nn.Identity(), args.epochs, two_each)
 
     def on_data_ready(self, state: TrainState) -> None:
-        """Make the training set give row numbers."""
-        if "train" not in state.data:
-            return
-        loader = state.data["train"].dataloader
-        if self.table is None or len(loader.dataset) != len(self.table):
-            raise UsageError(
-                f"{state.args.train_data}: read {len(self.table or ())} rows, but open_clip reads "
-                f"{len(loader.dataset)}; is it quoted or separated in an unusual way?"
-            )
-        # DataLoader refuses a new dataset after construction, because its samplers know the old
-        # one's length; the wrapper has the same length and the same samples.
-        vars(loader)["dataset"] = IndexedDataset(loader.dataset)
+        """Make the training loader give ids and groups."""
+        if "train" in state.data:
+            self._known_source.attach(state.data["train"].dataloader)
 
     def on_loss_ready(self, state: TrainState) -> None:
         """Wrap the host's loss."""
         with usage_errors():
-            self.loss = self._build(state.loss, state.args.epochs)
+            num_groups = tuple(self._known_source.codebook.num_groups.values())
+            self.loss = self._build(state.loss, state.args.epochs, num_groups)
         state.loss = self.loss
         self.loss.to(state.args.device)
         if state.args.rank == 0:
             log.info("Fair loss: %s", self.loss)
 
     def on_epoch_start(self, state: TrainState) -> None:
-        """Forget rows of a step that the last epoch did not complete; follow the scaler."""
-        self._rows = deque(maxlen=state.args.accum_freq)
+        """Forget pairs of a step that the last epoch did not complete; follow the scaler."""
+        self._pairs = deque(maxlen=state.args.accum_freq)
         # Only now, after a resume that fits: the book is the earlier run's too.
         if state.args.save_logs and state.epoch == state.start_epoch:
-            self.codebook.to_json(Path(state.args.checkpoint_path).parent / "fair_codebook.json")
+            book = Path(state.args.checkpoint_path).parent / "fair_codebook.json"
+            self._known_source.codebook.to_json(book)
         if self.loss is not None:
             self.loss.follow(state.scaler)
 
     def on_batch_start(self, state: TrainState) -> None:
-        """Take the row numbers off the batch; the host gets its pair."""
-        *pair, rows = state.batch
-        self._rows.append(rows)
-        state.batch = tuple(pair)
+        """Take ids and groups off the batch; the host gets its pair."""
+        state.batch, pairs = self._known_source.take(state.batch)
+        self._pairs.append(pairs)
 
     def on_loss_start(self, state: TrainState) -> None:
         """Give the loss the ids and groups of the pairs it sees, in their order."""
-        rows = torch.cat(tuple(self._rows))
+        ids, groups = (torch.cat(parts) for parts in zip(*self._pairs, strict=True))
         device = state.loss_inputs["image_features"].device
-        state.loss_inputs["pair_ids"] = self.ids[rows].to(device, non_blocking=True)
-        state.loss_inputs["groups"] = self.codes[rows].to(device, non_blocking=True)
+        state.loss_inputs["pair_ids"] = ids.to(device, non_blocking=True)
+        state.loss_inputs["groups"] = groups.to(device, non_blocking=True)
         # Under accumulation the loss sees the same pairs once a micro-batch: record them once, and
         # at the end, so that every pass sees the same queue.
         state.loss_inputs["record"] = state.loss_call == state.args.accum_freq - 1
@@ -182,14 +133,17 @@ class FairTrainingCallback(Callback):
 
     def on_epoch_end(self, state: TrainState) -> None:
         """Refresh the flags and write the flagged pairs."""
-        assert self.loss is not None and self.table is not None  # both set before any epoch
+        assert self.loss is not None  # set before any epoch
+        source = self._known_source
         self.summary = self.loss.end_epoch()
         completed = state.epoch + 1
+        # Every process has the same memory, or gives its part to the first, which speaks of it.
         report = self._report(state.args.rank)
-        if state.args.rank != 0:  # what all have, or give to the first; one speaks of it
+        everything = self.options.fair_save_pairs
+        self.rates = source.end_epoch(state.epoch, report, everything=everything)
+        if state.args.rank != 0:
             return
         if report is not None and self.summary is not None:
-            self.rates = flag_rates(report, self.ids, self.codes, self.codebook)
             shown = " ".join(
                 f"{attribute}={label} {rate:.1%}"
                 for attribute, by_label in self.rates.items()
@@ -204,17 +158,9 @@ class FairTrainingCallback(Callback):
             return
         folder = Path(state.args.checkpoint_path)
         if report is not None:
-            columns = self._pair_columns
-            attributes = self.options.fair_attributes
-            write_pairs(
-                folder / f"flagged_epoch_{completed}.csv", report, self.ids, self.table,
-                columns, attributes, flagged_only=True,
-            )  # fmt: skip
-            if self.options.fair_save_pairs:
-                write_pairs(
-                    folder / f"pairs_epoch_{completed}.csv", report, self.ids, self.table,
-                    columns, attributes, flagged_only=False,
-                )  # fmt: skip
+            for name in ("flagged", "pairs") if everything else ("flagged",):
+                path = folder / f"{name}_epoch_{completed}.csv"
+                write_pairs(path, report, source.describe, flagged_only=name == "flagged")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loss's state, the meaning of the group codes, and the flags it depends on.
@@ -225,7 +171,11 @@ class FairTrainingCallback(Callback):
         loss = self.loss.state_dict()
         if self._sharded_miner() is not None:
             loss = {name: value for name, value in loss.items() if not name.startswith(_MINER)}
-        return {"loss": loss, "labels": self.codebook.labels, "settings": self._settings()}
+        return {
+            "loss": loss,
+            "labels": self._known_source.codebook.labels,
+            "settings": self._settings(),
+        }
 
     def part_state_dict(self) -> dict[str, Any]:
         """Return this process's shard of the memory, where it is in shards."""
@@ -246,10 +196,10 @@ class FairTrainingCallback(Callback):
                     f"the saved fair-loss state is of {flag} {saved}, this run of {flag} "
                     f"{settings.get(flag)}"
                 )
-        if state["labels"] != self.codebook.labels:
+        if state["labels"] != self._known_source.codebook.labels:
             raise UsageError(
                 f"the saved fair-loss state has the groups {state['labels']}, this run "
-                f"{self.codebook.labels}"
+                f"{self._known_source.codebook.labels}"
             )
         saved = dict(state["loss"])
         whole = {name: saved[name] for name in saved if name.startswith(_MINER)}
@@ -279,7 +229,14 @@ class FairTrainingCallback(Callback):
         miner = None if self.loss is None else self.loss.miner
         return miner if miner is not None and miner.processes.world_size > 1 else None
 
-    def _build(self, base_loss: torch.nn.Module, epochs: int) -> FairLoss:
+    @property
+    def _known_source(self) -> PairSource:
+        assert self.source is not None  # known before anything else
+        return self.source
+
+    def _build(
+        self, base_loss: torch.nn.Module, epochs: int, num_groups: tuple[int, ...]
+    ) -> FairLoss:
         options = self.options
         miner = {
             "warmup_epochs": options.fair_warmup_epochs,
@@ -297,9 +254,9 @@ class FairTrainingCallback(Callback):
             preset=options.fair_preset or "aligned",
             mining="dbpm" in options.fair_loss,
             fairness="sinkhorn" in options.fair_loss,
-            num_pairs=len(self.ids) if options.fair_id_key is None else None,
+            num_pairs=self._known_source.num_pairs,
             total_epochs=epochs,
-            num_groups=tuple(self.codebook.num_groups.values()) or None,
+            num_groups=num_groups or None,
             miner_options={k: v for k, v in miner.items() if v is not None},
             fairness_options={k: v for k, v in fairness.items() if v is not None},
             fairness_weight=options.fair_weight,
@@ -309,20 +266,12 @@ class FairTrainingCallback(Callback):
     def _settings(self) -> dict[str, str]:
         """Return what a saved state depends on, by the flags that decide it."""
         options = self.options
-        assert self.table is not None  # read before anything else
-        # Row numbers name pairs as long as the rows are the same; ids of their own always do.
-        pairs = "named by their ids"
-        if options.fair_id_key is None:
-            digest = hashlib.sha256()
-            for column in self._pair_columns:
-                digest.update("\n".join(self.table.column(column)).encode())
-            pairs = f"{len(self.table)} rows {digest.hexdigest()[:12]}"
         return {
             "--fair-loss": " ".join(options.fair_loss),
             "--fair-preset": options.fair_preset or "aligned",
             "--fair-queue": str(options.fair_queue or 0),
             "--fair-id-key": options.fair_id_key or "not given",
-            "--train-data": pairs,
+            "--train-data": self._known_source.identity(),
         }
 
     def _report(self, rank: int) -> MinerReport | None:
@@ -348,7 +297,7 @@ class FairTrainingCallback(Callback):
         if last.fairness is not None:
             names = [
                 f"distance/{attribute}={label}"
-                for attribute, labels in self.codebook.labels.items()
+                for attribute, labels in self._known_source.codebook.labels.items()
                 for label in labels
             ]
             scalars |= zip(names, last.fairness.per_group.tolist(), strict=True)

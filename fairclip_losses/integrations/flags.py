@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
-from ..errors import UsageError, one_line
+from ..data.groups import given_labels
+from ..errors import UsageError, one_line, usage_errors
 from ..presets import PRESETS
 from .events import Callback, default_registry
 
@@ -38,6 +39,7 @@ class FairOptions:
     fair_callback: tuple[str, ...]
     fair_save_pairs: bool
     fair_fresh_state: tuple[str, ...] | None  # () = of all
+    fair_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def active(self) -> bool:
@@ -73,8 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--fair-attributes",
         nargs="+",
         default=(),
-        metavar="NAME",
-        help="columns of the training CSV that hold protected attributes",
+        metavar="NAME[=LABEL,...]",
+        help="protected attributes: columns of the training CSV, or keys of the json member of a "
+        "webdataset sample; with labels after = only these are groups",
     )
     add("--fair-weight", type=float, metavar="LAMBDA", help="weight of the fairness term")
     add(
@@ -116,7 +119,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--fair-id-key",
         metavar="NAME",
-        help="column of unique integer pair ids (default: the row number)",
+        help="column of unique integer pair ids, or key of the json member (default: the row "
+        "number, or a hash of the sample's key and shard)",
     )
     add(
         "--fair-eval-label",
@@ -172,7 +176,14 @@ def split_flags(argv: Sequence[str]) -> tuple[FairOptions, list[str]]:
         for name, value in vars(parsed).items()
     }
     values["fair_loss"] = values["fair_loss"] or ()
-    values["fair_attributes"] = tuple(values["fair_attributes"])
+    named = [item.partition("=") for item in values["fair_attributes"]]
+    values["fair_attributes"] = tuple(name for name, _, _ in named)
+    with usage_errors():
+        values["fair_labels"] = {
+            name: given_labels(labels, f"--fair-attributes {name}={labels}")
+            for name, sign, labels in named
+            if sign
+        }
     options = FairOptions(**values)
     _check_values(options)
     _check_combination(options)
@@ -218,11 +229,11 @@ def _check_combination(options: FairOptions) -> None:
         )
     if "sinkhorn" in options.fair_loss and not options.fair_attributes:
         raise UsageError(
-            "--fair-loss sinkhorn needs --fair-attributes NAME... (columns of the training CSV); "
-            "--fair-loss dbpm goes without"
+            "--fair-loss sinkhorn needs --fair-attributes NAME... (columns of the training CSV, or "
+            "keys of the json member); --fair-loss dbpm goes without"
         )
     if len(set(options.fair_attributes)) != len(options.fair_attributes):
-        raise UsageError(f"--fair-attributes names a column twice: {options.fair_attributes}")
+        raise UsageError(f"--fair-attributes names an attribute twice: {options.fair_attributes}")
     if bool(options.fair_eval_label) != bool(options.fair_eval_prompts):
         raise UsageError("--fair-eval-label and --fair-eval-prompts go together")
     if options.fair_eval_label and not options.fair_attributes:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from torch import Tensor
 
-from ..data import CodeBook, Table, read_table, write_table
+from ..data import Table, read_table, write_table
+from ..data.groups import IntArray
 from ..errors import usage_errors
 from ..miners import MinerReport
 
@@ -44,62 +43,46 @@ def read_pairs(path: str, args: Any) -> Table:
     return table
 
 
-def _rows_of(report: MinerReport, ids: Tensor) -> npt.NDArray[np.int64]:
-    """Return the table row of each entry of the report."""
-    order = np.argsort(ids.numpy(), kind="stable")
-    rows: npt.NDArray[np.int64] = order[np.searchsorted(ids.numpy(), report.ids, sorter=order)]
-    return rows
+_COLUMNS = {"id", "file", "caption", "shard", "key", "visits", "mean_loss", "z_score", "kind"}
 
 
-def flag_rates(report: MinerReport, ids: Tensor, codes: Tensor, codebook: CodeBook) -> FlagRates:
-    """Return attribute -> label -> share of the group's pairs seen so far that are flagged.
-
-    Mining can silently down-weight a minority: these are the figures to watch. A group of which
-    nothing was seen has no entry; pairs of unknown group count in none.
-    """
-    flagged = report.kind != "clean"
-    group_codes = codes.numpy()[_rows_of(report, ids)]
-    rates: FlagRates = {}
-    for column, (attribute, labels) in enumerate(codebook.labels.items()):
-        rates[attribute] = {
-            label: float(flagged[group_codes[:, column] == code].mean())
-            for code, label in enumerate(labels)
-            if (group_codes[:, column] == code).any()
-        }
-    return rates
+def attribute_column(attribute: str) -> str:
+    """Return the name of an attribute's column beside those that every report has."""
+    return f"attribute_{attribute}" if attribute in _COLUMNS else attribute
 
 
 def write_pairs(
     path: Path,
     report: MinerReport,
-    ids: Tensor,
-    table: Table,
-    pair_columns: tuple[str, str],
-    attributes: Sequence[str],
+    describe: Callable[[IntArray], Mapping[str, Sequence[object]]],
     *,
     flagged_only: bool,
 ) -> None:
-    """Write id, file, caption, group values, visits, mean loss, z-score and kind of each pair.
+    """Write id, description, visits, mean loss, z-score and kind of each pair.
 
-    The most suspicious pair (highest z-score) comes first.
+    The most suspicious pair (highest z-score) comes first. ``describe`` returns by column name what
+    is known of the pairs of given ids.
     """
     order = np.argsort(-report.z_score, kind="stable")
     if flagged_only:
         order = order[report.kind[order] != "clean"]
-    rows = _rows_of(report, ids)
-    columns = [table.column(name) for name in (*pair_columns, *attributes)]
+    described = describe(report.ids[order])
     write_table(
         path,
-        ("id", "file", "caption", *attributes, "visits", "mean_loss", "z_score", "kind"),
+        ("id", *described, "visits", "mean_loss", "z_score", "kind"),
         (
             (
                 report.ids[k],
-                *(column[rows[k]] for column in columns),
+                *known,
                 report.visits[k],
                 f"{report.history[k]:.6g}",
                 f"{report.z_score[k]:.4f}",
                 report.kind[k],
             )
-            for k in order
+            for k, known in zip(order, _rows(described, len(order)), strict=True)
         ),
     )
+
+
+def _rows(columns: Mapping[str, Sequence[object]], count: int) -> Iterable[tuple[object, ...]]:
+    return zip(*columns.values(), strict=True) if columns else [()] * count

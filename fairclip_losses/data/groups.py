@@ -1,0 +1,163 @@
+"""What a protected attribute's values mean: labels, their codes, and the code book of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from .files import reason, write_text
+
+__all__ = ["MAX_GROUPS", "UNKNOWN", "CodeBook"]
+
+IntArray = npt.NDArray[np.int64]
+
+UNKNOWN = -1
+"""Group code of a value that is not known: it counts in the whole and in no group."""
+
+MAX_GROUPS = 64
+"""A column with more distinct values is an id or a measurement, not a protected attribute."""
+
+_MISSING = frozenset({"", "na", "n/a", "nan", "none", "null", "unknown"})
+# pandas writes an integer column that has gaps as "1.0": still a whole number.
+_WHOLE = re.compile(r"([+-]?[0-9]+)(?:\.0*)?")
+_NUMBER = re.compile(r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class CodeBook:
+    """What the group codes mean: each attribute's labels, a label's position being its code."""
+
+    labels: dict[str, tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        """Refuse labels that would not give every code one meaning."""
+        for name, labels in self.labels.items():
+            if not labels or len(set(labels)) != len(labels):
+                raise ValueError(
+                    f"attribute {name!r}: expected at least one label and each label once, "
+                    f"got {list(labels)}"
+                )
+
+    @property
+    def num_groups(self) -> dict[str, int]:
+        """The number of groups of each attribute."""
+        return {name: len(labels) for name, labels in self.labels.items()}
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the code book as a JSON object, attribute name to list of labels."""
+        text = json.dumps({name: list(labels) for name, labels in self.labels.items()}, indent=2)
+        write_text(path, text + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> CodeBook:
+        """Read what `to_json` wrote; ValueError where the file is something else."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: cannot read the code book: {reason(error)}") from error
+        if not isinstance(content, dict) or not all(
+            isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+            for labels in content.values()
+        ):
+            raise ValueError(
+                f"{path}: expected a JSON object of attribute names, each with a list of labels"
+            )
+        try:
+            return cls({name: tuple(labels) for name, labels in content.items()})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def attribute_labels(cells: Iterable[str], where: str) -> tuple[str, ...]:
+    """Return the labels of an attribute column, refusing what cannot be a set of groups."""
+    labels = distinct_labels([cell for cell in cells if not is_missing(cell)], where)
+    if len(labels) > MAX_GROUPS:
+        raise ValueError(
+            f"{where}: expected at most {MAX_GROUPS} groups, got {len(labels)} distinct values: "
+            f"an id, or a measurement to be binned first ({shortened(labels)})"
+        )
+    return labels
+
+
+def distinct_labels(values: Iterable[str], where: str) -> tuple[str, ...]:
+    """Return the distinct values in order: numerical if all are whole numbers, else by string."""
+    distinct = set(values)
+    if all(_WHOLE.fullmatch(value) for value in distinct):
+        return tuple(map(str, sorted({int(_canonical(value)) for value in distinct})))
+    if all(_NUMBER.fullmatch(value) for value in distinct):
+        example = min(value for value in distinct if not _WHOLE.fullmatch(value))
+        raise ValueError(
+            f"{where}: expected whole numbers or names, got the number {example}; bin it first"
+        )
+    return tuple(sorted(distinct))
+
+
+def given_labels(text: str, where: str) -> tuple[str, ...]:
+    """Return the labels that a user lists with commas between, their order being their codes.
+
+    Raises:
+        ValueError: no label, one twice, a mark of the unknown among them, or too many.
+    """
+    labels = tuple(_canonical(label.strip()) for label in text.split(","))
+    missing = [label for label in labels if is_missing(label)]
+    if missing:
+        raise ValueError(
+            f"{where}: expected labels separated by commas, got {missing[0]!r}, which stands for "
+            "an unknown value"
+        )
+    if len(set(labels)) != len(labels) or len(labels) > MAX_GROUPS:
+        raise ValueError(
+            f"{where}: expected each label once and at most {MAX_GROUPS}, got {len(labels)} labels"
+        )
+    return labels
+
+
+def label_code(value: str, code: Mapping[str, int]) -> int | None:
+    """Return the code of a value by its label, `UNKNOWN` where it is missing, None for no label."""
+    known = code.get(value)
+    if known is None:
+        known = code.get(_canonical(value))
+    return UNKNOWN if known is None and is_missing(value) else known
+
+
+def group_codes(cells: Sequence[str], labels: Sequence[str], where: str) -> IntArray:
+    """Return the position of each cell's value among the labels, `UNKNOWN` where it is missing."""
+    code = {label: position for position, label in enumerate(labels)}
+    codes = np.full(len(cells), UNKNOWN, dtype=np.int64)
+    strange: Counter[str] = Counter()
+    for row, cell in enumerate(cells):
+        known = label_code(cell, code)
+        if known is None:
+            strange[cell] += 1
+        else:
+            codes[row] = known
+    if strange:
+        value, count = strange.most_common(1)[0]
+        raise ValueError(
+            f"{where}: expected one of {shortened(labels)}, got {value!r} in {count} "
+            f"row{'s' if count > 1 else ''}"
+        )
+    return codes
+
+
+def _canonical(value: str) -> str:
+    """Write a whole number in one way ("+1", "01" and "1.0" are "1"); leave the rest alone."""
+    match = _WHOLE.fullmatch(value)
+    return str(int(match[1])) if match else value
+
+
+def is_missing(value: str) -> bool:
+    return value.lower() in _MISSING or _canonical(value) == str(UNKNOWN)
+
+
+def shortened(labels: Sequence[str]) -> str:
+    """Return the first labels for a message."""
+    return ", ".join(map(repr, labels[:8])) + (", ..." if len(labels) > 8 else "")

@@ -1,0 +1,413 @@
+"""Sources of pairs: rows through loaders, ids and codes of samples, shards at rest."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from host_runs import BATCH, arguments, one_line, rows_of
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_clip import write_model, write_pairs
+from tiny_shards import attributes_of, hashed, read_shards, write_shards
+from torch.utils.data import DataLoader, TensorDataset
+
+from fairclip_losses import train
+from fairclip_losses.data import CodeBook
+from fairclip_losses.errors import UsageError
+from fairclip_losses.integrations.events import Callback, default_registry, register
+from fairclip_losses.integrations.flags import split_flags
+from fairclip_losses.integrations.pair_sources import exchange, pair_source
+from fairclip_losses.integrations.pair_sources.base import count_flagged, flag_rates
+from fairclip_losses.integrations.pair_sources.seen_pairs import PairPlaces, SeenPairs
+from fairclip_losses.integrations.pair_sources.shard_files import ShardReader, shard_names
+from fairclip_losses.integrations.pair_sources.shard_host import insert_stage
+from fairclip_losses.integrations.pair_sources.shard_samples import (
+    FIELDS,
+    PairStage,
+    groups_of,
+    hashed_id,
+    own_id,
+)
+
+pytest.importorskip("open_clip_train.main")
+
+# The host's own warnings (no accelerator to pin memory for, and such) are not ours to fix.
+pytestmark = pytest.mark.filterwarnings("default", "ignore::ResourceWarning")
+
+
+def host_arguments(**changes):
+    """The host's arguments, as far as sources read them."""
+    values = {
+        "dataset_type": "auto",
+        "train_data": None,
+        "train_num_samples": None,
+        "train_data_upsampling_factors": None,
+        "dataset_resampled": False,
+        "csv_separator": "\t",
+        "csv_img_key": "filepath",
+        "csv_caption_key": "title",
+        "batch_size": 4,
+        "accum_freq": 1,
+        "workers": 0,
+    }
+    return SimpleNamespace(**{**values, **changes})
+
+
+def options(*argv):
+    return split_flags(["--fair-loss", *argv])[0]
+
+
+# ------------------------------ rows
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_rows_come_through_several_workers_in_every_epoch(tmp_path, persistent):
+    table = write_pairs(tmp_path, 22, "train")
+    args = host_arguments(train_data=str(table))
+    flags = ("--fair-attributes", "sex", "site", "--fair-id-key", "pair")
+    source = pair_source(args, options(*flags))
+    content = torch.arange(22)
+    loader = DataLoader(
+        TensorDataset(content, content), batch_size=4, shuffle=True, num_workers=2,
+        persistent_workers=persistent, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    source.attach(loader)
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    orders = []
+    for _ in range(3):
+        seen = []
+        for batch in loader:
+            (images, _), pairs = source.take(batch)
+            for row, pair_id, codes in zip(
+                images.tolist(), pairs.ids.tolist(), pairs.groups.tolist(), strict=True
+            ):
+                assert pair_id == int(rows[row]["pair"])
+                sex = ["f", "m"].index(rows[row]["sex"]) if rows[row]["sex"] else -1
+                assert codes == [sex, int(rows[row]["site"])]
+                seen.append(row)
+        assert sorted(seen) == list(range(22))  # the last batch is a partial one
+        orders.append(seen)
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_labels_given_for_a_table_are_its_groups(tmp_path):
+    args = host_arguments(train_data=str(write_pairs(tmp_path, 22, "train")))
+    source = pair_source(args, options("--fair-attributes", "sex=m,f,x", "site"))
+    assert source.codebook.labels == {"sex": ("m", "f", "x"), "site": ("0", "1")}
+    with pytest.raises(UsageError, match=r"'sex': expected one of 'm', 'x', got 'f' in \d+ rows"):
+        pair_source(args, options("--fair-attributes", "sex=m,x"))
+
+
+def test_a_table_that_shrank_is_refused(tmp_path):
+    args = host_arguments(train_data=str(write_pairs(tmp_path, 22, "train")))
+    source = pair_source(args, options("--fair-attributes", "sex"))
+    rows = torch.arange(21)
+    with pytest.raises(UsageError, match="read 22 rows, but open_clip reads 21"):
+        source.attach(DataLoader(TensorDataset(rows, rows), batch_size=4))
+
+
+class Recorder(Callback):
+    def __init__(self):
+        self.ids, self.groups = [], []
+
+    def on_loss_end(self, state):
+        self.ids.append(state.loss_inputs["pair_ids"].tolist())
+        self.groups.append(state.loss_inputs["groups"].tolist())
+
+
+@pytest.fixture
+def record():
+    callback = register(Recorder())
+    yield callback
+    default_registry.unregister(callback)
+
+
+def synthetic(tmp_path, *more):
+    data = {"model": write_model(tmp_path / "tiny"), "train": "unused"}
+    argv = arguments(data, tmp_path, "run", "--dataset-type", "synthetic", *more, epochs=2)
+    at = argv.index("--train-data")
+    return argv[:at] + argv[at + 2 :]
+
+
+def test_synthetic_pairs_are_named_by_row_and_take_labels_in_turn(tmp_path, record):
+    flags = ("--fair-loss", "--fair-attributes", "kind=a,b,c", "--fair-save-pairs")
+    assert train.main(synthetic(tmp_path, "--train-num-samples", "20", *flags)) == 0
+    assert len(record.ids) == 2 * (20 // BATCH)
+    for ids, groups in zip(record.ids, record.groups, strict=True):
+        assert [[pair % 3] for pair in ids] == groups
+    rows = rows_of(tmp_path / "run" / "checkpoints" / "pairs_epoch_2.csv")
+    assert {int(row["id"]) for row in rows} == {pair for ids in record.ids for pair in ids}
+    assert all(row["attribute_kind"] == "abc"[int(row["id"]) % 3] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--fair-loss", "--fair-attributes", "race"), "synthetic pairs have no attributes"),
+        (("--fair-loss", "dbpm", "--fair-id-key", "id"), "synthetic pairs have no keys"),
+        (("--fair-loss", "dbpm", "--batch-size", "21"), "20 pairs, fewer than one step takes"),
+        (("--fair-loss", "dbpm", "--train-num-samples", "0"), "needs --train-num-samples"),
+    ],
+)
+def test_what_synthetic_pairs_do_not_have_is_refused(tmp_path, capsys, flags, message):
+    assert train.main(synthetic(tmp_path, "--train-num-samples", "20", *flags)) == 2
+    assert message in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------ samples
+
+
+def test_the_hash_is_fixed_for_good():
+    """A saved memory names its pairs by it: these numbers may never change."""
+    assert hashed_id("00000.tar", "000000001") == 6785523985337647980
+    assert hashed_id("uid") == 415365056572302820
+    assert hashed_id("", "\udcff") == hashed("", "\\udcff")
+
+
+@given(st.text(), st.text())
+def test_the_hash_is_of_shard_and_key(shard, key):
+    plain = [text.encode("utf-8", "backslashreplace").decode() for text in (shard, key)]
+    assert hashed_id(shard, key) == hashed(*plain)
+    assert -(2**63) <= hashed_id(shard, key) < 2**63
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (7, 7), (-(2**63), -(2**63)), ("7", 7), (" -7 ", -7), ("000012", 12),
+        (2**63, None), (True, None), (1.0, None), (None, None), ("", None), ([1], None),
+        ("9" * 32, hashed("9" * 32)), ("9" * 5000, hashed("9" * 5000)),
+        (str(2**63), hashed(str(2**63))), ("a7f3", hashed("a7f3")),
+    ],
+)  # fmt: skip
+def test_ids_in_the_json_member(value, expected):
+    assert own_id(value) == expected
+
+
+def test_names_of_shards_are_the_shortest_that_tell_them_apart():
+    assert shard_names(["/data/a/0.tar", "/data/a/1.tar", "/data/a/0.tar"]) == {
+        "/data/a/0.tar": "0.tar",
+        "/data/a/1.tar": "1.tar",
+    }
+    assert shard_names(["/data/a/0.tar", "https://host/b/0.tar?signature=1"]) == {
+        "/data/a/0.tar": "a/0.tar",
+        "https://host/b/0.tar?signature=1": "b/0.tar",
+    }
+    same = ["s3://a/0.tar?v=1", "s3://a/0.tar?v=2"]
+    assert shard_names(same) == {url: url for url in same}
+
+
+def test_names_stay_where_a_data_set_is_moved_as_a_whole():
+    shards = ["cc/0.tar", "cc/1.tar", "laion/0.tar"]
+    names = [
+        tuple(shard_names(f"{root}/{shard}" for shard in shards).values())
+        for root in ("/mnt/a", "s3://bucket/deep/er", "/scratch")
+    ]
+    assert set(names) == {tuple(shards)}
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        ("Asian", 0), (" Black ", 1), (2, 2), ("2", 2), (2.0, 2), ("02", 2), (True, 3),
+        (None, -1), ("", -1), ("unknown", -1), (-1, -1), (float("nan"), -1),
+        ("Other", -4), ([1], -4), ({"a": 1}, -4), (0.5, -4),
+    ],
+)  # fmt: skip
+def test_codes_of_json_values(value, code):
+    book = CodeBook({"race": ("Asian", "Black", "2", "True")})
+    stage = PairStage({"u": (5, "0.tar")}, ["race"], book, None)
+    sample = {"__key__": "k", "__url__": "u", "json": {"race": value}, "txt": "caption"}
+    (passed,) = stage([dict(sample)])
+    assert passed[FIELDS[0]].tolist() == [hashed("0.tar", "k"), 5, 0, code]
+    assert passed[FIELDS[1]] == "k" and passed["txt"] == "caption"
+    assert groups_of(passed[FIELDS[0]][None]).tolist() == [[max(code, -1)]]
+
+
+def test_a_loader_of_another_build_is_refused():
+    stage = PairStage({}, [], CodeBook({}), None)
+    for loader in (DataLoader([1]), SimpleNamespace(pipeline=[SimpleNamespace(dataset=None)])):
+        with pytest.raises(UsageError, match="has no stage to_tuple"):
+            insert_stage(loader, stage)
+
+
+# ------------------------------ shards at rest
+
+
+def test_a_reading_finds_what_is_in_the_shards(tmp_path):
+    write_shards(tmp_path, (5, 9, 7), member=lambda n: None if n == 3 else attributes_of(n))
+    pairs = read_shards(tmp_path)
+    with tarfile.open(tmp_path / "00001.tar", "a") as tar:  # the host passes over such members
+        for extension in ("txt", "png", "json"):
+            info = tarfile.TarInfo(f"__meta__/0.{extension}")
+            info.size = 2
+            tar.addfile(info, io.BytesIO(b"{}"))
+    urls = [str(path) for path in sorted(tmp_path.glob("*.tar"))]
+    names = shard_names(urls)
+    for workers in (0, 2):
+        found = ShardReader(urls, names, ["race", "gender"], None, limit=20).read(workers)
+        assert (found.shards, found.pairs, found.with_json) == (3, 21, 20)
+        assert found.values == {"race": {"Asian", "Black", "White"}, "gender": {"0", "1"}}
+        assert found.keys == {"race": 20, "gender": 20, "uid": 20}
+        assert found.ids.tolist() == [pairs[number]["id"] for number in range(21)]
+        assert not found.unreadable and not len(found.twice())
+
+
+def test_a_reading_draws_no_number_from_the_training(tmp_path):
+    write_shards(tmp_path, (3, 3))
+    urls = [str(path) for path in sorted(tmp_path.glob("*.tar"))]
+    state = torch.get_rng_state()
+    ShardReader(urls, shard_names(urls), ["race"], None).read(0)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def attached(source, monkeypatch):
+    """Let a source of shards learn its labels, without a loader of the host's."""
+    monkeypatch.setattr(
+        "fairclip_losses.integrations.pair_sources.shards.insert_stage", lambda loader, stage: None
+    )
+    source.attach(SimpleNamespace(num_batches=9))
+    return source
+
+
+def test_shards_that_break_off_and_keys_that_come_twice_are_told(tmp_path, monkeypatch, caplog):
+    write_shards(tmp_path, (3,) * 6)
+    for shard, whole in (("00000", 0), ("00001", 4000)):
+        broken = tmp_path / f"{shard}.tar"
+        broken.write_bytes(b"no tar" if not whole else broken.read_bytes()[:whole])
+    with tarfile.open(tmp_path / "00003.tar") as tar:
+        first = [(member, tar.extractfile(member).read()) for member in tar.getmembers()[:3]]
+    with tarfile.open(tmp_path / "00003.tar", "a") as tar:
+        for member, content in first:
+            tar.addfile(member, io.BytesIO(content))
+    args = host_arguments(train_data=f"{tmp_path}/{{00000..00005}}.tar", train_num_samples=18)
+    source = pair_source(args, options("--fair-attributes", "race"))
+    with caplog.at_level("INFO"):
+        attached(source, monkeypatch)
+    assert "2 shards cannot be read to their end, the first:" in caplog.text
+    assert "00000.tar: " in caplog.text
+    assert "1 ids are of two pairs or more" in caplog.text
+    assert source.codebook.labels == {"race": ("Asian", "Black", "White")}
+
+
+def test_ids_that_collide_over_shards_are_refused(tmp_path, monkeypatch):
+    """The first look does not reach them; the reading of all shards does."""
+    rare = {400: 1}
+    write_shards(tmp_path, (401, 3), member=lambda n: {"race": "a", "id": rare.get(n, n)})
+    args = host_arguments(train_data=f"{tmp_path}/{{00000..00001}}.tar", train_num_samples=404)
+    source = pair_source(args, options("--fair-attributes", "race", "--fair-id-key", "id"))
+    with pytest.raises(UsageError, match=r"got 1 of them more than once \(1\)"):
+        attached(source, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_num_samples": None}, "give --train-num-samples"),
+        ({"train_num_samples": 0}, "must be 1 or more, got 0"),
+        ({"train_data": "{tmp}/{{0..}}.tar"}, "no shard file"),
+        ({"workers": 3}, "--workers 3 x 1 process need as many shards, got 2"),
+    ],
+)
+def test_what_the_host_would_refuse_late(tmp_path, changes, message):
+    write_shards(tmp_path, (3, 3))
+    values = {"train_data": "{tmp}/{{00000..00001}}.tar", "train_num_samples": 6, **changes}
+    values["train_data"] = values["train_data"].format(tmp=tmp_path)
+    with pytest.raises(UsageError, match=message):
+        pair_source(host_arguments(**values), options("dbpm"))
+
+
+def test_every_worker_needs_a_shard_unless_they_are_resampled(tmp_path, monkeypatch):
+    values = {"train_data": write_shards(tmp_path, (3, 3)), "train_num_samples": 6}
+    assert pair_source(host_arguments(**values, workers=2), options("dbpm"))
+    resampled = host_arguments(**values, workers=3, dataset_resampled=True)
+    assert pair_source(resampled, options("dbpm"))
+    monkeypatch.setenv("WORLD_SIZE", "3")  # a process without workers reads for itself
+    with pytest.raises(UsageError, match="--workers 0 x 3 processes need as many shards, got 2"):
+        pair_source(host_arguments(**values), options("dbpm"))
+
+
+def test_more_values_than_groups_may_be_are_found_at_first_sight(tmp_path):
+    shards = write_shards(tmp_path, (40, 40), member=lambda n: {"race": f"r{n}"})
+    args = host_arguments(train_data=shards, train_num_samples=80)
+    with pytest.raises(UsageError, match="'race' of the json member: expected at most 64 groups"):
+        pair_source(args, options("--fair-attributes", "race"))
+
+
+def test_sizes_that_cannot_be_read(tmp_path):
+    shards = write_shards(tmp_path, (3, 3))
+    (tmp_path / "sizes.json").write_text(json.dumps({"00000.tar": 3}))
+    with pytest.raises(UsageError, match="cannot read the sizes beside its shards"):
+        pair_source(host_arguments(train_data=shards), options("dbpm"))
+
+
+# ------------------------------ what is remembered of an epoch
+
+
+def test_places_equal_a_dictionary():
+    rng = np.random.default_rng(0)
+    seen = SeenPairs(attributes=2)
+    expected = {}
+    for _ in range(7):
+        batch = rng.integers(0, 40, 6)
+        rows = np.stack([batch * 3, batch % 5, batch * 0, batch % 4 - 4, batch % 3], axis=1)
+        keys = [f"key {pair} ü" for pair in batch]
+        seen.add(torch.from_numpy(rows), keys)
+        rows[:] = 99  # the loader's memory is its own
+        for pair, key in zip(batch.tolist(), keys, strict=True):
+            expected[pair * 3] = (pair % 5, key, [-1, pair % 3])
+    everything = seen.places(None)
+    assert everything.ids.tolist() == sorted(expected)
+    wanted = np.array([*sorted(expected)[::3], 1, 1000])
+    for places in (everything, seen.places(wanted), PairPlaces.merged([seen.places(wanted)] * 2)):
+        for k, pair in enumerate(places.ids.tolist()):
+            found = (int(places.shards[k]), places.keys[k], places.codes[k].tolist())
+            assert found == expected[pair]
+    some = seen.places(wanted)
+    assert some.ids.tolist() == sorted(expected)[::3]
+    assert some.rows_of(wanted).tolist() == [*range(len(some.ids)), -1, -1]
+    seen.clear()
+    assert not len(seen.places(None).ids)
+    assert seen.places(None).rows_of(wanted).tolist() == [-1] * len(wanted)
+
+
+def test_flag_rates_equal_a_double_loop():
+    rng = np.random.default_rng(1)
+    flagged, codes = rng.random(50) < 0.3, rng.integers(-1, 3, (50, 2))
+    codes[:, 1] = np.minimum(codes[:, 1], 1)  # the last group of the second is never seen
+    book = CodeBook({"a": ("x", "y", "z"), "b": ("u", "v", "w")})
+    expected = {}
+    for column, (name, labels) in enumerate(book.labels.items()):
+        expected[name] = {}
+        for code, label in enumerate(labels):
+            of_group = [bool(flagged[k]) for k in range(50) if codes[k, column] == code]
+            if of_group:
+                expected[name][label] = sum(of_group) / len(of_group)
+    assert set(expected["b"]) == {"u", "v"}
+    assert flag_rates(count_flagged(flagged, codes, book), book) == expected
+
+
+def test_one_process_exchanges_with_itself():
+    assert exchange.place() == (0, 1)
+    assert exchange.of_all_processes("x") == ["x"]
+    assert exchange.of_first_process("x") == "x"
+
+
+def test_the_package_needs_no_webdataset_to_be_imported():
+    code = (
+        "import sys; sys.modules['webdataset'] = None; import fairclip_losses.train;"
+        "import fairclip_losses.integrations.pair_sources.shards;"
+        "import fairclip_losses.integrations.open_clip"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

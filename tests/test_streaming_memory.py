@@ -1,0 +1,43 @@
+"""Many distinct streamed ids: what the miner's memory takes, and how it grows."""
+
+from __future__ import annotations
+
+import torch
+
+from fairclip_losses import BadPairMiner
+
+PAIRS, BATCH = 10_000_000, 1_250_000
+
+
+def test_ten_million_distinct_ids_take_less_than_24_bytes_each():
+    miner = BadPairMiner()
+    generator = torch.Generator().manual_seed(0)
+    # An odd multiple of a counter is a permutation of the 64-bit integers: distinct, in no order.
+    ids = torch.arange(1, PAIRS + 1) * 0x1E3779B97F4A7C15
+    for part in ids.split(BATCH):
+        miner(torch.rand(len(part), generator=generator), part)
+    miner.state_dict()  # joins the log to the table
+    assert len(miner.table_ids) == PAIRS
+    assert bool((miner.table_ids[1:] > miner.table_ids[:-1]).all())
+    assert sum(buffer.nbytes for buffer in miner.buffers()) < 24 * PAIRS
+    assert int(miner.visits.sum()) == PAIRS
+
+
+def test_the_table_grows_seldom_and_whole(monkeypatch):
+    """Growing costs a few tensor operations, as often as the logarithm of the pairs."""
+    grown = []
+    join = BadPairMiner._consolidate
+
+    def watched(miner):
+        before = len(miner.table_ids)
+        join(miner)
+        if len(miner.table_ids) > before:
+            grown.append(len(miner.table_ids) - before)
+
+    monkeypatch.setattr(BadPairMiner, "_consolidate", watched)
+    miner = BadPairMiner()
+    for part in torch.arange(2_000_000).split(4096):
+        miner(torch.ones(len(part)), part)
+    miner.end_epoch()
+    assert sum(grown) == 2_000_000
+    assert len(grown) < 40

@@ -1,0 +1,552 @@
+"""Fair training on webdataset shards, end to end on open_clip's real training program."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from host_runs import (
+    BATCH,
+    EPOCHS,
+    SeedEpochs,
+    StopBefore,
+    arguments,
+    assert_same_state,
+    assert_same_weights,
+    one_line,
+    rows_of,
+)
+from tiny_clip import HAS_LOCAL_DIR, write_model
+from tiny_shards import RACES, attributes_of, hashed, number_in, read_shards, write_shards
+
+from fairclip_losses import train
+from fairclip_losses.evaluate import load_weights
+from fairclip_losses.integrations import events
+from fairclip_losses.integrations.events import Callback
+
+host = pytest.importorskip("open_clip_train.main")
+host_data = pytest.importorskip("open_clip_train.data")
+
+# The host's own warnings (no accelerator to pin memory for, and such) are not ours to fix.
+pytestmark = pytest.mark.filterwarnings("default", "ignore::ResourceWarning")
+
+SIZES = (17, 16, 15)  # no multiples of the batch: each pass over a worker's shards leaves some out
+PAIRS = sum(SIZES)
+FAIR = ("--fair-loss", "--fair-attributes", "race", "gender")
+GIVEN = ("--fair-loss", "--fair-attributes", "race=White,Black,Asian", "gender=0,1")
+BOOK = {"race": list(RACES), "gender": ["0", "1"]}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    return {
+        "model": write_model(folder / "tiny"),
+        "train": write_shards(folder / "whole", SIZES),
+        "folder": folder / "whole",
+    }
+
+
+def streamed(data, logs, name, *more, epochs=EPOCHS):
+    samples = ("--train-num-samples", str(PAIRS))
+    return arguments(data, logs, name, *samples, *more, epochs=epochs)
+
+
+class Recorder(Callback):
+    """What the loss is given with each image, and the losses by epoch and id: (B,) lists."""
+
+    def __init__(self):
+        self.given, self.visits = [], []
+
+    def on_epoch_start(self, state):
+        self.visits.append(collections.defaultdict(list))
+
+    def on_loss_end(self, state):
+        if state.loss_call:
+            return
+        inputs = state.loss_inputs
+        ids = inputs["pair_ids"].tolist()
+        if state.args.accum_freq == 1:
+            numbers = [number_in(image, state.preprocess[0]) for image in state.batch[0]]
+            self.given += zip(numbers, ids, inputs["groups"].tolist(), strict=True)
+        for pair, loss in zip(ids, state.loss.last.pair_losses.tolist(), strict=True):
+            self.visits[-1][pair].append(loss)
+
+    def on_run_end(self, state):
+        state.data = None  # ends the workers at once; left to the collector each takes 5 s
+
+    def all_visits(self):
+        together = collections.defaultdict(list)
+        for visits in self.visits:
+            for pair, losses in visits.items():
+                together[pair] += losses
+        return together
+
+
+@pytest.fixture
+def record():
+    callback = events.register(Recorder())
+    yield callback
+    events.default_registry.unregister(callback)
+
+
+def warnings_of(run):
+    lines = (run / "out.log").read_text().splitlines()
+    return [line for line in lines if "WARNING | Fair loss" in line]
+
+
+def code_of(value, labels):
+    known = str(value) in labels
+    return labels.index(str(value)) if known else -1
+
+
+def assert_given_as_in_the_shards(given, folder, book=BOOK, id_of=lambda pair: pair["id"]):
+    pairs = read_shards(folder)
+    assert given
+    for number, pair_id, groups in given:
+        pair = pairs[number]
+        member = pair["json"] or {}
+        assert pair_id == id_of(pair)
+        assert groups == [code_of(member.get(name), labels) for name, labels in book.items()]
+
+
+@pytest.fixture(scope="module")
+def fair_run(data, tmp_path_factory):
+    """One run with two workers, labels read from the shards, which several tests look at."""
+    logs = tmp_path_factory.mktemp("fair")
+    callback = events.register(Recorder())
+    flags = ("--fair-faulty-sigma", "1", "--fair-noisy-sigma", "1", "--fair-save-pairs")
+    try:
+        status = train.main(
+            streamed(data, logs, "run", *FAIR, *flags, "--workers", "2", "--fair-queue", "4")
+        )
+    finally:
+        events.default_registry.unregister(callback)
+    assert status == 0
+    return logs / "run", callback
+
+
+def test_the_loss_is_given_the_ids_and_groups_of_the_pairs_it_sees(fair_run, data):
+    _, record = fair_run
+    assert len(record.given) == EPOCHS * PAIRS
+    assert_given_as_in_the_shards(record.given, data["folder"])
+
+
+def test_a_pair_is_seen_as_often_as_the_host_streams_it(fair_run):
+    _, record = fair_run
+    times = {len(losses) for visits in record.visits for losses in visits.values()}
+    # A worker with one shard of 15 to 17 pairs goes round it again for its third batch; the one
+    # with two shards comes to its third batch before it has seen all of them.
+    assert {1, 2} <= times
+    assert all(len(visits) < PAIRS for visits in record.visits)
+
+
+def test_the_miner_remembers_each_pair_by_its_id(fair_run):
+    folder, record = fair_run
+    rows = rows_of(folder / "checkpoints" / f"pairs_epoch_{EPOCHS}.csv")
+    visits = record.all_visits()
+    assert {int(row["id"]) for row in rows} == set(visits)
+    for row in rows:
+        losses = visits[int(row["id"])]
+        assert int(row["visits"]) == len(losses)
+        assert float(row["mean_loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_reports_say_where_a_pair_is_and_its_groups(fair_run, data):
+    folder, record = fair_run
+    pairs = {pair["id"]: pair for pair in read_shards(data["folder"]).values()}
+    for epoch in range(EPOCHS):
+        everything = rows_of(folder / "checkpoints" / f"pairs_epoch_{epoch + 1}.csv")
+        flagged = rows_of(folder / "checkpoints" / f"flagged_epoch_{epoch + 1}.csv")
+        assert flagged and flagged == [row for row in everything if row["kind"] != "clean"]
+        for row in everything:
+            pair = pairs[int(row["id"])]
+            member = pair["json"]
+            race = member["race"] or ""
+            gender = "" if member["gender"] == -1 else str(member["gender"])
+            told = (row["shard"], row["key"], row["race"], row["gender"])
+            if int(row["id"]) in record.visits[epoch]:
+                assert told == (pair["shard"], pair["key"], race, gender)
+            else:
+                assert told == ("", "", "", "")
+
+
+def test_flag_rates_are_of_the_pairs_of_the_epoch(fair_run):
+    folder, _ = fair_run
+    text = (folder / "out.log").read_text()
+    lines = [line for line in text.splitlines() if "flag rate" in line]
+    assert len(lines) == EPOCHS
+    for epoch, line in enumerate(lines):
+        rows = rows_of(folder / "checkpoints" / f"pairs_epoch_{epoch + 1}.csv")
+        for label in RACES:
+            of_label = [row["kind"] != "clean" for row in rows if row["race"] == label]
+            assert f"race={label} {np.mean(of_label):.1%}" in line
+
+
+def test_the_code_book_is_of_all_shards(fair_run):
+    folder, _ = fair_run
+    assert json.loads((folder / "fair_codebook.json").read_text()) == BOOK
+    assert f"read the groups of {PAIRS} pairs in 3 shards" in (folder / "out.log").read_text()
+
+
+def test_nothing_is_said_of_pairs_that_lack_nothing(fair_run):
+    folder, _ = fair_run
+    assert not warnings_of(folder)
+
+
+def test_labels_given_are_the_code_book_and_nothing_is_read(data, tmp_path, record):
+    flags = (*GIVEN, "--fair-id-key", "uid")
+    assert train.main(streamed(data, tmp_path, "run", *flags, epochs=1)) == 0
+    book = {"race": ["White", "Black", "Asian"], "gender": ["0", "1"]}
+    assert json.loads((tmp_path / "run" / "fair_codebook.json").read_text()) == book
+    assert "read the groups" not in (tmp_path / "run" / "out.log").read_text()
+
+    def id_of(pair):
+        uid = pair["json"]["uid"]
+        return uid if isinstance(uid, int) else hashed(uid)
+
+    assert_given_as_in_the_shards(record.given, data["folder"], book, id_of)
+
+
+def test_resampled_shards(data, tmp_path, record):
+    flags = (*FAIR, "--dataset-resampled", "--workers", "1", "--fair-save-pairs")
+    assert train.main(streamed(data, tmp_path, "run", *flags)) == 0
+    assert_given_as_in_the_shards(record.given, data["folder"])
+    rows = rows_of(tmp_path / "run" / "checkpoints" / f"pairs_epoch_{EPOCHS}.csv")
+    assert {int(row["id"]): int(row["visits"]) for row in rows} == {
+        pair: len(losses) for pair, losses in record.all_visits().items()
+    }
+
+
+def test_data_sets_whose_shards_and_keys_are_named_alike(data, tmp_path, record):
+    urls = [write_shards(tmp_path / name, (BATCH, BATCH)) for name in ("cc", "laion")]
+    both = {**data, "train": "::".join(urls)}
+    flags = ("--dataset-resampled", "--train-data-upsampling-factors", "1::2")
+    assert train.main(streamed(both, tmp_path, "run", *FAIR, *flags)) == 0
+    names = {}
+    for folder in ("cc", "laion"):
+        for number, pair in read_shards(tmp_path / folder).items():
+            names[hashed(f"{folder}/{pair['shard']}", pair["key"])] = number
+    assert len(names) == 4 * BATCH
+    assert all(names[pair_id] == number for number, pair_id, _ in record.given)
+    assert len({pair_id for _, pair_id, _ in record.given}) > 2 * BATCH
+
+
+def test_a_pair_that_is_in_a_batch_several_times_is_visited_as_often(data, tmp_path, record):
+    few = {**data, "train": write_shards(tmp_path / "few", (3,))}
+    flags = ("--fair-loss", "dbpm", "--dataset-resampled", "--fair-save-pairs")
+    assert train.main(streamed(few, tmp_path, "run", *flags, epochs=1)) == 0
+    rows = rows_of(tmp_path / "run" / "checkpoints" / "pairs_epoch_1.csv")
+    assert sum(int(row["visits"]) for row in rows) == PAIRS and len(rows) == 3
+    for row in rows:
+        losses = record.visits[0][int(row["id"])]
+        assert int(row["visits"]) == len(losses)
+        assert float(row["mean_loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_accumulation_records_each_pair_once_a_step(data, tmp_path, record):
+    flags = (*FAIR, "--accum-freq", "2", "--fair-save-pairs")
+    assert train.main(streamed(data, tmp_path, "run", *flags)) == 0
+    rows = rows_of(tmp_path / "run" / "checkpoints" / f"pairs_epoch_{EPOCHS}.csv")
+    visits = record.all_visits()
+    assert sum(map(len, visits.values())) == EPOCHS * (PAIRS // BATCH) // 2 * 2 * BATCH
+    for row in rows:
+        losses = visits[int(row["id"])]
+        assert int(row["visits"]) == len(losses)
+        assert float(row["mean_loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+# ------------------------------ what samples lack
+
+
+def lacking(number):
+    member = attributes_of(number)
+    if number % 6 == 1:
+        return None
+    if number % 6 == 2:
+        del member["race"]
+    if number % 6 == 3:
+        member["gender"] = [1]
+    if number % 6 == 5:
+        del member["uid"]
+    return member
+
+
+def expected_lacks(given):
+    """Counts of the visits that lack json, race, gender and id, by a plain loop."""
+    numbers = [number % 6 for number, _, _ in given]
+    return [numbers.count(rest) for rest in (1, 2, 3, 5)]
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_what_samples_lack_is_said_once_with_the_count(data, tmp_path, record, workers):
+    train_data = write_shards(tmp_path / "shards", SIZES, member=lacking)
+    lacks = {**data, "train": train_data}
+    flags = (*FAIR, "--fair-id-key", "uid", "--workers", workers)
+    assert train.main(streamed(lacks, tmp_path, "run", *flags)) == 0
+    first = record.given[:PAIRS]
+    json_less, race, gender, uid = expected_lacks(first)
+    warnings = warnings_of(tmp_path / "run")
+    assert len(warnings) == 1
+    for part in (
+        f"of {PAIRS} pairs in epoch 0, {json_less} have no json member",
+        f"{uid} no id under 'uid'",
+        f"{race} no key 'race'",
+        f"{gender} a value of 'gender' other than '0', '1'",
+    ):
+        assert part in warnings[0]
+    pairs = read_shards(tmp_path / "shards")
+    for number, pair_id, groups in record.given:
+        if number % 6 in (1, 5):
+            assert pair_id == pairs[number]["id"]
+        if number % 6 == 1:
+            assert groups == [-1, -1]
+        if number % 6 == 2:
+            assert groups[0] == -1
+        if number % 6 == 3:
+            assert groups[1] == -1
+
+
+def test_a_label_that_was_not_given_is_unknown(data, tmp_path, record):
+    flags = ("--fair-loss", "--fair-attributes", "race=Asian,Black")
+    assert train.main(streamed(data, tmp_path, "run", *flags, epochs=1)) == 0
+    assert_given_as_in_the_shards(record.given, data["folder"], {"race": ["Asian", "Black"]})
+    whites = sum(attributes_of(number)["race"] == "White" for number, _, _ in record.given)
+    text = (tmp_path / "run" / "out.log").read_text()
+    assert f"{whites} a value of 'race' other than 'Asian', 'Black'" in text
+
+
+# ------------------------------ resume
+
+
+def saved_loss(logs, name, epoch):
+    path = logs / name / "checkpoints" / f"epoch_{epoch}.fair"
+    content = torch.load(path, weights_only=True)
+    return content["callbacks"]["FairTrainingCallback"]["loss"]
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path, registered, monkeypatch):
+    # The host shuffles samples by the clock; without that its order follows from the seed.
+    monkeypatch.setattr(host_data.wds, "shuffle", lambda **options: None)
+    flags = (*FAIR, "--fair-faulty-sigma", "1", "--fair-queue", "4")
+    registered(SeedEpochs())
+    assert train.main(streamed(data, tmp_path, "whole", *flags)) == 0
+    stop = registered(StopBefore(2))
+    assert train.main(streamed(data, tmp_path, "cut", *flags)) == 130
+    stop.epoch = None
+    assert train.main(streamed(data, tmp_path, "cut", *flags, "--resume", "latest")) == 0
+    whole, cut = (saved_loss(tmp_path, name, EPOCHS) for name in ("whole", "cut"))
+    assert "miner.table_ids" in whole
+    assert_same_state(whole, cut)
+    weights = (
+        load_weights(tmp_path / name / "checkpoints" / f"epoch_{EPOCHS}.pt")
+        for name in ("whole", "cut")
+    )
+    assert_same_weights(*weights)
+    files = [tmp_path / n / "checkpoints" / "flagged_epoch_3.csv" for n in ("whole", "cut")]
+    assert files[0].read_text() == files[1].read_text()
+
+
+@pytest.fixture(scope="module")
+def one_epoch(data, tmp_path_factory):
+    logs = tmp_path_factory.mktemp("one_epoch")
+    assert train.main(streamed(data, logs, "run", *FAIR, epochs=1)) == 0
+    return logs / "run"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--fair-attributes", "race"), "has the groups"),
+        (("--fair-attributes", "race=Black,Asian,White", "gender=0,1"), "has the groups"),
+        (("--fair-id-key", "uid"), "--fair-id-key"),
+        ("fewer shards", "--train-data 3 shards"),
+    ],
+)
+def test_resuming_with_other_data_is_refused(data, one_epoch, tmp_path, capsys, change, message):
+    shutil.copytree(one_epoch, tmp_path / "run")
+    change = (
+        change
+        if isinstance(change, tuple)
+        else ("--train-data", write_shards(tmp_path / "fewer", SIZES[:2]))
+    )
+    again = streamed(data, tmp_path, "run", *FAIR, *change, "--resume", "latest", epochs=2)
+    assert train.main(again) == 2
+    line = one_line(capsys)
+    assert message in line and "--fair-fresh-state" in line
+
+
+def test_resuming_with_other_data_goes_on_with_a_fresh_state(data, one_epoch, tmp_path):
+    shutil.copytree(one_epoch, tmp_path / "run")
+    fewer = {**data, "train": write_shards(tmp_path / "fewer", SIZES[:2])}
+    flags = (*FAIR, "--resume", "latest", "--fair-fresh-state", "--fair-save-pairs")
+    assert train.main(streamed(fewer, tmp_path, "run", *flags, epochs=2)) == 0
+    rows = rows_of(tmp_path / "run" / "checkpoints" / "pairs_epoch_2.csv")
+    assert {row["shard"] for row in rows} == {"00000.tar", "00001.tar"}
+
+
+def test_shards_may_be_dropped_where_pairs_have_their_own_ids(data, tmp_path):
+    flags = (*GIVEN, "--fair-id-key", "uid", "--fair-save-pairs")
+    assert train.main(streamed(data, tmp_path, "run", *flags, epochs=1)) == 0
+    before = rows_of(tmp_path / "run" / "checkpoints" / "pairs_epoch_1.csv")
+    fewer = {**data, "train": write_shards(tmp_path / "fewer", SIZES[:2])}
+    again = streamed(fewer, tmp_path, "run", *flags, "--resume", "latest", epochs=2)
+    assert train.main(again) == 0
+    after = rows_of(tmp_path / "run" / "checkpoints" / "pairs_epoch_2.csv")
+    visits = {row["id"]: int(row["visits"]) for row in after}
+    assert all(visits[row["id"]] >= int(row["visits"]) for row in before)
+    assert sum(visits.values()) == 2 * PAIRS
+
+
+# ------------------------------ several processes
+
+
+@pytest.mark.skipif(not HAS_LOCAL_DIR, reason="another process does not know the test's model")
+def test_two_processes_share_labels_findings_and_memory(data, tmp_path):
+    """The rare label is in one process's shard alone; both must give it the same code."""
+    folder = tmp_path / "shards"
+    pairs = 4 * BATCH
+
+    def member(number):
+        race = "Other" if number >= 3 * BATCH else RACES[number % 2]
+        return None if number % 8 == 3 else {"race": race}
+
+    shards = write_shards(folder, (BATCH,) * 4, member=member)
+    flags = ("--fair-loss", "--fair-attributes", "race", "--fair-save-pairs")
+    distributed = ("--dist-backend", "gloo", "--batch-size", "4", "--workers", "1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    argv = arguments({**data, "train": shards}, tmp_path, "run", *flags, *distributed, epochs=2)
+    argv += ["--train-num-samples", str(pairs), "--fair-callback", "cpu_processes:AllowCpu"]
+    done = subprocess.run(
+        [*command, "-m", "fairclip_losses.train", "--", *argv],
+        capture_output=True, text=True, timeout=300,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
+        },
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    book = json.loads((run / "fair_codebook.json").read_text())
+    assert book == {"race": ["Asian", "Black", "Other"]}
+    expected = {pair["id"]: pair for pair in read_shards(folder).values()}
+    rows = rows_of(run / "checkpoints" / "pairs_epoch_2.csv")
+    assert {int(row["id"]) for row in rows} == set(expected)
+    for row in rows:
+        pair = expected[int(row["id"])]
+        race = pair["json"]["race"] if pair["json"] else ""
+        assert (row["shard"], row["key"], row["race"]) == (pair["shard"], pair["key"], race)
+        assert int(row["visits"]) == 2
+    warnings = warnings_of(run)
+    assert len(warnings) == 1
+    assert f"of {pairs} pairs in epoch 0, {pairs // 8} have no json member" in warnings[0]
+    assert f"read the groups of {pairs} pairs in 4 shards" in (run / "out.log").read_text()
+
+
+# ------------------------------ wrong input
+
+
+def shards_of(tmp_path, member, sizes=SIZES):
+    return {"train": write_shards(tmp_path / "shards", sizes, member=member)}
+
+
+@pytest.mark.parametrize(
+    ("member", "flags", "message"),
+    [
+        (attributes_of, ("race", "gendre"), "no key 'gendre', only 'race', 'gender', 'uid'"),
+        (attributes_of, ("race", "--fair-id-key", "id"), "--fair-id-key id: "),
+        (attributes_of, ("race", "--fair-id-key", "race"), "expected 64-bit integers or strings"),
+        (attributes_of, ("race", "--fair-id-key", "gender"), "expected each id once"),
+        (attributes_of, ("race=Asian,Asian",), "expected each label once"),
+        (attributes_of, ("race=asian,black",), "have none of the labels 'asian', 'black'"),
+        (lambda number: {"race": number + 0.5}, ("race",), "bin it first"),
+        (attributes_of, ("race=Asian,,White",), "stands for an unknown value"),
+        (attributes_of, ("race", "--workers", "4"), "need as many shards, got 3"),
+        (lambda number: None, ("race",), "have no json member"),
+        (lambda number: [number], ("race",), "have no json member"),
+        (lambda number: b"{", ("race",), "expected samples with a caption"),
+        (
+            lambda number: {"uid": number % 9, "race": "a"},
+            ("race", "--fair-id-key", "uid"),
+            "expected each id once, got 9 of them more than once (0, 1, 2)",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_shards_stop_before_the_run_with_one_line(
+    data, tmp_path, capsys, member, flags, message
+):
+    broken = {**data, **shards_of(tmp_path, member)}
+    assert train.main(streamed(broken, tmp_path, "bad", *FAIR[:2], *flags)) == 2
+    assert message in one_line(capsys)
+    assert not (tmp_path / "bad").exists()
+
+
+def test_an_attribute_known_of_no_pair_stops_before_training(data, tmp_path, capsys):
+    """No few pairs can tell; the reading of all does."""
+    unknown = {**data, **shards_of(tmp_path, lambda number: {"race": None})}
+    flags = ("--fair-loss", "--fair-attributes", "race")
+    assert train.main(streamed(unknown, tmp_path, "bad", *flags)) == 2
+    assert f"expected groups, got no known value in {PAIRS} pairs" in one_line(capsys)
+
+
+def test_a_url_needs_labels(data, tmp_path, capsys, record):
+    """A command's output stands for remote storage."""
+    remote = {**data, "train": f"pipe:cat {data['train']}"}
+    assert train.main(streamed(remote, tmp_path, "bad", *FAIR)) == 2
+    line = one_line(capsys)
+    assert "is no file of this machine; give them: race=LABEL,LABEL,..." in line
+    assert not (tmp_path / "bad").exists()
+    single = {**data, "train": f"pipe:cat {data['folder']}/00000.tar"}
+    flags = ("--fair-loss", "--fair-attributes", "race=Asian,Black,White")
+    typed = ("--dataset-type", "webdataset")
+    assert train.main(streamed(single, tmp_path, "run", *flags, *typed, epochs=1)) == 0
+    assert_given_as_in_the_shards(record.given, data["folder"], {"race": list(RACES)})
+
+
+def test_missing_and_broken_shards(data, tmp_path, capsys):
+    missing = {**data, "train": str(data["folder"] / "{00000..00003}.tar")}
+    assert train.main(streamed(missing, tmp_path, "bad", *FAIR)) == 2
+    assert "00003.tar'; 1 of 4 are missing" in one_line(capsys)
+    (tmp_path / "x.tar").write_bytes(b"no tar")
+    broken = {**data, "train": str(tmp_path / "x.tar")}
+    assert train.main(streamed(broken, tmp_path, "bad", *FAIR)) == 2
+    assert "cannot read the shard" in one_line(capsys)
+    assert train.main(arguments(data, tmp_path, "bad", *FAIR)) == 2
+    assert "give --train-num-samples" in one_line(capsys)
+    assert not (tmp_path / "bad").exists()
+
+
+def test_the_number_of_samples_may_lie_beside_the_shards(data, tmp_path):
+    shards = write_shards(tmp_path / "sized", SIZES)
+    sizes = {f"{shard:05d}.tar": size for shard, size in enumerate(SIZES)}
+    (tmp_path / "sized" / "sizes.json").write_text(json.dumps(sizes))
+    sized = {**data, "train": shards}
+    assert train.main(arguments(sized, tmp_path, "run", "--fair-loss", "dbpm", epochs=1)) == 0
+
+
+def test_an_epoch_of_less_than_a_step_is_refused(data, tmp_path, capsys):
+    flags = (*FAIR, "--accum-freq", "7")
+    assert train.main(streamed(data, tmp_path, "bad", *flags)) == 2
+    assert "an epoch has 6 batches, fewer than one step takes" in one_line(capsys)
+
+
+def test_without_the_flag_shards_train_as_upstream(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(host_data.wds, "shuffle", lambda **options: None)
+    host.main(streamed(data, tmp_path, "upstream", epochs=1))
+    assert train.main(streamed(data, tmp_path, "ours", epochs=1)) == 0
+    idle = ("--fair-weight", "0", "--fair-faulty-sigma", "inf", "--fair-noisy-sigma", "inf")
+    assert train.main(streamed(data, tmp_path, "idle", *FAIR, *idle, epochs=1)) == 0
+    plain, ours, watched = (
+        load_weights(tmp_path / name / "checkpoints" / "epoch_1.pt")
+        for name in ("upstream", "ours", "idle")
+    )
+    assert_same_weights(plain, ours)
+    assert_same_weights(plain, watched)
