@@ -160,7 +160,7 @@ def test_nothing_of_size_n_by_m(p, dimension):
     x, weights = training_batch(4000, groups=2)
     x = x.expand(-1, dimension).contiguous().requires_grad_()
     with Peak() as peak:
-        value = sinkhorn_divergence(x, x, None, weights, p=p, blur=0.5, max_iterations=3)
+        value = sinkhorn_divergence(x, x, None, weights, p=p, blur=0.5, iterations=3)
         value.sum().backward()
     assert peak.largest <= 8 * 2**20  # 4000 x 4000 costs would be 128 MB
 

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
+
+from .options import SinkhornOptions
+
+
+class ConvergenceWarning(UserWarning):
+    """The Sinkhorn solver stopped before it converged."""
 
 
 def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
@@ -59,3 +66,14 @@ def check_finite(points: Tensor, weights: Tensor | None, name: str) -> Tensor:
             f"{int(used.sum())} of {used.numel()} points"
         )
     return torch.where(bad[..., None], 0.0, points)
+
+
+def warn_unconverged(error: float, options: SinkhornOptions, rounds: int) -> None:
+    """Say that the solver stopped before the marginals were met to ``tol``."""
+    warnings.warn(
+        f"the Sinkhorn solver stopped after {rounds} rounds with an L1 error of the marginals of "
+        f"{error:.1e}, above tol = {options.tol:.1e}, at blur = {options.blur:g}: take a larger "
+        "blur, or raise max_iterations or tol",
+        ConvergenceWarning,
+        stacklevel=2,
+    )

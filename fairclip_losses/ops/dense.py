@@ -8,6 +8,16 @@ from torch import Tensor
 _MOST_COSTS = 512**2
 
 
+def following(epsilon: Tensor | float, log_b: Tensor, g: Tensor, reached: Tensor) -> Tensor:
+    """Return the potential that meets b, where the plan under g gives y the masses ``reached``.
+
+    A mass that underflows raises the potential by some hundred epsilon: as far as one round may.
+    Where b is 0, g stays.
+    """
+    log_reached = reached.clamp(min=torch.finfo(reached.dtype).tiny).log()
+    return torch.where(log_b > -torch.inf, g - epsilon * (log_reached - log_b), g)
+
+
 class DenseKernel:
     """The Gibbs kernel between x (*, N, D) and y (*, M, D), all N x M costs in memory."""
 
@@ -56,6 +66,14 @@ class DenseKernel:
         total = share.sum(-1, keepdim=True)
         share = share.div_(total)
         return (largest + total.log())[..., 0].mul(-epsilon), share
+
+    def sweep(
+        self, epsilon: Tensor | float, log_a: Tensor, log_b: Tensor, g: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One round: ``f = softmin g``, (*, N), and the g that follows it where b > 0, (*, M)."""
+        f, share = self.softmin_and_conditional(epsilon, log_b, g)
+        reached = (share.transpose(-1, -2) @ log_a.exp()[..., None])[..., 0]
+        return f, following(epsilon, log_b, g, reached)
 
     def average(self, epsilon: float, log_b: Tensor, g: Tensor, values: Tensor) -> Tensor:
         """``sum_j P(j | i) values_j``, shape (*, N)."""

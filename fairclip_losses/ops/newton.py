@@ -14,17 +14,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dense import DenseKernel
+from .alternate import Annealing
+from .checks import warn_unconverged
+from .dense import DenseKernel, following
 from .options import SinkhornOptions
 
-# Longest change of a potential in the first round, in units of epsilon: far from the optimum the
-# quadratic model of an exponential holds no further.
+# Longest change of a potential of `newton_self` in the first round, in units of epsilon: far from
+# the optimum the quadratic model of an exponential holds no further.
 _TRUST = 5.0
+# Longest change of one entry of a potential of `newton_pair`, likewise, and the damping of its
+# modes: in the first round and the least.
+_LONGEST = 30.0
+_DAMPING, _LEAST_DAMPING = 1e-4, 1e-12
 # Most points on the smaller side of a problem that Newton is used for.
 MAX_POINTS = 512
 # Most rounds at the target, and at a larger epsilon on the way down to it, where `_TOL_ON_THE_WAY`
 # is near enough; and their numbers where nothing may be read back from the device.
-_ROUNDS, _ROUNDS_ON_THE_WAY, _TOL_ON_THE_WAY = 40, 15, 0.1
+_ROUNDS, _ROUNDS_ON_THE_WAY, _TOL_ON_THE_WAY = 200, 60, 1e-3
 _UNWATCHED_ROUNDS, _UNWATCHED_ROUNDS_ON_THE_WAY = 16, 4
 
 
@@ -49,31 +55,93 @@ def newton_pair(
     """Return the f that maximises the semi-dual ``<a, f> + <b, softmin f>``, from a near one.
 
     With P the plan that meets b, the gradient is ``a - P 1`` and the Hessian ``-S / eps``,
-    ``S = diag(P 1) - P diag(1 / b) P^T``, a graph Laplacian; both are scaled by a here.
+    ``S = diag(P 1) - P diag(1 / b) P^T``, a graph Laplacian; both are scaled by a here. Links that
+    carry next to nothing leave S nearly singular, so each row has a damping (Levenberg and
+    Marquardt) that bounds the steps of such modes and of no others. A plain round follows each
+    step, and takes its place where the dual is better off without the step.
     An ``epsilon`` above the target's (a number or (*, 1)) is a station on the way down, passed
-    in a few steps.
+    less exactly.
     """
     on_the_way = epsilon is not None
     epsilon = options.epsilon if epsilon is None else epsilon
+    watched = options.is_watched(kernel.x)
+    rounds = _rounds(options, watched, on_the_way)
+    tol = max(options.tol, _TOL_ON_THE_WAY) if on_the_way else options.tol
     back = kernel.transposed
     a, b = log_a.exp(), log_b.exp()
-    root_a = a.sqrt()
+    root_a, root_b = a.sqrt(), b.sqrt()
     inverse_root_a = torch.where(a > 0, root_a, 1.0).reciprocal()
-    root_b = b.sqrt()
-
-    def look(f: Tensor) -> _Look:
+    # constants are the null space of S: the outer product of the null vector fills it
+    null = root_a[..., :, None] * root_a[..., None, :]
+    damping = torch.full_like((a * f).sum(-1, keepdim=True), _DAMPING)
+    for k in range(rounds):
         g, share = back.softmin_and_conditional(epsilon, log_a, f)  # (*, M, N), P / b transposed
         reached = (share.transpose(-1, -2) @ b[..., None])[..., 0]
         miss = a - reached
+        plain = following(epsilon, log_a, f, reached)
         half = share.mul_(root_b[..., None]).mul_(inverse_root_a[..., None, :])
-        # constants are its null space: the outer product of the null vector fills it
-        null = root_a[..., :, None] * root_a[..., None, :]
         laplacian = (half.transpose(-1, -2) @ half).neg_().add_(null)
-        diagonal = (reached * inverse_root_a.square()).clamp(min=1e-3)
+        diagonal = reached * inverse_root_a.square() + damping
         step = _solve(laplacian, diagonal, miss * inverse_root_a) * inverse_root_a
-        return _Look(step, miss.abs().sum(-1), (a * f).sum(-1) + (b * g).sum(-1))
+        step = step - (a * step).sum(-1, keepdim=True)
+        candidate = f + epsilon * step.clamp(-_LONGEST, _LONGEST)
+        met = back.softmin(epsilon, log_a, candidate)
+        candidate = kernel.softmin(epsilon, log_b, met)
+        value = (a * candidate).sum(-1) + (b * met).sum(-1)
+        plain_value = (a * plain).sum(-1) + (b * g).sum(-1)
+        slack = 1e-14 * (value.abs() + plain_value.abs())
+        better = (value >= plain_value - slack)[..., None]
+        f = torch.where(better, candidate, plain)
+        damping = torch.where(better, damping / 10, damping * 10).clamp(_LEAST_DAMPING, 1e3)
+        # near the optimum a step squares the error, so this last one goes far below ``tol``
+        if watched and not bool((miss.abs().sum(-1) > tol).any()):
+            return f, k + 1
+    if watched and not on_the_way:
+        warn_unconverged(float(miss.abs().sum(-1).max()), options, rounds)
+    return f, rounds
 
-    return _iterate(look, f, epsilon, options, kernel.x, on_the_way)
+
+def newton_pair_annealed(
+    kernel: DenseKernel, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
+) -> tuple[Tensor, Tensor, int]:
+    """Return the potentials f and g of ``OT_eps(a, b)`` in space and the rounds taken.
+
+    Small epsilons are reached by stations of falling ones. There the potentials become linear in
+    epsilon, with the face of the linear programme that the plan is on; each station starts where
+    the last two point to, where the dual is better there.
+    """
+    watched, back = options.is_watched(kernel.x), kernel.transposed
+    scaling = options.scaling ** (1 / options.p) if watched else options.scaling
+    annealing = Annealing(kernel.x, kernel.y, options, scaling)
+    f, taken = kernel.softmin(annealing(0), log_b, torch.zeros_like(log_b)), 0
+    behind: list[tuple[Tensor, Tensor | float]] = []  # potentials and epsilons of two stations
+    for k in range(annealing.rounds + 1):
+        epsilon = annealing(k)
+        if len(behind) == 2:
+            f = _foreseen(kernel, behind, log_a, log_b, epsilon)
+        target = k == annealing.rounds
+        f, rounds = newton_pair(kernel, f, log_a, log_b, options, None if target else epsilon)
+        behind, taken = [*behind[-1:], (f, epsilon)], taken + rounds
+    g = back.softmin(options.epsilon, log_a, f)
+    return kernel.softmin(options.epsilon, log_b, g), g, taken
+
+
+def _foreseen(
+    kernel: DenseKernel, behind: list[tuple[Tensor, Tensor | float]], log_a: Tensor,
+    log_b: Tensor, epsilon: Tensor | float,
+) -> Tensor:  # fmt: skip
+    """Return the potential on the line through two stations, or the last one if that is better."""
+    (before, far), (last, near) = behind
+    apart: Tensor | float = far - near
+    if isinstance(apart, Tensor):
+        apart = torch.where(apart > 0, apart, 1.0)
+    foreseen = last + (last - before) * ((near - epsilon) / apart)
+    a, b = log_a.exp(), log_b.exp()
+
+    def value(f: Tensor) -> Tensor:
+        return (a * f).sum(-1) + (b * kernel.transposed.softmin(epsilon, log_a, f)).sum(-1)
+
+    return torch.where((value(foreseen) > value(last))[..., None], foreseen, last)
 
 
 def newton_self(
@@ -99,7 +167,7 @@ def newton_self(
         value = (a * (2.0 * f) - epsilon * reached).sum(-1)
         return _Look(step, (a - reached).abs().sum(-1), value)
 
-    return _iterate(look, f, epsilon, options, kernel.x)
+    return _iterate(look, f, options, kernel.x)
 
 
 def _solve(matrix: Tensor, diagonal: Tensor, right: Tensor) -> Tensor:
@@ -112,27 +180,21 @@ def _solve(matrix: Tensor, diagonal: Tensor, right: Tensor) -> Tensor:
 
 
 def _iterate(
-    look: Callable[[Tensor], _Look],
-    f: Tensor,
-    epsilon: Tensor | float,
-    options: SinkhornOptions,
-    points: Tensor,
-    on_the_way: bool = False,
+    look: Callable[[Tensor], _Look], f: Tensor, options: SinkhornOptions, points: Tensor
 ) -> tuple[Tensor, int]:
     """Take steps until the marginals were met to ``tol`` before the last one; count them too.
 
     The error is squared by a step near the optimum, so the last step goes far below ``tol``.
     Each row has a trust region: a step that lowers its dual value is taken back and shortened.
     """
-    watched = options.is_watched(points)
-    rounds = _rounds(options, watched, on_the_way)
-    tol = max(options.tol, _TOL_ON_THE_WAY) if on_the_way else options.tol
+    watched, epsilon = options.is_watched(points), options.epsilon
+    rounds = _rounds(options, watched, False)
     best = look(f)
     radius = torch.full_like(best.value, _TRUST)[..., None]
     for k in range(rounds):
         longest = best.step.abs().amax(-1, keepdim=True)
         candidate = f + epsilon * best.step * (radius / torch.maximum(longest, radius))
-        if watched and not bool((best.error > tol).any()):
+        if watched and not bool((best.error > options.tol).any()):
             return candidate, k + 1
         new = look(candidate)
         slack = 1e-12 * (best.value.abs() + new.value.abs())

@@ -1,18 +1,45 @@
-"""The Gibbs kernel a block of rows at a time: any dimension, never all costs in memory."""
+"""The Gibbs kernel a block of rows at a time: any dimension, never all costs in memory.
+
+A block costs one matrix product, one exponential and a few passes over numbers that the cache still
+holds: with h_j all that depends on j alone, the exponent of p = 2 is ``x_i . y_j / eps + h_j``, up
+to a term of i alone that the sums over j do not need. Exponents are powers of two, which processors
+raise faster than e. In float64 the product's rounding moves an exponent by ``1e-16 (diameter /
+blur)^2``, 1e-8 at a blur of 1e-4 of the diameter.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import broadcast_shapes
-from .dense import DenseKernel
+from .dense import following
 
-# Entries of a block of costs: 2 MiB of float64, which the caches of most processors hold.
-_BLOCK = 2**18
+# Entries of a block: 1 MiB of float64, which the caches of most processors hold; more where a
+# launch costs more than a pass.
+_BLOCK, _BLOCK_OF_ACCELERATOR = 2**17, 2**20
+# Largest D for which p = 1 takes distances from differences, not from products: those lose half of
+# the digits of points much nearer to each other than to the mean.
+_DIFFERENCES = 8
+_LOG2_E, _LN_2 = math.log2(math.e), math.log(2.0)
+
+
+class _Block(NamedTuple):
+    """Some rows of the kernel under one row of weights."""
+
+    row: int  # of the flattened leading dimensions
+    points: slice  # of x
+    x: Tensor  # (n, D)
+    y: Tensor  # (M, D)
+    weight: Tensor  # (n, M), b_j exp((g_j - C_ij) / eps) over its largest entry, overwritten later
+    total: Tensor  # (n, 1), its sum over j
+    log2_sum: Tensor  # (n,) of the whole, up to `_offset`
+    distance: Tensor | None  # (n, M), p = 1
 
 
 class StreamedKernel:
@@ -28,24 +55,141 @@ class StreamedKernel:
 
     def softmin(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """See `DenseKernel.softmin`."""
-        return self._by_blocks(lambda kernel: kernel.softmin(epsilon, log_b, g), log_b, g, -1)
+        lead = self._lead(log_b, g)
+        log2_sum = self.x.new_empty(math.prod(lead), self.x.shape[-2])
+        for block in self._blocks(epsilon, log_b, g, lead):
+            log2_sum[block.row, block.points] = block.log2_sum
+        return self._offset() - epsilon * _LN_2 * log2_sum.view(*lead, -1)
+
+    def sweep(
+        self, epsilon: Tensor | float, log_a: Tensor, log_b: Tensor, g: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `DenseKernel.sweep`: one pass, as a block of rows gives its part of the columns."""
+        lead = broadcast_shapes(self._lead(log_b, g), log_a.shape[:-1])
+        a = log_a.exp().expand(*lead, -1).reshape(-1, log_a.shape[-1])
+        log2_sum, reached = torch.empty_like(a), a.new_zeros(a.shape[0], self.y.shape[-2])
+        for block in self._blocks(epsilon, log_b, g, lead):
+            log2_sum[block.row, block.points] = block.log2_sum
+            share = a[block.row, block.points] / block.total[:, 0]
+            reached[block.row].addmv_(block.weight.T, share)
+        f = self._offset() - epsilon * _LN_2 * log2_sum.view(*lead, -1)
+        return f, following(epsilon, log_b, g, reached.view(*lead, -1))
 
     def average(self, epsilon: float, log_b: Tensor, g: Tensor, values: Tensor) -> Tensor:
         """See `DenseKernel.average`."""
-        return self._by_blocks(
-            lambda kernel: kernel.average(epsilon, log_b, g, values), log_b, g, -1
-        )
+        lead = broadcast_shapes(self._lead(log_b, g), values.shape[:-1])
+        values = values.expand(*lead, -1).reshape(-1, values.shape[-1])
+        mean = values.new_empty(values.shape[0], self.x.shape[-2])
+        for block in self._blocks(epsilon, log_b, g, lead):
+            mean[block.row, block.points] = block.weight.mv(values[block.row]) / block.total[:, 0]
+        return mean.view(*lead, -1)
 
     def pull(self, epsilon: float, log_b: Tensor, g: Tensor) -> Tensor:
         """See `DenseKernel.pull`."""
-        return self._by_blocks(lambda kernel: kernel.pull(epsilon, log_b, g), log_b, g, -2)
+        lead = self._lead(log_b, g)
+        pull = self.x.new_empty(math.prod(lead), *self.x.shape[-2:])
+        for block in self._blocks(epsilon, log_b, g, lead):
+            weight, total = block.weight, block.total
+            if block.distance is not None:  # unit vectors, and 0 where the points meet
+                weight.div_(block.distance).masked_fill_(block.distance == 0, 0.0)
+                towards = weight.sum(-1, keepdim=True) * block.x - weight @ block.y
+                pull[block.row, block.points] = towards / total
+            else:
+                pull[block.row, block.points] = block.x - weight @ block.y / total
+        return pull.view(*lead, *pull.shape[-2:])
 
-    def _by_blocks(
-        self, read: Callable[[DenseKernel], Tensor], log_b: Tensor, g: Tensor, dim: int
-    ) -> Tensor:
-        lead = broadcast_shapes(
+    def _lead(self, log_b: Tensor, g: Tensor) -> torch.Size:
+        return broadcast_shapes(
             self.x.shape[:-2], self.y.shape[:-2], log_b.shape[:-1], g.shape[:-1]
         )
-        row = max(math.prod(lead) * self.y.shape[-2], 1)
-        blocks = torch.split(self.x, max(_BLOCK // row, 1), -2)
-        return torch.cat([read(DenseKernel(block, self.y, self.p)) for block in blocks], dim)
+
+    def _offset(self) -> Tensor | float:
+        """Return the part of the soft minimum that the blocks leave out, (*, N)."""
+        return 0.0 if self.p == 1 else 0.5 * self.x.square().sum(-1)
+
+    def _blocks(
+        self, epsilon: Tensor | float, log_b: Tensor, g: Tensor, lead: torch.Size
+    ) -> Iterator[_Block]:
+        """Walk through the kernel; rows of weights on common points share the costs of a block."""
+        clouds = broadcast_shapes(self.x.shape[:-2], self.y.shape[:-2])
+        xs, ys = (points.expand(*clouds, *points.shape[-2:]) for points in (self.x, self.y))
+        height = (log_b + g / epsilon).expand(*lead, -1).reshape(-1, log_b.shape[-1])
+        scale: Tensor | float = _LOG2_E / epsilon
+        scales = scale.expand(*lead, 1).reshape(-1) if isinstance(scale, Tensor) else None
+        on_host = self.x.device.type == "cpu"
+        size = _BLOCK if on_host else _BLOCK_OF_ACCELERATOR
+        count = max(size // max(self.y.shape[-2], 1), 1)
+        for cloud, rows in _rows_of_clouds(lead, clouds):
+            x, y = xs[cloud], ys[cloud]
+            scale = scale if scales is None else scales[rows[0]]
+            walk = self._walk_near if self.p == 1 else self._walk_half_square
+            yield from walk(x, y, scale, _LOG2_E * height[rows], rows, count)
+
+    def _walk_half_square(
+        self, x: Tensor, y: Tensor, scale: Tensor | float, height: Tensor, rows: list[int],
+        count: int,
+    ) -> Iterator[_Block]:  # fmt: skip
+        height = _finite(height - 0.5 * scale * y.square().sum(-1))
+        left, right = scale * x, y.T
+        alone = len(rows) == 1
+        if alone:  # the product adds the height too
+            left = torch.nn.functional.pad(left, (0, 1), value=1.0)
+            right = torch.cat([right, height])
+        buffers = x.new_empty(1 if alone else 2, count, y.shape[0])
+        for start in range(0, x.shape[0], count):
+            points = slice(start, min(start + count, x.shape[0]))
+            products = torch.mm(left[points], right, out=buffers[0, : points.stop - start])
+            for row, high in zip(rows, height, strict=True):
+                exponent = products
+                if not alone:
+                    exponent = torch.add(products, high, out=buffers[1, : points.stop - start])
+                yield _block(row, points, x, y, exponent, None)
+
+    def _walk_near(
+        self, x: Tensor, y: Tensor, scale: Tensor | float, height: Tensor, rows: list[int],
+        count: int,
+    ) -> Iterator[_Block]:  # fmt: skip
+        height = _finite(height)
+        buffers = x.new_empty(2, count, y.shape[0])
+        for start in range(0, x.shape[0], count):
+            points = slice(start, min(start + count, x.shape[0]))
+            distance = self._distance(x[points], y, buffers[0, : points.stop - start], start)
+            for row, high in zip(rows, height, strict=True):
+                exponent = torch.mul(distance, -scale, out=buffers[1, : points.stop - start])
+                yield _block(row, points, x, y, exponent.add_(high), distance)
+
+    def _distance(self, x: Tensor, y: Tensor, out: Tensor, start: int) -> Tensor:
+        if x.shape[-1] <= _DIFFERENCES:
+            return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+        torch.addmm(y.square().sum(-1), x, y.T, alpha=-2.0, out=out)
+        out.add_(x.square().sum(-1, keepdim=True)).clamp_(min=0.0).sqrt_()
+        if self.x is self.y:
+            out.diagonal(start).zero_()
+        return out
+
+
+def _block(
+    row: int, points: slice, x: Tensor, y: Tensor, exponent: Tensor, distance: Tensor | None
+) -> _Block:
+    largest = exponent.amax(-1, keepdim=True)
+    weight = exponent.sub_(largest).exp2_()
+    total = weight.sum(-1, keepdim=True)
+    log2_sum = (largest + total.log2())[:, 0]
+    return _Block(row, points, x[points], y, weight, total, log2_sum, distance)
+
+
+def _finite(height: Tensor) -> Tensor:
+    """Return a height at which an absent point stays absent, and 0 times it is no NaN."""
+    return height.clamp(min=torch.finfo(height.dtype).min / 4)
+
+
+def _rows_of_clouds(
+    lead: torch.Size, clouds: torch.Size
+) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Return each index of a pair of clouds with the flat rows of ``lead`` that use it."""
+    skipped = len(lead) - len(clouds)
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for flat, index in enumerate(itertools.product(*map(range, lead))):
+        cloud = tuple(i if size > 1 else 0 for i, size in zip(index[skipped:], clouds, strict=True))
+        rows.setdefault(cloud, []).append(flat)
+    return list(rows.items())
