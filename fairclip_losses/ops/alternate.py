@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +13,11 @@ from .checks import warn_unconverged
 from .dense import DenseKernel
 from .options import SinkhornOptions
 from .streamed import StreamedKernel
+
+if TYPE_CHECKING:
+    from .triton_kernel import TritonKernel
+
+SpaceKernel: TypeAlias = "DenseKernel | StreamedKernel | TritonKernel"
 
 # Rounds where nothing may be read back from the device, so that no test can end them.
 _UNWATCHED_ROUNDS = 100
@@ -44,7 +50,7 @@ class Annealing:
 
 
 def alternate(
-    kernel: DenseKernel | StreamedKernel, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
+    kernel: SpaceKernel, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
 ) -> tuple[Tensor, Tensor, int]:
     """Return the potentials f and g of ``OT_eps(a, b)`` and the rounds taken.
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -24,6 +27,17 @@ def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
                 raise RuntimeError(f"shapes do not broadcast: {shapes}")
             sizes[k] = sizes[k] if size == 1 else size
     return torch.Size(sizes)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def runs_triton(points: Tensor) -> bool:
+    """Whether Triton's kernels run where the points are: on a GPU, or in Triton's interpreter."""
+    here = points.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return here and _has_triton()
 
 
 def should_validate(tensor: Tensor, validate: bool | None) -> bool:

@@ -10,6 +10,8 @@ blur, and a round stays O(N).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,10 @@ from .line import LaplaceLine
 from .options import SinkhornOptions
 from .streamed import StreamedKernel
 
-LineKernel = BandKernel | DenseKernel | LaplaceLine | StreamedKernel
+if TYPE_CHECKING:
+    from .triton_kernel import TritonKernel
+
+LineKernel: TypeAlias = "BandKernel | DenseKernel | LaplaceLine | StreamedKernel | TritonKernel"
 
 # Rounds after which the diffusion is measured anew: it changes with the plan.
 _MEASURED_AFTER = frozenset({0, 1, 2, 4, 8, 16, 32, 64})

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "dense", "streamed", "prefix"]
+Backend = Literal["auto", "dense", "streamed", "triton", "prefix"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,13 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .checks import broadcast_shapes, check_finite, check_weights, should_validate
+from .checks import (
+    broadcast_shapes,
+    check_finite,
+    check_weights,
+    runs_triton,
+    should_validate,
+)
 from .exact import working_dtype
 from .options import Backend, SinkhornOptions
 
@@ -118,6 +124,11 @@ def check_shapes(
         )
     if options.backend == "prefix" and x.shape[-1] != 1:
         raise ValueError(f"backend 'prefix' needs points on a line, D = 1, got D = {x.shape[-1]}")
+    if options.backend == "triton" and not runs_triton(x):
+        raise ValueError(
+            "backend 'triton' needs the package triton and points on a CUDA device, "
+            f"got points on {x.device}"
+        )
     for name, weights, count in (("a", a, x.shape[-2]), ("b", b, y.shape[-2])):
         if weights is None:
             continue

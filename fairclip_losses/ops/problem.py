@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .checks import runs_triton
 from .dense import DenseKernel
 from .line import LaplaceLine
 from .options import SinkhornOptions
@@ -53,10 +54,16 @@ def choose_kernel(x: Tensor, y: Tensor, options: SinkhornOptions) -> Kernel:
     if backend == "auto":
         if p == 1 and x.shape[-1] == 1 and n * m > _SMALL**2:
             backend = "prefix"
+        elif x.shape[-1] > 1 and x.is_cuda and runs_triton(x):
+            backend = "triton"
         else:
             backend = "dense" if DenseKernel.fits(n, m) else "streamed"
     if backend == "prefix":
         return LaplaceLine(x, y)
+    if backend == "triton":
+        from .triton_kernel import TritonKernel  # here, since Triton is not everywhere
+
+        return TritonKernel(x, y, p)
     return DenseKernel(x, y, p) if backend == "dense" else StreamedKernel(x, y, p)
 
 

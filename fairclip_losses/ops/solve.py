@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,10 @@ _BALL_STEP, _BALL_MEMORY = 0.686, 0.0294
 # widened.
 _BAND, _BAND_ERROR = 48, 1.0
 
-Kernel = DenseKernel | LaplaceLine | StreamedKernel
+if TYPE_CHECKING:
+    from .triton_kernel import TritonKernel
+
+Kernel: TypeAlias = "DenseKernel | LaplaceLine | StreamedKernel | TritonKernel"
 
 
 def _exact_potential(x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: int) -> Tensor:
