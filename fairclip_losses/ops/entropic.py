@@ -54,8 +54,8 @@ def _points_slope(
 ) -> Tensor:
     pull = side.pull(options.epsilon)
     if own is not None:
-        pull = pull - own.pull(options.epsilon)
-    return weights[..., None] * pull
+        pull = pull.sub_(own.pull(options.epsilon))
+    return pull.mul_(weights[..., None])
 
 
 def _weights_slope(side: Side, own: Side | None) -> Tensor:

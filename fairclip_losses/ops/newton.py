@@ -78,6 +78,9 @@ def newton_pair(
         g, share = back.softmin_and_conditional(epsilon, log_a, f)  # (*, M, N), P / b transposed
         reached = (share.transpose(-1, -2) @ b[..., None])[..., 0]
         miss = a - reached
+        done = watched and not bool((miss.abs().sum(-1) > tol).any())
+        if done:  # the last step squares the error, also of modes that carry less than tol
+            damping = torch.full_like(damping, _LEAST_DAMPING)
         plain = following(epsilon, log_a, f, reached)
         half = share.mul_(root_b[..., None]).mul_(inverse_root_a[..., None, :])
         laplacian = (half.transpose(-1, -2) @ half).neg_().add_(null)
@@ -93,8 +96,7 @@ def newton_pair(
         better = (value >= plain_value - slack)[..., None]
         f = torch.where(better, candidate, plain)
         damping = torch.where(better, damping / 10, damping * 10).clamp(_LEAST_DAMPING, 1e3)
-        # near the optimum a step squares the error, so this last one goes far below ``tol``
-        if watched and not bool((miss.abs().sum(-1) > tol).any()):
+        if done:
             return f, k + 1
     if watched and not on_the_way:
         warn_unconverged(float(miss.abs().sum(-1).max()), options, rounds)

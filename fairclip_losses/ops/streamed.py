@@ -26,6 +26,9 @@ _BLOCK, _BLOCK_OF_ACCELERATOR = 2**17, 2**20
 # Largest D for which p = 1 takes distances from differences, not from products: those lose half of
 # the digits of points much nearer to each other than to the mean.
 _DIFFERENCES = 8
+# Largest D at which the product adds the height of a single row of weights: as fast as it may be,
+# that copies y.
+_JOINED = 16
 _LOG2_E, _LN_2 = math.log2(math.e), math.log(2.0)
 
 
@@ -130,19 +133,20 @@ class StreamedKernel:
         count: int,
     ) -> Iterator[_Block]:  # fmt: skip
         height = _finite(height - 0.5 * scale * y.square().sum(-1))
-        left, right = scale * x, y.T
         alone = len(rows) == 1
-        if alone:  # the product adds the height too
-            left = torch.nn.functional.pad(left, (0, 1), value=1.0)
-            right = torch.cat([right, height])
+        joined = alone and y.shape[-1] <= _JOINED
+        right = torch.cat([y.T, height]) if joined else y.T
         buffers = x.new_empty(1 if alone else 2, count, y.shape[0])
         for start in range(0, x.shape[0], count):
             points = slice(start, min(start + count, x.shape[0]))
-            products = torch.mm(left[points], right, out=buffers[0, : points.stop - start])
+            left = scale * x[points]
+            if joined:
+                left = torch.nn.functional.pad(left, (0, 1), value=1.0)
+            products = torch.mm(left, right, out=buffers[0, : points.stop - start])
             for row, high in zip(rows, height, strict=True):
                 exponent = products
-                if not alone:
-                    exponent = torch.add(products, high, out=buffers[1, : points.stop - start])
+                if not joined:
+                    exponent = torch.add(products, high, out=buffers[-1, : points.stop - start])
                 yield _block(row, points, x, y, exponent, None)
 
     def _walk_near(
