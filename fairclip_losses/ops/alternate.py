@@ -64,8 +64,9 @@ def alternate(
     elif watched:
         rounds = down + options.max_iterations
     g = torch.zeros_like(log_b)
+    quick = kernel.rough(options.epsilon) if isinstance(kernel, StreamedKernel) else kernel
     for k in range(down):
-        _, g = kernel.sweep(annealing(k), log_a, log_b, g)
+        _, g = quick.sweep(annealing(k), log_a, log_b, g)
     epsilon, memory = options.epsilon, Anderson(log_b)
     a, b = log_a.exp(), log_b.exp()
     taken = rounds
@@ -81,4 +82,7 @@ def alternate(
     else:
         if watched:
             warn_unconverged(float(miss.max()), options, rounds)
+    on_host = kernel.x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and bool((log_b > -torch.inf).all()):  # a sweep leaves absent points out
+        return f, following, taken
     return f, kernel.transposed.softmin(epsilon, log_a, f), taken
