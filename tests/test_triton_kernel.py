@@ -1,0 +1,107 @@
+"""The fused kernel in Triton's interpreter, against the dense kernel; and compiled for a GPU.
+
+The interpreter is chosen when Triton is first imported, so these tests run in a process of theirs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from sinkhorn_cases import POWERS, random_problem
+
+from fairclip_losses.ops import sinkhorn_divergence, sinkhorn_solve
+from fairclip_losses.ops.dense import DenseKernel
+
+triton = pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
+outside = pytest.mark.skipif(INTERPRETED, reason="runs outside of the interpreter")
+
+
+@outside
+def test_in_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@outside
+@pytest.mark.parametrize(("p", "with_pull"), [(1, True), (2, False)])
+def test_compiles_for_a_gpu(p, with_pull):
+    """To machine code, by the compiler in Triton's package: no GPU is needed for that."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fairclip_losses.ops import triton_kernel
+
+    kernel, double = triton_kernel._reduce, "*fp64"
+    types = dict.fromkeys(kernel.arg_names, double)
+    types |= dict.fromkeys(("cloud_x", "cloud_y"), "*i64")
+    types |= dict.fromkeys(("n", "m", "dimension"), "i32")
+    constants = {"P": p, "PULL": with_pull, "ROWS": 16, "COLUMNS": 32, "COORDINATES": 16}
+    types |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(
+        fn=kernel, signature=types,
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+    )  # fmt: skip
+    assert triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
+
+
+@outside
+def test_needs_a_gpu():
+    x = torch.zeros(4, 2)
+    with pytest.raises(ValueError, match=r"'triton' needs .* a CUDA device, got points on cpu"):
+        sinkhorn_divergence(x, x, backend="triton")
+
+
+@interpreted
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("dimension", [1, 3, 18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_operators_are_those_of_the_dense_kernel(p, dimension, dtype):
+    """No size a multiple of a block's; ties, absent points, rows of weights and of points."""
+    from fairclip_losses.ops.triton_kernel import TritonKernel
+
+    x, y, a, b = random_problem(19, 133, rows=2, dimension=dimension)
+    y[:3] = x[:3]
+    b[:, 5:40] = 0
+    x, y, a, b = (t.to(dtype) for t in (x, y, a, b))
+    clouds = torch.stack([y, y + 0.5])[:, None]
+    log_a, log_b = (a / a.sum()).log(), (b / b.sum(-1, keepdim=True)).log()
+    g = torch.sin(torch.arange(133.0)).to(dtype)
+    for points, epsilon in ((y, 0.4), (clouds, torch.tensor([0.4, 1.0]).to(dtype).view(2, 1, 1))):
+        dense, kernel = DenseKernel(x, points, p), TritonKernel(x, points, p)
+        close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {}
+        f = dense.softmin(epsilon, log_b, g)
+        torch.testing.assert_close(kernel.softmin(epsilon, log_b, g), f, **close)
+        found, after = kernel.sweep(epsilon, log_a, log_b, g)
+        torch.testing.assert_close(found, f, **close)
+        torch.testing.assert_close(after, dense.transposed.softmin(epsilon, log_a, f), **close)
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-9}
+    dense, kernel = DenseKernel(x, y, p), TritonKernel(x, y, p)
+    torch.testing.assert_close(kernel.pull(0.4, log_b, g), dense.pull(0.4, log_b, g), **close)
+    torch.testing.assert_close(
+        kernel.average(0.4, log_b, g, y[:, 0]), dense.average(0.4, log_b, g, y[:, 0]), **close
+    )
+
+
+@interpreted
+@pytest.mark.parametrize("p", POWERS)
+def test_the_whole_divergence(p):
+    x, y, a, b = random_problem(20, 17, rows=2, dimension=2)
+    b[0, 3] = 0
+    inputs, truth = ([t.clone().requires_grad_() for t in (x, y, a, b)] for _ in range(2))
+    value = sinkhorn_divergence(*inputs, p=p, blur=1.0, backend="triton")
+    exact = sinkhorn_divergence(*truth, p=p, blur=1.0, backend="dense", tol=1e-10)
+    torch.testing.assert_close(value, exact, rtol=1e-7, atol=1e-10)
+    value.sum().backward()
+    exact.sum().backward()
+    for found, expected in zip(inputs, truth, strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6)
+    assert sinkhorn_solve(x, y, a, b, p=p, blur=1.0, backend="triton").converged.all()
