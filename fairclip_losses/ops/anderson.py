@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Rounds that are remembered.
-_MEMORY = 10
+_MEMORY = 20
 # Longest change beyond a plain round, in units of epsilon.
 _TRUST = 5.0
 # What makes the Gram matrix of the residuals' unit differences regular, and fills the diagonal of

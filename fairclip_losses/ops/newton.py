@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .alternate import Annealing
+from .alternate import Annealing, Behind
 from .checks import warn_unconverged
 from .dense import DenseKernel, following
 from .options import SinkhornOptions
@@ -108,42 +108,20 @@ def newton_pair_annealed(
 ) -> tuple[Tensor, Tensor, int]:
     """Return the potentials f and g of ``OT_eps(a, b)`` in space and the rounds taken.
 
-    Small epsilons are reached by stations of falling ones. There the potentials become linear in
-    epsilon, with the face of the linear programme that the plan is on; each station starts where
-    the last two point to, where the dual is better there.
+    Small epsilons are reached by stations of falling ones, each from where the last two point to.
     """
     watched, back = options.is_watched(kernel.x), kernel.transposed
     scaling = options.scaling ** (1 / options.p) if watched else options.scaling
     annealing = Annealing(kernel.x, kernel.y, options, scaling)
-    f, taken = kernel.softmin(annealing(0), log_b, torch.zeros_like(log_b)), 0
-    behind: list[tuple[Tensor, Tensor | float]] = []  # potentials and epsilons of two stations
+    f, taken, behind = kernel.softmin(annealing(0), log_b, torch.zeros_like(log_b)), 0, Behind()
     for k in range(annealing.rounds + 1):
-        epsilon = annealing(k)
-        if len(behind) == 2:
-            f = _foreseen(kernel, behind, log_a, log_b, epsilon)
-        target = k == annealing.rounds
+        epsilon, target = annealing(k), k == annealing.rounds
+        f = behind.foreseen(back, f, log_b, log_a, epsilon)
         f, rounds = newton_pair(kernel, f, log_a, log_b, options, None if target else epsilon)
-        behind, taken = [*behind[-1:], (f, epsilon)], taken + rounds
+        behind.pass_by(f, epsilon, steep=True)
+        taken += rounds
     g = back.softmin(options.epsilon, log_a, f)
     return kernel.softmin(options.epsilon, log_b, g), g, taken
-
-
-def _foreseen(
-    kernel: DenseKernel, behind: list[tuple[Tensor, Tensor | float]], log_a: Tensor,
-    log_b: Tensor, epsilon: Tensor | float,
-) -> Tensor:  # fmt: skip
-    """Return the potential on the line through two stations, or the last one if that is better."""
-    (before, far), (last, near) = behind
-    apart: Tensor | float = far - near
-    if isinstance(apart, Tensor):
-        apart = torch.where(apart > 0, apart, 1.0)
-    foreseen = last + (last - before) * ((near - epsilon) / apart)
-    a, b = log_a.exp(), log_b.exp()
-
-    def value(f: Tensor) -> Tensor:
-        return (a * f).sum(-1) + (b * kernel.transposed.softmin(epsilon, log_a, f)).sum(-1)
-
-    return torch.where((value(foreseen) > value(last))[..., None], foreseen, last)
 
 
 def newton_self(
