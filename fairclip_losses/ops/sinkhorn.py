@@ -65,19 +65,22 @@ def sinkhorn_divergence(
         p: 1 or 2, the power of the cost.
         blur: length scale of the regularisation, >= 0.
         debias: subtract the two self-terms, so that S(a, a) = 0 (blur > 0 only).
-        scaling: factor in (0, 1) by which the length scale shrinks in annealing (D > 1).
-        iterations: a fixed number of rounds of the solver. None: until the L1 error of the
-            marginals is below ``tol``, at most ``max_iterations`` (and at most 40 of Newton's, 100
-            on a line); on an accelerator, where such a test would wait for the device, a fixed
-            number of its own.
+        scaling: factor in (0, 1) by which the length scale shrinks in annealing (D > 1); Newton's
+            method shrinks epsilon by it where it watches its convergence.
+        iterations: a fixed number of rounds of the solver; for D > 1 above 512 points those of the
+            annealing from the diameter by ``scaling``, the last at the target: other packages'
+            schedule. None: until the L1 error of the marginals is below ``tol``, at most
+            ``max_iterations`` at the target (and at most 200 of Newton's, 100 on a line); on an
+            accelerator, where such a test would wait for the device, a fixed number of its own.
         tol: see ``iterations``. Newton's last step goes far below it.
         max_iterations: see ``iterations``.
         backend: what holds the kernel when blur > 0. ``"dense"``: all costs, and Newton's method up
-            to 512 points; ``"streamed"``: costs a block at a time; ``"prefix"``: prefix sums, O(N)
-            a round, for p = 1 on a line. ``"auto"``: prefix sums for p = 1 on a line above 96
+            to 512 points; ``"streamed"``: costs a block at a time and accelerated alternate
+            updates; ``"triton"``: a fused kernel of the GPU, for any D; ``"prefix"``: prefix sums,
+            O(N) a round, for p = 1 on a line. ``"auto"``: prefix sums for p = 1 on a line above 96
             points a side; for p = 2 on a line above 96 points, on the CPU, a problem of at most
-            ``6 * diameter / blur`` points in its stead where that is fewer; else dense up to
-            512 x 512 costs and streamed above.
+            ``6 * diameter / blur`` points in its stead where that is fewer; for D > 1 on a GPU
+            triton, where the package is there; else dense up to 512 x 512 costs and streamed above.
         validate: look at the values for NaN, infinities and negative weights. None looks on the
             CPU only, since on an accelerator it waits for the device; there absent points must be
             finite too.
@@ -93,6 +96,9 @@ def sinkhorn_divergence(
     Raises:
         ValueError: shapes that do not fit, p not in {1, 2}, blur < 0, blur = 0 with D > 1,
             NaN or infinite points, negative or non-finite weights.
+
+    Warns:
+        ConvergenceWarning: ``max_iterations`` rounds did not reach ``tol``, where that is watched.
 
     Sources: Cuturi 2013 (arXiv:1306.0895); Feydy et al. 2019 (arXiv:1810.08278), eq. 3 for the
     divergence; Peyre and Cuturi 2019 (arXiv:1803.00567), eq. 2.28-2.30 for the line.
