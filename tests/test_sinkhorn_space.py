@@ -15,6 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from fairclip_losses.ops import ConvergenceWarning, sinkhorn_divergence, sinkhorn_solve
 from fairclip_losses.ops.anderson import Anderson
 from fairclip_losses.ops.dense import DenseKernel
+from fairclip_losses.ops.entropic import solve_entropic
+from fairclip_losses.ops.options import SinkhornOptions
 from fairclip_losses.ops.reference import cost_matrix
 from fairclip_losses.ops.streamed import StreamedKernel
 
@@ -265,6 +267,34 @@ def test_fixed_rounds_end_at_the_target(iterations, monkeypatch):
     torch.testing.assert_close(columns, reached)  # g answers f
     if iterations == 30:
         assert result.converged
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("backend", ["dense", "streamed"])
+@pytest.mark.parametrize("iterations", [None, 5])
+def test_nothing_is_read_back_from_a_device(p, backend, iterations):
+    """On the meta device, which has shapes and no values: reading one raises."""
+    x, y, a, b = (t.to("meta") for t in random_problem(40, 30, rows=3, dimension=20))
+    options = SinkhornOptions(p, 0.3, True, 0.5, iterations, 1e-6, 1000, backend)
+    with torch.no_grad():
+        solution = solve_entropic(x, y, a, b, options, [True] * 4)
+    assert solution.cost.shape == (3,)
+    assert [slope.shape for slope in solution.slopes] == [
+        (3, 40, 20),
+        (3, 30, 20),
+        (3, 40),
+        (3, 30),
+    ]
+
+
+def test_rounds_that_nobody_watches_converge(monkeypatch):
+    """As on an accelerator: a fixed number of rounds, down through the annealing and at the end."""
+    x, y, a, b = random_problem(60, 50, dimension=3)
+    truth = sinkhorn_divergence(x, y, a, b, blur=0.3, tol=1e-11)
+    monkeypatch.setattr(SinkhornOptions, "is_watched", lambda self, points: False)
+    for backend in ("dense", "streamed"):
+        value = sinkhorn_divergence(x, y, a, b, blur=0.3, backend=backend)
+        torch.testing.assert_close(value, truth, rtol=1e-8, atol=0)
 
 
 def test_anderson_solves_a_linear_map():
