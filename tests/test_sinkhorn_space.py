@@ -190,8 +190,8 @@ HARD = {
 @pytest.mark.parametrize(("p", "blur"), [(1, 0.02), (1, 2.0), (2, 0.02), (2, 2.0)])
 def test_never_a_nan(kind, backend, p, blur):
     points, table = HARD[kind]
-    for offset, scale, dtype in itertools.product(
-        [0.0, 1e4], [1.0, 1e-6], [torch.float64, torch.float32]
+    for (offset, scale), dtype in itertools.product(
+        [(0.0, 1.0), (1e4, 1e-6)], [torch.float64, torch.float32]
     ):
         x = ((points + offset) * scale).to(dtype).requires_grad_()
         weights = table.to(dtype, copy=True).requires_grad_()
@@ -269,9 +269,8 @@ def test_fixed_rounds_end_at_the_target(iterations, monkeypatch):
         assert result.converged
 
 
-@pytest.mark.parametrize("p", POWERS)
 @pytest.mark.parametrize("backend", ["dense", "streamed"])
-@pytest.mark.parametrize("iterations", [None, 5])
+@pytest.mark.parametrize(("p", "iterations"), [(1, 5), (2, None)])
 def test_nothing_is_read_back_from_a_device(p, backend, iterations):
     """On the meta device, which has shapes and no values: reading one raises."""
     x, y, a, b = (t.to("meta") for t in random_problem(40, 30, rows=3, dimension=20))
