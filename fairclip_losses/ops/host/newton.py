@@ -21,8 +21,9 @@ LEVEL = 1e-14
 # Longest change of a potential in the first round, in units of epsilon: far from the optimum the
 # quadratic model of an exponential holds no further.
 _TRUST = 5.0
-# Part of ``tol`` that Newton's last round reaches, unless rounding ends that before.
-_FAR_BELOW = 1e-3
+# Part of ``tol`` that Newton's last round reaches, unless rounding ends that before: then so many
+# rounds in a row do not halve the error.
+_FAR_BELOW, _STALLED = 1e-3, 3
 # Part of ``tol`` that the rounds for a measure against itself reach.
 _BELOW = 1e-2
 # Step and memory of the heavy ball for a linear map with eigenvalues in [1, 2].
@@ -96,13 +97,15 @@ def solve_pair(
 
     best = look(look(f).due)
     radius = np.full((f.shape[0], 1), _TRUST)
-    taken = 0
-    worst = np.inf
+    taken = stalled = 0
+    lowest = np.inf
     while taken < rounds:
-        error, before = best.error.max(), worst
-        if not fixed and (error <= _FAR_BELOW * tol or (error <= tol and error > 0.5 * before)):
+        error = best.error.max()
+        stalled = 0 if error <= 0.5 * lowest else stalled + 1
+        lowest = min(error, lowest)
+        far_below = error <= _FAR_BELOW * tol
+        if not fixed and (far_below or (error <= tol and stalled == _STALLED)):
             break
-        worst = error
         step = kernel.steps(a, b, best)
         longest = np.abs(np.where(a > 0, step, 0.0)).max(-1, keepdims=True)
         step *= epsilon * radius / np.maximum(longest, radius)
