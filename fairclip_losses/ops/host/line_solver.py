@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..checks import warn_unconverged
 from ..options import SinkhornOptions
 from .arrays import Array
 from .gauss import GaussKernel, quadratic_start
@@ -69,7 +70,11 @@ class LineSolver:
 
     def _pair(self, kernel: HostKernel, a: Array, b: Array, f: Array) -> tuple[Look, int]:
         rounds = self.options.iterations or min(_ROUNDS, self.options.max_iterations)
-        return solve_pair(kernel, a, b, f, self.options.tol, rounds, self.fixed)
+        best, taken = solve_pair(kernel, a, b, f, self.options.tol, rounds, self.fixed)
+        error = float(best.error.max())
+        if error > self.options.tol and not self.fixed:
+            warn_unconverged(error, self.options, taken)
+        return best, taken
 
     def _own(self, kernel: HostKernel, a: Array) -> Within:
         rounds = self.options.iterations or min(_SELF_ROUNDS, self.options.max_iterations)
