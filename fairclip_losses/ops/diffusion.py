@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .band import BandKernel
+from .checks import warn_unconverged
 from .dense import DenseKernel
 from .exact import along, unsort
 from .line import LaplaceLine
@@ -64,6 +65,9 @@ def diffusion_rounds(
         plain = torch.where(better, following, plain)
         share = torch.where(better, (1.2 * share).clamp(max=_SHARE), 0.5 * share)
         value = torch.maximum(value, reached)
+    else:
+        if watched and bool((miss.abs().sum(-1) > options.tol).any()):
+            warn_unconverged(float(miss.abs().sum(-1).max()), options, taken)
     return f, back.softmin(epsilon, log_a, f), taken
 
 

@@ -22,7 +22,7 @@ def solve_entropic(
     derivative in a is f, up to a constant that normalising the weights removes.
     """
     potentials = wanted[2] or wanted[3]
-    if suits_host_solver(x, y, a, b, options, potentials):
+    if suits_host_solver(x, y, a, b, options):
         return solve_on_host(x, y, a, b, options, potentials)
     one, other = Measure(x, a), Measure(y, b)
     between = solve_between(one, other, options)

@@ -17,9 +17,7 @@ from .gauss import MOST_ENTRIES
 from .line_solver import LineSolver, RaggedSolver
 
 
-def suits_host_solver(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, potentials: bool
-) -> bool:
+def suits_host_solver(x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions) -> bool:
     """Whether `solve_on_host` takes the problem: a line, all rows on the same points.
 
     Any number of them for p = 1; for p = 2 so few that all entries of the kernel stay in memory.
@@ -37,7 +35,7 @@ def suits_host_solver(
         return True
     points = x.shape[-2] + (0 if y is x else y.shape[-2])
     rows = math.prod(broadcast_shapes(a.shape[:-1], b.shape[:-1]))
-    used = rows * points if potentials else rows * int(np.count_nonzero(b.numpy(), -1).max())
+    used = rows * int(np.count_nonzero(b.numpy(), -1).max())
     return points * max(used, points) <= MOST_ENTRIES
 
 
@@ -56,8 +54,11 @@ def solve_on_host(
     every_a = one.reshape(1, -1) if one.size == line.z.size else stretch(one, lead)
     every_a = every_a.reshape(-1, line.z.size)
     every_b = stretch(other, lead).reshape(-1, line.z.size)
-    ragged = options.p == 2 and not potentials
-    solver = (RaggedSolver if ragged else LineSolver)(line.z, options)
+    solver: LineSolver | RaggedSolver
+    if options.p == 1:
+        solver = LineSolver(line.z, options)
+    else:
+        solver = RaggedSolver(line.z, options, potentials)
     between = solver.between(every_a, every_b)
     transport = line.rows(between.cost, lead)
     f, g = line.at(between.f, line.x, lead), line.at(between.g, line.y, lead)

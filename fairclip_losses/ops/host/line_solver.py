@@ -86,8 +86,12 @@ class LineSolver:
 class RaggedSolver(LineSolver):
     """Solves p = 2 with a kernel to the points of b alone that have weight, a row its own.
 
-    What it returns of b's side is 0 at the others.
+    What it returns of b's side is 0 at the others, but for potentials where they are asked for.
     """
+
+    def __init__(self, z: Array, options: SinkhornOptions, potentials: bool) -> None:
+        super().__init__(z, options)
+        self.potentials = potentials
 
     def between(self, a: Array, b: Array) -> Between:
         """See `LineSolver`; Newton's equations are those of b's points."""
@@ -98,16 +102,24 @@ class RaggedSolver(LineSolver):
         cost = (weights * best.due).sum(-1) + (a * best.g).sum(-1)
         pull_x = kernel.transposed.pull(log_weights(weights) + best.due / self.epsilon)
         pull_y = kernel.pull(log_weights(a) + best.g / self.epsilon)
-        spread = [self._spread(part, places, weights) for part in (best.due, pull_y)]
-        return Between(cost, best.g, spread[0], pull_x, spread[1], rounds)
+        full = [self._spread(part, places, weights) for part in (best.due, pull_y)]
+        if self.potentials:
+            exponent = np.broadcast_to(log_weights(a) + best.g / self.epsilon, b.shape)
+            by_row = [self._kernel.log_product(row[None]) for row in exponent]
+            full[0] = -self.epsilon * np.concatenate(by_row)
+        return Between(cost, best.g, full[0], pull_x, full[1], rounds)
 
     def within(self, a: Array, b: Array) -> tuple[Within, Within]:
         """See `LineSolver`."""
         places, weights = self._present(b)
         points = self.z[places]
         own = self._own(GaussKernel(points, points, self.epsilon), weights)
-        spread = [self._spread(part, places, weights) for part in (own.f, own.pull)]
-        return self._own(self._kernel, a), Within(own.cost, *spread)
+        full = [self._spread(part, places, weights) for part in (own.f, own.pull)]
+        if self.potentials:
+            kernel = GaussKernel(self.z[None], points, self.epsilon)
+            product = kernel.log_product(log_weights(weights) + own.f / self.epsilon)
+            full[0] = -self.epsilon * product
+        return self._own(self._kernel, a), Within(own.cost, *full)
 
     def _present(self, b: Array) -> tuple[Array, Array]:
         """Return places and weights (R, M) of each row's points, 0 beyond what it has."""
