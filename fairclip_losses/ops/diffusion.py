@@ -38,9 +38,13 @@ _ROUNDS, _UNWATCHED_ROUNDS = 100, 40
 
 
 def diffusion_rounds(
-    kernel: LineKernel, g: Tensor, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
-) -> tuple[Tensor, Tensor, int]:
-    """Return the potentials f and g of ``OT_eps(a, b)``, from a near g, and the rounds taken."""
+    kernel: LineKernel, g: Tensor, log_a: Tensor, log_b: Tensor, options: SinkhornOptions,
+    final: bool = True,
+) -> tuple[Tensor, Tensor, int]:  # fmt: skip
+    """Return the potentials f and g of ``OT_eps(a, b)``, from a near g, and the rounds taken.
+
+    Only a ``final`` answer that did not converge warns: a band may be too narrow to have one.
+    """
     epsilon, back = options.epsilon, kernel.transposed
     watched = options.is_watched(kernel.x)
     a, b = log_a.exp(), log_b.exp()
@@ -66,7 +70,7 @@ def diffusion_rounds(
         share = torch.where(better, (1.2 * share).clamp(max=_SHARE), 0.5 * share)
         value = torch.maximum(value, reached)
     else:
-        if watched and bool((miss.abs().sum(-1) > options.tol).any()):
+        if final and watched and bool((miss.abs().sum(-1) > options.tol).any()):
             warn_unconverged(float(miss.abs().sum(-1).max()), options, taken)
     return f, back.softmin(epsilon, log_a, f), taken
 

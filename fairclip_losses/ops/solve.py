@@ -85,7 +85,7 @@ def _in_a_band(
     taken = 0
     while 2 * width < points:
         band = BandKernel(kernel.x, kernel.y, options.p, a, b, width)
-        f, g, rounds = diffusion_rounds(band, g, log_a, log_b, options)
+        f, g, rounds = diffusion_rounds(band, g, log_a, log_b, options, final=False)
         taken += rounds
         whole_f, whole_g = kernel.softmin(epsilon, log_b, g), back.softmin(epsilon, log_a, f)
         narrow_f = band.softmin(epsilon, log_b, g)
