@@ -49,17 +49,8 @@ def run(sources: Path, tests: tuple[str, ...], host_flags: list[str], fair_flags
         "HOST_FLAGS": shlex.join(host_flags),
         "FAIR_FLAGS": shlex.join(fair_flags),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-rs",
-        "--tb=short",
-        "-p",
-        "upstream_plugin",
-        *tests,
-    ]
+    options = ("-q", "-rs", "--tb=short", "-p", "upstream_plugin")
+    command = [sys.executable, "-m", "pytest", *options, *tests]
     return subprocess.run(command, cwd=sources, env=environment).returncode
 
 
