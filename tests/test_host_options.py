@@ -155,7 +155,7 @@ def compiled(weights, witness):
 FP32 = ("--precision", "fp32")
 OPTIONS = [
     pytest.param(("--precision", "amp"), low_precision(torch.float16), id="amp"),
-    pytest.param(("--grad-clip-norm", "0.01"), amp_clipped, id="amp-grad-clip-norm"),
+    pytest.param(("--precision", "amp", "--grad-clip-norm", "0.01"), amp_clipped, id="amp-clip"),
     pytest.param(("--precision", "amp_bf16"), low_precision(torch.bfloat16), id="amp_bf16"),
     pytest.param(("--precision", "pure_bf16"), stored_as(torch.bfloat16), id="pure_bf16"),
     # The host's own --eps of 1e-8 is 0 in float16: there the first step divides by it.
