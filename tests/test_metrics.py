@@ -9,8 +9,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from fairlearn import __version__ as fairlearn_version
 from fairlearn import metrics as fairlearn_metrics
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, roc_auc_score
 
@@ -29,6 +30,7 @@ from fairclip_losses.metrics import (
 
 EXACT = {"rel": 0, "abs": 1e-12}
 SEEDS = st.integers(0, 2**32 - 1)
+FAIRLEARN = tuple(map(int, fairlearn_version.split(".")[:2]))
 
 
 def sample(seed, classes=2, groups=3, size=None, ties=True):
@@ -198,6 +200,8 @@ def test_gaps_are_fairlearns(seed, classes, weighted):
     # fairlearn divides by a group's total weight and fails where that is 0.
     weights = weights + 0.01 if weighted else None
     known = group >= 0
+    # Before 0.15, fairlearn loses the weight of a group of one.
+    assume(not weighted or FAIRLEARN >= (0, 15) or 1 not in np.bincount(group[known]))
     options = {
         "sensitive_features": group[known],
         "sample_weight": None if weights is None else weights[known],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import subprocess
 import sys
 
@@ -22,7 +21,7 @@ from host_runs import (
     one_line,
     rows_of,
 )
-from tiny_clip import HAS_LOCAL_DIR, write_model, write_pairs
+from tiny_clip import HAS_LOCAL_DIR, as_process, write_model, write_pairs
 
 from fairclip_losses import train
 from fairclip_losses.evaluate import load_weights
@@ -42,6 +41,7 @@ STEPS = PAIRS // BATCH
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     return {
+        "folder": folder / "tiny",
         "model": write_model(folder / "tiny"),
         "train": str(write_pairs(folder, PAIRS, "train")),
         "val": str(write_pairs(folder, 24, "val", seed=1)),
@@ -532,68 +532,39 @@ def test_a_step_that_the_scaler_skips_does_not_enter_the_memory(data, tmp_path, 
         assert float(row["mean_loss"]) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.skipif(not HAS_LOCAL_DIR, reason="another process does not know the test's model")
 def test_the_module_runs_as_a_command_with_several_workers(data, tmp_path):
-    command = [sys.executable, "-m", "fairclip_losses.train"]
+    module, environment = as_process(data["folder"], "fairclip_losses.train")
+    command = [sys.executable, *module]
     done = subprocess.run(
         command + arguments(data, tmp_path, "run", *FAIR, "--workers", "2", epochs=1),
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "checkpoints" / "flagged_epoch_1.csv").exists()
     failed = subprocess.run(
-        [*command, "--fair-loss"], capture_output=True, text=True, timeout=300
+        [*command, "--fair-loss"], capture_output=True, text=True, timeout=300, env=environment
     )  # fmt: skip
     assert failed.returncode == 2
     assert failed.stderr.strip().splitlines()[-1].startswith("fairclip_losses.train: error: ")
     assert "Traceback" not in failed.stderr
 
 
-@pytest.mark.skipif(not HAS_LOCAL_DIR, reason="another process does not know the test's model")
 @pytest.mark.parametrize("local", [(), ("--local-loss", "--gather-with-grad")])
 def test_two_processes_under_torchrun_keep_one_memory(data, tmp_path, local):
+    module, environment = as_process(data["folder"], "fairclip_losses.train")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     flags = (
         *(*FAIR, *local, "--dist-backend", "gloo", "--batch-size", "4", "--fair-save-pairs"),
         *("--fair-callback", "cpu_processes:AllowCpu"),
     )
     done = subprocess.run(
-        [*command, "-m", "fairclip_losses.train", "--", *arguments(data, tmp_path, "run", *flags)],
-        capture_output=True, text=True, timeout=300,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
-        },
+        [*command, *module[:2], "--", *module[2:], *arguments(data, tmp_path, "run", *flags)],
+        capture_output=True, text=True, timeout=300, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "run" / "checkpoints" / f"pairs_epoch_{EPOCHS}.csv")
     assert [int(row["visits"]) for row in rows] == [EPOCHS] * PAIRS
     assert (tmp_path / "run" / "checkpoints" / f"epoch_{EPOCHS}.fair").exists()
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--precision", "fp32"),
-        ("--precision", "amp_bf16"),
-        ("--precision", "pure_bf16"),
-        ("--grad-checkpointing",),
-        ("--grad-clip-norm", "1"),
-        ("--lock-image",),
-        ("--lock-text", "--lock-text-freeze-layer-norm"),
-        ("--force-patch-dropout", "0.5"),
-        ("--siglip",),
-    ],
-    ids="".join,
-)
-def test_the_hosts_own_options_work_with_the_fair_loss(data, tmp_path, record, flags):
-    assert train.main(arguments(data, tmp_path, "run", *FAIR, *flags, epochs=2)) == 0
-    assert len(record.steps) == 2 * STEPS
-    assert all(np.isfinite(list(step.values())).all() for step in record.steps)
-    rows = (tmp_path / "run" / "checkpoints").glob("flagged_epoch_*.csv")
-    assert len(list(rows)) == 2
 
 
 def test_plain_siglip_equals_the_idle_fair_loss(data, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,7 @@ HEADER = ("pair", "filepath", "title", "sex", "site", "bright")
 
 # open_clip reads a model from a folder since this version; before, a process registers it.
 HAS_LOCAL_DIR = int(open_clip.__version__.split(".")[0]) >= 3
+_REGISTERED = "tiny_clip_of_the_tests"
 
 
 def write_model(folder: Path) -> str:
@@ -43,11 +46,26 @@ def write_model(folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     if HAS_LOCAL_DIR:
         (folder / "open_clip_config.json").write_text(json.dumps(CONFIG))
-        return f"local-dir:{folder}"
-    path = folder / "tiny_clip_of_the_tests.json"
-    path.write_text(json.dumps(CONFIG["model_cfg"]))
-    open_clip.add_model_config(path)
-    return path.stem
+    else:
+        path = folder / f"{_REGISTERED}.json"
+        path.write_text(json.dumps(CONFIG["model_cfg"]))
+        open_clip.add_model_config(path)
+    return model_name(folder)
+
+
+def model_name(folder: Path) -> str:
+    """Return the name by which open_clip finds the model that was written to the folder."""
+    return f"local-dir:{folder}" if HAS_LOCAL_DIR else _REGISTERED
+
+
+def as_process(folder: Path, module: str) -> tuple[list[str], dict[str, str]]:
+    """Return the arguments of Python, and the environment, to run a module that finds the model."""
+    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    if HAS_LOCAL_DIR:
+        return ["-m", module], environment
+    environment["TINY_MODEL"] = str(folder / f"{_REGISTERED}.json")
+    return ["-m", "with_tiny_model", module], environment
 
 
 def write_pairs(folder: Path, count: int, name: str, seed: int = 0) -> Path:

@@ -151,13 +151,15 @@ def read_states(checkpoint: str, epoch: int, part: Processes | None = None) -> S
     """
     path = os.path.join(os.path.dirname(checkpoint), _file_name(epoch, part))
     try:
-        if "://" in path:
-            import fsspec  # comes with torch; the host reads its checkpoint by it
+        # Not among what torch 2.5 takes for safe.
+        with torch.serialization.safe_globals([complex]):
+            if "://" in path:
+                import fsspec  # comes with torch; the host reads its checkpoint by it
 
-            with fsspec.open(path, "rb") as file:
-                content = torch.load(file, map_location="cpu", weights_only=True)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+                with fsspec.open(path, "rb") as file:
+                    content = torch.load(file, map_location="cpu", weights_only=True)
+            else:
+                content = torch.load(path, map_location="cpu", weights_only=True)
         found = content.pop("format", None)
         if found != FORMAT:
             raise ValueError(f"expected format {FORMAT}, got {found}")

@@ -20,7 +20,7 @@ class ConvergenceWarning(UserWarning):
 
 def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
     """Return the shape that all broadcast to, in a tenth of the time of torch's; RuntimeError."""
-    sizes = [1] * max(map(len, shapes))
+    sizes = [1] * max([len(shape) for shape in shapes])
     for shape in shapes:
         for k, size in enumerate(shape, len(sizes) - len(shape)):
             if size != 1 and sizes[k] not in (1, size):
