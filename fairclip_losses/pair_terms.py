@@ -1,6 +1,7 @@
 """Per-pair terms of a given loss module: what FairLoss must know of the loss that it wraps.
 
-A loss of your own takes part by a method ``pair_terms(**model_out) -> PairTerms``.
+A loss of your own takes part by a method ``pair_terms(**model_out) -> PairTerms``, and over several
+processes by two attributes besides, ``rank`` and ``world_size``, as open_clip's losses have them.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ def pair_terms(loss: nn.Module, model_out: Mapping[str, Any]) -> PairTerms:
 
     Raises:
         ValueError: a loss that is neither one of open_clip's four nor has ``pair_terms``, or
-            model_out lacks what it needs.
+            model_out lacks what it needs; or several processes train and a loss with ``pair_terms``
+            does not say which of them it is in.
     """
     own = getattr(loss, "pair_terms", None)
     if own is not None:
+        _check_knows_its_process(loss)
         terms = own(**model_out)
         if not isinstance(terms, PairTerms):
             raise ValueError(
@@ -65,6 +68,18 @@ def pair_terms(loss: nn.Module, model_out: Mapping[str, Any]) -> PairTerms:
         "expected a ClipLoss, SigLipLoss, CoCaLoss or DistillClipLoss of open_clip or a module "
         f"with pair_terms(**model_out), got {type(loss).__name__}"
     )
+
+
+def _check_knows_its_process(loss: nn.Module) -> None:
+    """Refuse to take one of several processes for the only one: each would mine for itself."""
+    if hasattr(loss, "world_size") or not torch.distributed.is_available():
+        return
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise ValueError(
+            f"{torch.distributed.get_world_size()} processes train, and {type(loss).__name__} does "
+            "not say which it is in: give it rank and world_size (world_size = 1 has each process "
+            "mine and compare its own pairs alone)"
+        )
 
 
 def _inputs(model_out: Mapping[str, Any], prefix: str = "") -> tuple[Any, ...]:

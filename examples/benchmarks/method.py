@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,12 +36,13 @@ def conditions() -> dict[str, object]:
 
 def interleaved(
     runs: Mapping[str, Callable[[], object]], *, rounds: int = 9, most_seconds: float = 20.0
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Time each run once a round, in turn, so that what slows the machine slows them all.
 
     The first round warms up and is not counted. Each run stops after ``most_seconds`` of its own
     (three times at least, once if a single time is longer than that). ``cpu_median_s`` is the
-    processor time of all threads, which other jobs on the machine lengthen less.
+    processor time of all threads, which other jobs on the machine lengthen less; ``all_s`` and
+    ``cpu_all_s`` are the times round by round, for `paired`.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     busy: dict[str, list[float]] = {name: [] for name in runs}
@@ -56,9 +58,25 @@ def interleaved(
                 times[name].append(elapsed)
                 busy[name].append(worked)
     return {
-        name: _summary(taken) | {"cpu_median_s": statistics.median(busy[name])}
+        name: _summary(taken)
+        | {"cpu_median_s": statistics.median(busy[name])}
+        | {"all_s": taken, "cpu_all_s": busy[name]}
         for name, taken in times.items()
     }
+
+
+def paired(times: Mapping[str, dict[str, Any]], name: str, base: str) -> dict[str, float]:
+    """Return what a run takes of another's time, both taken in the same round: median, quartiles.
+
+    What slows a whole round falls out of such ratios.
+    """
+    found = {}
+    for kind in ("all_s", "cpu_all_s"):
+        pairs = zip(times[name][kind], times[base][kind], strict=False)
+        low, middle, high = statistics.quantiles([a / b for a, b in pairs], n=4, method="inclusive")
+        prefix = "cpu_" if kind.startswith("cpu") else ""
+        found |= {f"{prefix}ratio": middle, f"{prefix}low": low, f"{prefix}high": high}
+    return found
 
 
 def save(name: str, question: str, rows: list[dict[str, object]], where: dict[str, object]) -> Path:

@@ -6,6 +6,7 @@ functions work on the memory of the tensors that they are given, which are not u
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -38,7 +39,8 @@ def pair_weights(
         weighting: ``"relative"`` or ``"density"``.
     """
     values = losses.numpy()
-    weights = _weights(values, kinds.numpy(), mean, std, weighting)
+    with np.errstate(all="ignore"):  # as torch does
+        weights = _weights(values, kinds.numpy(), mean, std, weighting)
     weights[~np.isfinite(values)] = 1.0
     return torch.from_numpy(weights)
 
@@ -66,12 +68,14 @@ def visit(
     Returns:
         (B,) weights.
     """
-    if not math.isfinite(float(losses.sum())):  # or finite ones overflow, which does no harm
-        return None
     values, places = losses.numpy(), ids.numpy()
     kinds = _array(memory, "kind").take(places)
-    mean, std = float(_array(memory, "mean")), float(_array(memory, "std"))
-    weights = _weights(values, kinds, mean, std, weighting)
+    mean, std = float(_tensor(memory, "mean")), float(_tensor(memory, "std"))
+    with np.errstate(all="ignore"):
+        # One number is finite where all of them are (or it overflows, which does no harm).
+        if not math.isfinite(values.dot(values)):
+            return None
+        weights = _weights(values, kinds, mean, std, weighting)
     if record:
         if memory["weight_sum"] is None:
             np.add.at(_array(memory, "loss_sum"), places, values)
@@ -79,7 +83,7 @@ def visit(
             weight = np.full(len(places), visit_weight, np.float32)
             np.add.at(_array(memory, "loss_sum"), places, values * weight)
             np.add.at(_array(memory, "weight_sum"), places, weight)
-        np.add.at(_array(memory, "visits"), places, np.ones(len(places), np.int32))
+        np.add.at(_array(memory, "visits"), places, _ones(len(places)))
         last = _array(memory, "last_loss")
         last[places] = values
         # Where an id comes twice with two losses, one of them is not what stands there now: then
@@ -90,10 +94,19 @@ def visit(
     return torch.from_numpy(weights)
 
 
-def _array(memory: Mapping[str, Tensor | None], name: str) -> npt.NDArray[Any]:
+@functools.lru_cache(maxsize=2)  # of the usual batch and an epoch's last
+def _ones(count: int) -> npt.NDArray[np.int32]:
+    return np.ones(count, np.int32)
+
+
+def _tensor(memory: Mapping[str, Tensor | None], name: str) -> Tensor:
     tensor = memory[name]
     assert tensor is not None  # weight_sum alone may be missing, and is asked for where it is not
-    array: npt.NDArray[Any] = tensor.numpy()
+    return tensor
+
+
+def _array(memory: Mapping[str, Tensor | None], name: str) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = _tensor(memory, name).numpy()
     return array
 
 
@@ -110,14 +123,13 @@ def _weights(
     flagged = kinds.nonzero()[0]  # CLEAN is 0
     if len(flagged) and std > 0:
         of_flagged = values[flagged]
-        with np.errstate(all="ignore"):  # as torch does
-            exponents = (of_flagged - number(mean)) / number(std)
-            exponents *= exponents
-            exponents *= number(-0.5)
-            # NumPy's exponential function differs from torch's in the last bit.
-            found = torch.from_numpy(exponents).exp_().numpy()
-            if weighting == "density":
-                found /= number(std * math.sqrt(2.0 * math.pi))
+        exponents = (of_flagged - number(mean)) / number(std)
+        exponents *= exponents
+        exponents *= number(-0.5)
+        # NumPy's exponential function differs from torch's in the last bit.
+        found = torch.from_numpy(exponents).exp_().numpy()
+        if weighting == "density":
+            found /= number(std * math.sqrt(2.0 * math.pi))
         np.maximum(found, np.finfo(number).tiny, out=found)
         weights[flagged] = found
     return weights

@@ -25,7 +25,7 @@ class Event(str, Enum):
         for epoch in range(start_epoch, epochs):
             # EPOCH_START
             for batch in data["train"].dataloader:
-                # BATCH_START      state.batch may be replaced; the host must get what it expects
+                # BATCH_START      state.batch (images, texts) may be replaced
                 model_out = model(*batch)
                 # LOSS_START       state.loss_inputs (model_out by name) may be added to
                 losses = loss(**loss_inputs)
@@ -82,6 +82,7 @@ class TrainState:
     tokenizer: Any = None
     loss: Any = None
     model: Any = None
+    task: Any = None  # model and loss in one, where the host has such (open_clip 4)
     optimizer: Any = None
     scaler: Any = None
     tb_writer: Any = None

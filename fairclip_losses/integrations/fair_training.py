@@ -58,8 +58,9 @@ class FairTrainingCallback(Callback):
     def on_args_parsed(self, state: TrainState) -> None:
         """Look at the training data and refuse what cannot work."""
         args = state.args
-        if args.horovod:
-            raise UsageError("--fair-loss does not support --horovod")
+        for name in ("horovod", "fsdp", "use_naflex"):  # each known to some versions alone
+            if getattr(args, name, False):
+                raise UsageError(f"--fair-loss does not support --{name.replace('_', '-')}")
         for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
             if getattr(args, name) < 1:
                 flag = "--" + name.replace("_", "-")

@@ -3,7 +3,7 @@
 ``open_clip_train.main`` looks five functions up in its own namespace, and is called there by the
 name of ``main``. The patch replaces these names by wrappers that call the originals and fire
 `Event`s around them, and copies none of the host's code. A run for which nothing was asked passes
-through untouched.
+through untouched. The hooks for the shape of open_clip 4 are in `open_clip_tasks`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType, TracebackType
 from typing import Any
 
+from . import open_clip_tasks
 from .command_line import parse_arguments
 from .events import Event
 from .patching import Hook, HostCall, HostPatch
@@ -98,9 +99,9 @@ def _evaluate(call: HostCall) -> Any:
     return state.metrics
 
 
+_COMMON_HOOKS = (Hook("main", _main), Hook("parse_args", _parse_args))
 _HOOKS = (
-    Hook("main", _main),
-    Hook("parse_args", _parse_args),
+    *_COMMON_HOOKS,
     Hook(
         "get_data",
         _get_data,
@@ -123,6 +124,14 @@ _HOOKS = (
     ),
 )  # fmt: skip
 HOOKS = tuple(hook.name for hook in _HOOKS)
+
+
+def _hooks_of(host: ModuleType) -> HostPatch:
+    """Return the hooks that fit a host's shape: told by what it has, not by its version."""
+    if hasattr(host, "create_task"):
+        hooks = (*_COMMON_HOOKS, *open_clip_tasks.HOOKS)
+        return HostPatch(host, hooks, open_clip_tasks.KNOWN_VERSIONS)
+    return HostPatch(host, _HOOKS, KNOWN_VERSIONS)
 
 
 class Patch:
@@ -172,7 +181,7 @@ def patch() -> Patch:
             known to work).
     """
     host = _load_host()
-    return Patch(_hosts.setdefault(host, HostPatch(host, _HOOKS, KNOWN_VERSIONS)))
+    return Patch(_hosts.setdefault(host, _hooks_of(host)))
 
 
 def unpatch() -> None:

@@ -49,10 +49,9 @@ class FairLoss(nn.Module):
     with per-pair losses l and weights w of the miner, and F the fairness term over the scores s.
 
     Args:
-        base_loss: open_clip's ClipLoss, SigLipLoss, CoCaLoss or DistillClipLoss, in one process or
-            several, or any module with a method ``pair_terms(**model_out)``, in one process; see
-            `fairclip_losses.pair_terms`.
-            Without miner and fairness any module will do.
+        base_loss: open_clip's ClipLoss, SigLipLoss, CoCaLoss or DistillClipLoss, or any module with
+            a method ``pair_terms(**model_out)`` (`fairclip_losses.pair_terms`), in one process or
+            several. Without miner and fairness any module will do.
         miner: a `BadPairMiner`, or None.
         fairness: a `SinkhornFairnessLoss`, or None.
         fairness_weight: lambda >= 0; with 0 the term is measured (see `last`) and not trained.

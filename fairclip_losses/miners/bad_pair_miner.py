@@ -34,6 +34,11 @@ __all__ = ["BadPairMiner"]
 
 Detector = Literal["threshold", "mixture"]
 
+_INTEGERS = frozenset(
+    {torch.int64, torch.int32, torch.int16, torch.int8}
+    | {torch.uint8, torch.uint16, torch.uint32}  # uint64 does not fit
+)
+
 
 class _Visits(NamedTuple):
     losses: Tensor
@@ -210,11 +215,7 @@ class BadPairMiner(PairMemory):
                 raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
         if not pair_losses.is_floating_point():
             raise ValueError(f"pair_losses must be floating point, got {pair_losses.dtype}")
-        if (
-            pair_ids.is_floating_point()
-            or pair_ids.is_complex()
-            or pair_ids.dtype in (torch.bool, torch.uint64)
-        ):
+        if pair_ids.dtype not in _INTEGERS:
             raise ValueError(f"pair_ids must be integers (int64), got {pair_ids.dtype}")
         if pair_losses.ndim != 1 or pair_ids.ndim != 1 or len(pair_losses) != len(pair_ids):
             raise ValueError(
@@ -349,7 +350,7 @@ class BadPairMiner(PairMemory):
             return None
         weight = 1.0
         if self.history == "linear":
-            weight = float(visit_weight(self.epoch, "linear"))
+            weight = float(visit_weight(int(self.epoch), "linear"))
         return mining_numpy.visit(
             losses, ids, self._buffers, self.weighting, record=recording, visit_weight=weight
         )

@@ -18,11 +18,12 @@ from ...errors import UsageError, usage_errors
 from ...miners import MinerReport
 from ..flags import FairOptions
 from ..pair_files import FlagRates, attribute_column, read_pairs
+from ..samples import with_beside
 from .base import PairBatch, PairSource, count_flagged, flag_rates
 
 
 class IndexedDataset(Dataset[Any]):
-    """A dataset of (image, text) that gives each sample's row number as a third item."""
+    """A dataset of pairs that gives each sample's row number beside it."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -30,8 +31,8 @@ class IndexedDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.inner)
 
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return (*self.inner[index], index)
+    def __getitem__(self, index: int) -> Any:
+        return with_beside(self.inner[index], fair_row=index)
 
 
 class RowSource(PairSource):
