@@ -327,3 +327,19 @@ def test_exact_gradients_in_numpy_are_those_of_the_device_path(p, few, common, r
     torch.testing.assert_close(by_x, want, rtol=1e-9, atol=1e-12)
     if not common:
         torch.testing.assert_close(by_y, due[1].sum_to_size(by_y.shape), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("debias", [True, False])
+def test_blocks_of_rows_are_the_rows(p, debias):
+    """Large problems are solved some rows at a time."""
+    x, y, a, b = random_problem(30, 40, rows=5)
+    rows = torch.stack([a, a.flip(0), a, a + 1, a]).requires_grad_()
+    found = []
+    for at_once in (2**18, 100):
+        with mock.patch("fairclip_losses.ops.host.line_solver._AT_ONCE", at_once):
+            point = x.clone().requires_grad_()
+            cost = sinkhorn_divergence(point, y, rows, b, p=p, blur=0.2, debias=debias)
+            found.append((cost, *torch.autograd.grad(cost.sum(), (point, rows))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)

@@ -67,7 +67,7 @@ def draw(rows: list[dict[str, object]], where: dict[str, object], path: Path) ->
     from matplotlib import pyplot as plt
 
     matplotlib.rcParams["svg.hashsalt"] = "fairclip_losses"
-    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9.5, 4.8), layout="constrained")
     for name in WAYS:
         points = [(row["n"], row["runs"][name]["median_s"]) for row in rows if name in row["runs"]]  # type: ignore[index, operator]
         style = "-" if name.startswith("ours") else "--"
@@ -75,7 +75,7 @@ def draw(rows: list[dict[str, object]], where: dict[str, object], path: Path) ->
     axes.set(xscale="log", yscale="log", xlabel="points N", ylabel="seconds, forward + backward")
     axes.set_title(f"3 groups, {where['processor']}, {where['threads']} thread(s)", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
 

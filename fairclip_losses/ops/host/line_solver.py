@@ -18,6 +18,10 @@ from .newton import HostKernel, Look, log_weights, solve_pair, solve_self
 _ROUNDS, _SELF_ROUNDS = 40, 100
 
 
+# Numbers in an array of all rows above which rows are solved one block after the other.
+_AT_ONCE = 2**18
+
+
 class Between(NamedTuple):
     """A solved problem between two measures, a row each."""
 
@@ -46,6 +50,13 @@ class LineSolver:
 
     def between(self, a: Array, b: Array) -> Between:
         """Solve ``OT_eps(a, b)`` for weights a (1 or R, K) and b (R, K)."""
+        parts = self._row_blocks(len(b))
+        if len(parts) > 1:
+            found = [self.between(a if len(a) == 1 else a[rows], b[rows]) for rows in parts]
+            cost, f, g, pull_x, pull_y = (
+                np.concatenate(part) for part in zip(*(s[:5] for s in found), strict=True)
+            )
+            return Between(cost, f, g, pull_x, pull_y, max(s.rounds for s in found))
         f = (linear_start if self.options.p == 1 else quadratic_start)(self.z, a, b)
         best, rounds = self._pair(self._kernel, a, b, f)
         exponents = [
@@ -58,9 +69,16 @@ class LineSolver:
 
     def within(self, a: Array, b: Array) -> tuple[Within, Within]:
         """Solve ``OT_eps(a, a)`` and ``OT_eps(b, b)``, all rows at once."""
-        both = self._own(self._kernel, np.concatenate([a, b]))
+        every = np.concatenate([a, b])
+        found = [self._own(self._kernel, every[rows]) for rows in self._row_blocks(len(every))]
+        both = [np.concatenate(part) for part in zip(*found, strict=True)]
         first, second = (Within(*(part[rows] for part in both)) for rows in _split(len(a)))
         return first, second
+
+    def _row_blocks(self, rows: int) -> list[slice]:
+        """Return rows that are solved at once: their arrays are small enough to be used again."""
+        size = max(_AT_ONCE // self.z.size, 1)
+        return [slice(k, min(k + size, rows)) for k in range(0, rows, size)]
 
     @cached_property
     def _kernel(self) -> HostKernel:
