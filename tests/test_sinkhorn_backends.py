@@ -343,3 +343,23 @@ def test_blocks_of_rows_are_the_rows(p, debias):
             found.append((cost, *torch.autograd.grad(cost.sum(), (point, rows))))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("debias", [True, False])
+def test_rows_with_points_of_their_own(p, debias):
+    """Solved one after the other where the dense path takes them at once."""
+    x, y, a, b = random_problem(12, 9, rows=3)
+    points = torch.stack([y, y + 0.1, 2 * y]).requires_grad_()
+    start = x.clone().requires_grad_()
+    wanted = (start, points)
+    found = [
+        sinkhorn_divergence(start, points, a, b, p=p, blur=0.3, debias=debias, **options)
+        for options in ({}, {"backend": "dense", "tol": 1e-10})
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-12)
+    grads = [torch.autograd.grad(cost.sum(), wanted) for cost in found]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+    result = sinkhorn_solve(start, points, a, b, p=p, blur=0.3)
+    assert result.f.shape == (3, 12) and result.g.shape == (3, 9) and result.converged.all()

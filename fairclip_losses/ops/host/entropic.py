@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -16,25 +17,28 @@ from .arrays import Array, Shape, stretch
 from .gauss import MOST_ENTRIES
 from .line_solver import LineSolver, RaggedSolver
 
+# Most rows with points of their own: they are solved one after the other.
+_MOST_ROWS = 64
+
 
 def suits_host_solver(x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions) -> bool:
-    """Whether `solve_on_host` takes the problem: a line, all rows on the same points.
+    """Whether `solve_on_host` takes the problem: a line, and few rows with points of their own.
 
-    Any number of them for p = 1; for p = 2 so few that all entries of the kernel stay in memory.
+    Any number of points for p = 1; for p = 2 so few that all entries of the kernel stay in memory.
     """
+    rows_of_points = max(math.prod(x.shape[:-2]), math.prod(y.shape[:-2]))
     if not (
         x.shape[-1] == 1
         and options.backend in ("auto", "prefix")
         and x.is_cpu
         and not torch.compiler.is_compiling()
-        and x.shape[:-2].numel() == 1
-        and y.shape[:-2].numel() == 1
+        and rows_of_points <= _MOST_ROWS
     ):
         return False
     if options.p == 1:
         return True
     points = x.shape[-2] + (0 if y is x else y.shape[-2])
-    rows = math.prod(broadcast_shapes(a.shape[:-1], b.shape[:-1]))
+    rows = math.prod(broadcast_shapes(a.shape[:-1], b.shape[:-1])) if rows_of_points == 1 else 1
     used = rows * int(np.count_nonzero(b.numpy(), -1).max())
     return points * max(used, points) <= MOST_ENTRIES
 
@@ -48,6 +52,8 @@ def solve_on_host(
     `solve_entropic` and always found: they take no time beside the potentials. Without
     ``potentials`` these are 0 where b has no weight, and no gradient in the weights is returned.
     """
+    if max(math.prod(x.shape[:-2]), math.prod(y.shape[:-2])) > 1:
+        return _solve_row_by_row(x, y, a, b, options, potentials)
     line = _Line.of(x, y)
     lead = broadcast_shapes(x.shape[:-2], y.shape[:-2], a.shape[:-1], b.shape[:-1])
     one, other = line.spread(a, line.x), line.spread(b, line.y)
@@ -81,6 +87,32 @@ def solve_on_host(
     return EntropicSolution(
         cost, _slopes(slopes, potentials), transport, f, g, self_x, self_y, between.rounds
     )
+
+
+def _solve_row_by_row(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, potentials: bool
+) -> EntropicSolution:
+    """Solve rows that have points of their own."""
+    lead = broadcast_shapes(x.shape[:-2], y.shape[:-2], a.shape[:-1], b.shape[:-1])
+    rows_x, rows_y = (t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (x, y))
+    rows_a, rows_b = (t.expand(*lead, -1).reshape(-1, t.shape[-1]) for t in (a, b))
+    found = []
+    for own_x, own_y, own_a, own_b in zip(rows_x, rows_y, rows_a, rows_b, strict=True):
+        same = own_x if y is x else own_y
+        found.append(solve_on_host(own_x, same, own_a, own_b, options, potentials))
+
+    def stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+        there = [part for part in parts if part is not None]
+        return torch.stack(there).view(*lead, *there[0].shape) if there else None
+
+    cost, transport, f, g, f_self, g_self = (
+        stacked([getattr(row, name) for row in found])
+        for name in ("cost", "transport_cost", "f", "g", "f_self", "g_self")
+    )
+    assert cost is not None and transport is not None and f is not None and g is not None
+    slopes = tuple(stacked(part) for part in zip(*(row.slopes for row in found), strict=True))
+    rounds = max(row.rounds for row in found)
+    return EntropicSolution(cost, cast(Slopes, slopes), transport, f, g, f_self, g_self, rounds)
 
 
 class _Line(NamedTuple):
