@@ -86,6 +86,8 @@ class GroupBalancedBatches(Callback):
             raise UsageError(
                 "group_balanced needs --fair-attributes NAME (a column of --train-data)"
             )
+        if not args.train_data or args.dataset_type not in ("auto", "csv"):
+            raise UsageError("group_balanced needs the CSV file of --train-data to train on")
         try:
             table = read_table(args.train_data, args.csv_separator)
             codes, _ = encode_attributes(table, args.fair_attributes[:1])

@@ -108,6 +108,8 @@ def test_the_training_sees_balanced_batches_and_goes_on_with_them(arguments):
     [
         ((), "group_balanced needs --fair-attributes NAME"),
         (("--fair-attributes", "race"), "no column 'race'"),
+        (("--fair-attributes", "sex", "--train-data", ""), "needs the CSV file of --train-data"),
+        (("--fair-attributes", "sex", "--dataset-type", "synthetic"), "needs the CSV file of"),
     ],
 )
 def test_wrong_input_is_one_line(arguments, capsys, flags, message):

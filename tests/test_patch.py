@@ -131,6 +131,26 @@ def test_what_others_put_over_the_patch_is_left_and_events_come_once(host, regis
     assert all(getattr(host, name) is value for name, value in before.items())
 
 
+def test_what_others_put_over_the_hooks_stays_over_them_while_runs_go_on(host):
+    """Such as one that adds our own flags: it must be asked before the hook, in every run."""
+    Journal.made.clear()
+    patch()
+    ours = host.parse_args
+
+    @functools.wraps(ours)
+    def with_a_flag(argv):
+        return ours([*argv, f"--fair-callback={__name__}:Journal"])
+
+    host.parse_args = with_a_flag
+    host.main([])
+    host.main([])
+    assert host.parse_args is with_a_flag
+    assert [bool(made.heard) for made in Journal.made] == [True, True]
+    host.parse_args = ours
+    unpatch()
+    assert hooked(host) == set()
+
+
 def test_a_replacement_made_under_the_patch_is_reported_at_its_end(host, caplog):
     with patch():
         host.evaluate = print

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import shutil
@@ -19,6 +20,7 @@ from stub_host import make_saving_host
 
 from fairclip_losses.errors import CallbackError, UsageError
 from fairclip_losses.integrations import events
+from fairclip_losses.integrations.command_line import parse_arguments
 from fairclip_losses.integrations.events import Callback
 from fairclip_losses.integrations.open_clip import HOST, run_training
 
@@ -224,6 +226,14 @@ def damage(name):
     def lacks(folder):
         torch.save({"format": 2, "epoch": 2}, folder / "epoch_2.fair")
 
+    def no_callbacks(folder):
+        content = torch.load(folder / "epoch_2.fair", weights_only=True)
+        torch.save(content | {"callbacks": []}, folder / "epoch_2.fair")
+
+    def no_weights(folder):
+        content = torch.load(folder / "epoch_2.fair", weights_only=True)
+        torch.save(content | {"weights": None}, folder / "epoch_2.fair")
+
     return locals()[name]
 
 
@@ -237,6 +247,8 @@ def damage(name):
         ("another_format", "expected format 2, got 1"),
         ("a_module", "epoch_2.fair is no saved state"),
         ("lacks", "epoch_2.fair is no saved state"),
+        ("no_callbacks", "epoch_2.fair is no saved state: expected a dict of the state of each"),
+        ("no_weights", "epoch_2.fair is no saved state: expected a sample of the weights, got a"),
     ],
 )
 def test_a_missing_or_foreign_state_is_refused_with_the_way_on(saved, name, message):
@@ -247,6 +259,17 @@ def test_a_missing_or_foreign_state_is_refused_with_the_way_on(saved, name, mess
     assert "\n" not in str(caught.value)
     assert not (saved / "checkpoints" / "epoch_3.pt").exists()
     assert train(saved, *AGAIN, "--fair-fresh-state").count == 4
+
+
+def test_the_latest_of_a_remote_folder_is_refused(registered):
+    """The host lists such a folder without a look at the names, and takes the last."""
+    args = argparse.Namespace(resume="latest", remote_sync="s3://bucket/logs")
+    assert parse_arguments(lambda _: args, []) is args  # nobody keeps state
+    registered(Tally())
+    with pytest.raises(UsageError, match=r"--resume latest with --remote-sync .*name the check"):
+        parse_arguments(lambda _: args, [])
+    args.resume = "s3://bucket/logs/run/checkpoints/epoch_1.pt"
+    assert parse_arguments(lambda _: args, []).resume == args.resume
 
 
 def test_a_callback_that_is_new_is_refused_and_may_start_afresh_alone(saved, caplog):

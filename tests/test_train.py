@@ -327,6 +327,18 @@ def test_resuming_with_other_settings_is_refused_by_flag(data, tmp_path, capsys,
     assert train.main([*again, "--fair-fresh-state"]) == 0
 
 
+def test_a_saved_state_that_lacks_what_it_must_have_is_refused(data, tmp_path, capsys):
+    assert train.main(arguments(data, tmp_path, "run", *FAIR, epochs=1)) == 0
+    path = tmp_path / "run" / "checkpoints" / "epoch_1.fair"
+    content = torch.load(path, weights_only=True)
+    del content["callbacks"]["FairTrainingCallback"]["labels"]
+    torch.save(content, path)
+    again = arguments(data, tmp_path, "run", *FAIR, "--resume", "latest", epochs=2)
+    assert train.main(again) == 2
+    line = one_line(capsys)
+    assert "the saved fair-loss state lacks labels" in line and "--fair-fresh-state" in line
+
+
 def test_resuming_without_the_saved_state_is_refused_with_the_way_on(data, tmp_path, capsys):
     flags = ("--fair-loss", "dbpm", "--save-most-recent")
     assert train.main(arguments(data, tmp_path, "run", *flags, epochs=1)) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import upstream_tests
+from tiny_clip import write_pairs
 
 pytest.importorskip("open_clip_train.main")
 
@@ -26,3 +27,28 @@ def test_a_session_that_never_called_what_the_patch_replaces_fails(tmp_path, cap
     said = capfd.readouterr().out
     assert "1 passed" in said
     assert "train_one_epoch" in said.split("never called: ")[1]
+
+
+TRAINS = """
+from pathlib import Path
+import pytest
+from open_clip_train.main import main
+from tiny_clip import HAS_LOCAL_DIR, write_model
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_training(tmp_path, name):
+    device = ["--device", "cpu"] if HAS_LOCAL_DIR else []
+    model = write_model(Path(tmp_path) / "tiny")
+    main(["--model", model, "--batch-size", "4", "--epochs", "1", "--workers", "0", "--name", name,
+          *device])
+"""
+
+
+def test_a_session_with_the_flags_on_trains_every_run_with_them(tmp_path, capfd):
+    (tmp_path / "test_trains.py").write_text(TRAINS)
+    table = str(write_pairs(tmp_path, 8, "pairs"))
+    data = ("--dataset-type", "csv", "--train-data", table, "--val-data", table)
+    fair = [*data, "--fair-loss", "--fair-attributes", "sex"]
+    assert upstream_tests.run(tmp_path, ("test_trains.py",), ["--precision", "fp32"], fair) == 0
+    said = capfd.readouterr().out
+    assert "2 passed" in said and "fair losses: 4 of 4, over 16 pairs" in said

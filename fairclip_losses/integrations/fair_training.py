@@ -190,6 +190,9 @@ class FairTrainingCallback(Callback):
             UsageError: the state is of other settings, groups or parts; the message names them.
         """
         assert self.loss is not None  # loaded before an epoch
+        missing = [name for name in ("settings", "labels", "loss") if name not in state]
+        if missing:
+            raise UsageError(f"the saved fair-loss state lacks {', '.join(missing)}")
         settings = self._settings()
         for flag, saved in state["settings"].items():
             if settings.get(flag) != saved:

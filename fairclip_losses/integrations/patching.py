@@ -131,6 +131,16 @@ class HostPatch:
             self._open -= 1
             self._undo_if_unheld()
 
+    def _enter_call(self, name: str, wrapper: Callable[..., Any]) -> bool:
+        """Hold the patch for a call, unless it was undone or has wrapped the function anew.
+
+        A call installs nothing: what others have put over the hooks meanwhile stays over them.
+        """
+        with self._lock:
+            in_force = self._wrappers.get(name) is wrapper
+            self._open += in_force
+            return in_force
+
     def _install(self) -> None:
         _check_hook_points(self.host, self._hooks, self._known)
         for hook in self._hooks:
@@ -161,11 +171,8 @@ class HostPatch:
 
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if (
-                self._wrappers.get(hook.name) is not wrapper
-            ):  # undone, or wrapped anew by `_install`
+            if not self._enter_call(hook.name, wrapper):
                 return original(*args, **kwargs)
-            self.enter()
             try:
                 bound = signature.bind(*args, **kwargs)
                 return hook.around(HostCall(original, args, kwargs, bound))

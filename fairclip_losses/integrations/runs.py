@@ -54,6 +54,15 @@ class Run:
         with usage_errors():
             self.registry = CallbackRegistry(callbacks)
         self.fresh = fresh_names(options.fair_fresh_state, self.registry.stateful)
+        if (
+            self.registry.stateful
+            and getattr(args, "resume", None) == "latest"
+            and getattr(args, "remote_sync", None)
+        ):
+            raise UsageError(
+                "--resume latest with --remote-sync takes the last of all files of the remote "
+                "folder, which may be one of ours; name the checkpoint: --resume URL"
+            )
         self.state = TrainState(args=args)
         self.in_epoch = False
         self.pass_due = False  # the host is about to pass over its loader

@@ -164,6 +164,7 @@ def read_states(checkpoint: str, epoch: int, part: Processes | None = None) -> S
         if found != FORMAT:
             raise ValueError(f"expected format {FORMAT}, got {found}")
         states = SavedStates(**content)
+        _check_kinds(states)
     except FileNotFoundError:
         raise UsageError(
             f"no saved state of epoch {epoch} beside the checkpoint ({path})"
@@ -173,6 +174,18 @@ def read_states(checkpoint: str, epoch: int, part: Processes | None = None) -> S
     if states.epoch != epoch:
         raise UsageError(f"{path} is the saved state of epoch {states.epoch}, not {epoch}")
     return states
+
+
+def _check_kinds(states: SavedStates) -> None:
+    """Refuse what has the names of a saved state and is none."""
+    if not isinstance(states.weights, Tensor):
+        raise ValueError(f"expected a sample of the weights, got a {_kind(states.weights)}")
+    if type(states.parts) is not int:
+        raise ValueError(f"expected a number of parts, got a {_kind(states.parts)}")
+    if not isinstance(states.callbacks, dict) or not all(
+        isinstance(state, dict) for state in states.callbacks.values()
+    ):
+        raise ValueError("expected a dict of the state of each callback")
 
 
 def weights_sample(model: nn.Module | None) -> Tensor:
