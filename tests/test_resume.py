@@ -196,7 +196,7 @@ def run_sharded(data, logs, count, *more, moment=None, shards=("--fair-shard-mem
     command = arguments(
         data, logs, *FAIR, *FREQUENT, *shards, "--batch-size", str(BATCH // count),
         "--precision", "fp32", "--fair-save-pairs", "--fair-queue", "0", "--local-loss",
-        "--gather-with-grad", *more,
+        "--gather-with-grad", *more, evaluated=False,
     )  # fmt: skip
     own = [(AllowCpu(), *callbacks()) for _ in range(count)]
     return run_processes(command, data["folder"], moment, own)

@@ -13,10 +13,12 @@ import pytest
 import torch
 from sinkhorn_cases import POWERS, random_problem
 
-from fairclip_losses.ops import sinkhorn_divergence, sinkhorn_solve
+from fairclip_losses.ops import checks, sinkhorn_divergence, sinkhorn_solve
 from fairclip_losses.ops.dense import DenseKernel
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip(
+    "triton", "3.2", reason="the kernel needs Triton 3.2, which comes with torch 2.6"
+)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
 outside = pytest.mark.skipif(INTERPRETED, reason="runs outside of the interpreter")
@@ -51,6 +53,16 @@ def test_compiles_for_a_gpu(p, with_pull):
         constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
     )  # fmt: skip
     assert triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
+
+
+@outside
+@pytest.mark.parametrize(("version", "runs"), [("3.1.0", False), ("3.2.0", True), ("4.0", True)])
+def test_an_older_triton_is_not_taken(monkeypatch, version, runs):
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    checks._has_triton.cache_clear()
+    assert checks.runs_triton(torch.zeros(4, 2)) == runs
+    checks._has_triton.cache_clear()
 
 
 @outside

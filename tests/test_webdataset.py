@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from host_runs import (
     one_line,
     rows_of,
 )
-from tiny_clip import HAS_LOCAL_DIR, write_model
+from tiny_clip import as_process, write_model
 from tiny_shards import RACES, attributes_of, hashed, number_in, read_shards, write_shards
 
 from fairclip_losses import train
@@ -48,6 +47,7 @@ BOOK = {"race": list(RACES), "gender": ["0", "1"]}
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     return {
+        "tiny": folder / "tiny",
         "model": write_model(folder / "tiny"),
         "train": write_shards(folder / "whole", SIZES),
         "folder": folder / "whole",
@@ -408,7 +408,6 @@ def test_shards_may_be_dropped_where_pairs_have_their_own_ids(data, tmp_path):
 # ------------------------------ several processes
 
 
-@pytest.mark.skipif(not HAS_LOCAL_DIR, reason="another process does not know the test's model")
 def test_two_processes_share_labels_findings_and_memory(data, tmp_path):
     """The rare label is in one process's shard alone; both must give it the same code."""
     folder = tmp_path / "shards"
@@ -421,17 +420,13 @@ def test_two_processes_share_labels_findings_and_memory(data, tmp_path):
     shards = write_shards(folder, (BATCH,) * 4, member=member)
     flags = ("--fair-loss", "--fair-attributes", "race", "--fair-save-pairs")
     distributed = ("--dist-backend", "gloo", "--batch-size", "4", "--workers", "1")
+    module, environment = as_process(data["tiny"], "fairclip_losses.train")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     argv = arguments({**data, "train": shards}, tmp_path, "run", *flags, *distributed, epochs=2)
     argv += ["--train-num-samples", str(pairs), "--fair-callback", "cpu_processes:AllowCpu"]
     done = subprocess.run(
-        [*command, "-m", "fairclip_losses.train", "--", *argv],
-        capture_output=True, text=True, timeout=300,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
-        },
+        [*command, *module[:2], "--", *module[2:], *argv],
+        capture_output=True, text=True, timeout=300, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"

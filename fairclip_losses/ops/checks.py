@@ -31,7 +31,13 @@ def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
 
 @cache
 def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    """Whether there is a Triton of 3.2 or later: before, constants in float64 are float32's."""
+    if find_spec("triton") is None:
+        return False
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (3, 2)
 
 
 def runs_triton(points: Tensor) -> bool:

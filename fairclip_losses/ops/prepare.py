@@ -126,7 +126,7 @@ def check_shapes(
         raise ValueError(f"backend 'prefix' needs points on a line, D = 1, got D = {x.shape[-1]}")
     if options.backend == "triton" and not runs_triton(x):
         raise ValueError(
-            "backend 'triton' needs the package triton and points on a CUDA device, "
+            "backend 'triton' needs the package triton, 3.2 or later, and points on a CUDA device, "
             f"got points on {x.device}"
         )
     for name, weights, count in (("a", a, x.shape[-2]), ("b", b, y.shape[-2])):
