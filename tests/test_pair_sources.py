@@ -195,6 +195,17 @@ def test_what_synthetic_pairs_do_not_have_is_refused(tmp_path, capsys, flags, me
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flags", [("--fair-score", "official"), ("--fair-preset", "official")])
+def test_what_takes_one_process_is_refused_to_several_before_the_model(
+    tmp_path, capsys, monkeypatch, flags
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fair = ("--fair-loss", "--fair-attributes", "kind=a,b", *flags)
+    assert train.main(synthetic(tmp_path, "--train-num-samples", "20", *fair)) == 2
+    assert "comparisons in one process, got a base loss with world_size=2" in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------ samples
 
 
