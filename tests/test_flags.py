@@ -38,6 +38,12 @@ def test_one_part_alone():
     assert split_flags(["--fair-loss", "dbpm"])[0].fair_loss == ("dbpm",)
 
 
+@pytest.mark.parametrize("parts", [("sinkhorn", "dbpm"), ("dbpm", "sinkhorn", "dbpm")])
+def test_the_order_of_the_parts_is_all_the_same(parts):
+    options, _ = split_flags(["--fair-attributes", "sex", "--fair-loss", *parts])
+    assert options.fair_loss == ("dbpm", "sinkhorn")
+
+
 def test_evaluation_alone_is_active_without_the_loss():
     options, _ = split_flags(
         ["--fair-eval-label", "y", "--fair-eval-prompts", "a", "b", "--fair-attributes", "sex"]

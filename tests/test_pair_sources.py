@@ -116,6 +116,36 @@ def test_a_table_that_shrank_is_refused(tmp_path):
         source.attach(DataLoader(TensorDataset(rows, rows), batch_size=4))
 
 
+@pytest.mark.parametrize("lost", [slice(0, 8), slice(8, 16), slice(16, 24)])
+def test_a_run_resumed_on_fewer_rows_reports_the_lost_pairs_without_them(tmp_path, lost):
+    """Rows in descending order of their ids: at either end, and between the others."""
+    table = write_pairs(tmp_path, 24, "train")
+    data = {"model": write_model(tmp_path / "tiny"), "train": str(table)}
+    flags = ("--fair-loss", "--fair-attributes", "sex", "--fair-id-key", "pair")
+    argv = (*flags, "--fair-save-pairs")
+    assert train.main(arguments(data, tmp_path, "run", *argv, epochs=1)) == 0
+    header, *lines = table.read_text().splitlines()
+    every = {line.split("\t")[0]: line.split("\t") for line in lines}
+    gone = {line.split("\t")[0] for line in lines[lost]}
+    del lines[lost]
+    table.write_text("\n".join([header, *lines]) + "\n")
+    assert train.main(arguments(data, tmp_path, "run", *argv, "--resume", "latest", epochs=2)) == 0
+    rows = rows_of(tmp_path / "run" / "checkpoints" / "pairs_epoch_2.csv")
+    assert {row["id"] for row in rows} == every.keys()
+    flagged = {"f": [], "m": []}
+    for row in rows:
+        _, file, caption, sex, *_ = every[row["id"]]
+        there = ("", "", "") if row["id"] in gone else (file, caption, sex)
+        assert (row["file"], row["caption"], row["sex"]) == there
+        assert row["visits"] == ("1" if row["id"] in gone else "2")
+        if row["sex"]:
+            flagged[row["sex"]].append(row["kind"] != "clean")
+    log = (tmp_path / "run" / "out.log").read_text().splitlines()
+    for sex, kinds in flagged.items():
+        rate = f"sex={sex} {sum(kinds) / len(kinds):.1%}"
+        assert rate in [line for line in log if "pairs seen" in line][-1]
+
+
 class Recorder(Callback):
     def __init__(self):
         self.ids, self.groups = [], []
@@ -162,6 +192,17 @@ def test_synthetic_pairs_are_named_by_row_and_take_labels_in_turn(tmp_path, reco
 def test_what_synthetic_pairs_do_not_have_is_refused(tmp_path, capsys, flags, message):
     assert train.main(synthetic(tmp_path, "--train-num-samples", "20", *flags)) == 2
     assert message in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", [("--fair-score", "official"), ("--fair-preset", "official")])
+def test_what_takes_one_process_is_refused_to_several_before_the_model(
+    tmp_path, capsys, monkeypatch, flags
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fair = ("--fair-loss", "--fair-attributes", "kind=a,b", *flags)
+    assert train.main(synthetic(tmp_path, "--train-num-samples", "20", *fair)) == 2
+    assert "comparisons in one process, got a base loss with world_size=2" in one_line(capsys)
     assert not (tmp_path / "run").exists()
 
 

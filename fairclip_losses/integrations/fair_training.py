@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -75,7 +76,9 @@ class FairTrainingCallback(Callback):
         with usage_errors():
             # Built for its checks of the options alone; the real one wraps the host's loss.
             two_each = (2,) * len(self.options.fair_attributes)
-            self._build(torch.nn.Identity(), args.epochs, two_each)
+            stand_in = torch.nn.Identity()
+            vars(stand_in).update(rank=0, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+            self._build(stand_in, args.epochs, two_each)
 
     def on_data_ready(self, state: TrainState) -> None:
         """Make the training loader give ids and groups."""

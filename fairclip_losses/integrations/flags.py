@@ -170,7 +170,8 @@ def split_flags(argv: Sequence[str]) -> tuple[FairOptions, list[str]]:
     """
     parsed, rest = build_parser().parse_known_args(list(argv))
     if parsed.fair_loss is not None:
-        parsed.fair_loss = parsed.fair_loss or list(PARTS)
+        # In one order, each once: a resumed run is compared by it.
+        parsed.fair_loss = [part for part in PARTS if part in (parsed.fair_loss or PARTS)]
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(parsed).items()

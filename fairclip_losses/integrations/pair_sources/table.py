@@ -71,21 +71,24 @@ class RowSource(PairSource):
         return tuple(pair), PairBatch(self.ids[rows], self.codes[rows])
 
     def rows_of(self, ids: IntArray) -> IntArray:
-        """Return the row of each id."""
-        order = np.argsort(self.ids.numpy(), kind="stable")
-        rows: IntArray = order[np.searchsorted(self.ids.numpy(), ids, sorter=order)]
-        return rows
+        """Return the row of each id, -1 where it is not here: a resumed run may have lost it."""
+        known = self.ids.numpy()
+        order = np.argsort(known, kind="stable")
+        places = np.searchsorted(known, ids, sorter=order).clip(max=len(known) - 1)
+        rows = order[places]
+        return np.where(known[rows] == ids, rows, -1)
 
     def end_epoch(
         self, epoch: int, report: MinerReport | None, *, everything: bool = False
     ) -> FlagRates:
-        """Return the flag rates of all pairs seen so far."""
+        """Return the flag rates of all pairs seen so far that are rows."""
         if report is None:
             return {}
-        codes = self.codes.numpy()[self.rows_of(report.ids)]
-        return flag_rates(
-            count_flagged(report.kind != "clean", codes, self.codebook), self.codebook
-        )
+        rows = self.rows_of(report.ids)
+        here = rows >= 0
+        flagged = report.kind[here] != "clean"
+        codes = self.codes.numpy()[rows[here]]
+        return flag_rates(count_flagged(flagged, codes, self.codebook), self.codebook)
 
 
 class TableSource(RowSource):
@@ -124,13 +127,16 @@ class TableSource(RowSource):
         return f"{len(self.table)} rows {digest.hexdigest()[:12]}"
 
     def describe(self, ids: IntArray) -> dict[str, Sequence[object]]:
-        """Return image file, caption and the cells of the attributes."""
+        """Return image file, caption and the cells of the attributes; nothing for a lost pair."""
         rows = self.rows_of(ids)
         image, caption = self.pair_columns
         columns = {"file": image, "caption": caption}
         columns |= {attribute_column(name): name for name in self.codebook.labels}
         cells = {name: self.table.column(column) for name, column in columns.items()}
-        return {name: [of_row[row] for row in rows] for name, of_row in cells.items()}
+        return {
+            name: [of_row[row] if row >= 0 else "" for row in rows]
+            for name, of_row in cells.items()
+        }
 
 
 class SyntheticSource(RowSource):
