@@ -63,7 +63,7 @@ unit: $(VENV)/.test
 	$(BIN)/python -m pytest
 
 oldest: $(OLDEST)/.test
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python -m pytest -rs
 
 upstream: $(VENV)/.test
 	$(BIN)/python tests/upstream_tests.py
