@@ -55,12 +55,7 @@ def _get_data(call: HostCall) -> Any:
     run = run_of(call["args"])
     if run is None:
         return data
-    state, epoch = run.state, call["epoch"]
-    state.data, state.preprocess, state.tokenizer = data, call["preprocess_fns"], call["tokenizer"]
-    state.start_epoch = state.epoch = epoch
-    if "train" in data:
-        run.find_saved_states(epoch)
-    run.fire(Event.DATA_READY)
+    run.take_data(data, call["preprocess_fns"], call["tokenizer"], call["epoch"])
     if "train" in data:
         data["train"].dataloader = HookedLoader(data["train"].dataloader, run)
     return data

@@ -95,14 +95,9 @@ def _get_data(call: HostCall) -> Any:
     run = run_of(call["args"])
     if run is None:
         return data
-    state, epoch = run.state, call["epoch"]
-    state.data, state.preprocess, state.tokenizer = data, call["preprocess_fns"], call["tokenizer"]
-    state.start_epoch = state.epoch = epoch
+    run.take_data(data, call["preprocess_fns"], call["tokenizer"], call["epoch"])
     if "train" in data:
-        run.find_saved_states(epoch)
-    run.fire(Event.DATA_READY)
-    if "train" in data:
-        task = state.task
+        state, task = run.state, run.state.task
         loader = data["train"].dataloader
         data["train"].dataloader = TaskLoader(loader, run, tuple(task.data_keys))
         if getattr(task, "loss", None) is not None:

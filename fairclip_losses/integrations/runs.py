@@ -75,6 +75,15 @@ class Run:
         """Deliver an event of this run to its callbacks."""
         self.registry.fire(event, self.state)
 
+    def take_data(self, data: Any, preprocess: Any, tokenizer: Any, epoch: int) -> None:
+        """Note the data that the host has made for a run from this epoch on, and say so."""
+        state = self.state
+        state.data, state.preprocess, state.tokenizer = data, preprocess, tokenizer
+        state.start_epoch = state.epoch = epoch
+        if "train" in data:
+            self.find_saved_states(epoch)
+        self.fire(Event.DATA_READY)
+
     def find_saved_states(self, epoch: int) -> None:
         """Read what was saved with the checkpoint that the host has resumed.
 

@@ -16,8 +16,6 @@ from .newton import HostKernel, Look, log_weights, solve_pair, solve_self
 
 # Most rounds of Newton's, and of the heavy ball of the self-terms, where no number is asked for.
 _ROUNDS, _SELF_ROUNDS = 40, 100
-
-
 # Numbers in an array of all rows above which rows are solved one block after the other.
 _AT_ONCE = 2**18
 
@@ -72,8 +70,8 @@ class LineSolver:
         every = np.concatenate([a, b])
         found = [self._own(self._kernel, every[rows]) for rows in self._row_blocks(len(every))]
         both = [np.concatenate(part) for part in zip(*found, strict=True)]
-        first, second = (Within(*(part[rows] for part in both)) for rows in _split(len(a)))
-        return first, second
+        one, other = zip(*(np.split(part, [len(a)]) for part in both), strict=True)
+        return Within(*one), Within(*other)
 
     def _row_blocks(self, rows: int) -> list[slice]:
         """Return rows that are solved at once: their arrays are small enough to be used again."""
@@ -150,7 +148,3 @@ class RaggedSolver(LineSolver):
         spread = np.zeros((len(places), self.z.size))
         np.put_along_axis(spread, places, np.where(weights > 0, values, 0.0), -1)
         return spread
-
-
-def _split(first: int) -> tuple[slice, slice]:
-    return slice(None, first), slice(first, None)
