@@ -14,12 +14,10 @@ from sinkhorn_cases import POWERS, clouds, float64, one_thread, random_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairclip_losses.ops import SinkhornResult, sinkhorn_divergence, sinkhorn_solve
-from fairclip_losses.ops.band import BandKernel
 from fairclip_losses.ops.dense import DenseKernel
 from fairclip_losses.ops.exact import solve_exact
 from fairclip_losses.ops.host import solve_exact_on_host
 from fairclip_losses.ops.line import LaplaceLine
-from fairclip_losses.ops.quadrature import Measure, compress
 from fairclip_losses.ops.reference import cost_matrix
 from fairclip_losses.ops.streamed import StreamedKernel
 
@@ -104,22 +102,6 @@ def test_streaming_crosses_its_blocks(monkeypatch):
     whole = sinkhorn_divergence(x, y, a, b, blur=0.5, backend="streamed")
     monkeypatch.setattr("fairclip_losses.ops.streamed._BLOCK", 100)
     torch.testing.assert_close(sinkhorn_divergence(x, y, a, b, blur=0.5, backend="streamed"), whole)
-
-
-@settings(max_examples=25, deadline=None)
-@given(cloud=clouds(max_points=40, rows=2))
-def test_compressing_keeps_mass_and_moments(cloud):
-    points, weights = cloud
-    weights = weights / weights.sum(-1, keepdim=True)
-    light = compress(Measure(points, weights), blur=2.0)
-    if light.points is points:
-        return
-    assert (light.weights >= 0).all()
-    for power in range(4):
-        torch.testing.assert_close(
-            (light.weights * light.points[..., 0] ** power).sum(-1),
-            (weights * points[..., 0] ** power).sum(-1),
-        )
 
 
 @pytest.mark.parametrize("p", POWERS)
@@ -233,25 +215,6 @@ def test_symmetric_costs_of_rows_of_weights(p):
         for i, j in itertools.product(range(2), range(2)):
             alone = sinkhorn_divergence(x, y, rows[i], b[j], p=p, blur=0.4, backend=backend)
             torch.testing.assert_close(both[i, j], alone, rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize("blur", [0.02, 0.003])
-def test_a_small_blur_needs_only_a_band(blur):
-    """p = 2, costs streamed: bands around the monotone coupling, held to Newton's on all costs."""
-    x, weights = training_batch(540, groups=2)
-    value = sinkhorn_divergence(x, x, None, weights, blur=blur, backend="streamed")
-    exact = sinkhorn_divergence(x, x, None, weights, blur=blur)
-    torch.testing.assert_close(value, exact, rtol=1e-6, atol=0.0)
-    every = BandKernel(x, x, 2, torch.ones(540), weights, width=540)
-    narrow = BandKernel(x, x, 2, torch.ones(540) / 540, weights, width=200)
-    dense = DenseKernel(x, x, 2)
-    log_b, g = (weights / weights.sum(1, keepdim=True)).log(), torch.zeros(2, 540)
-    whole = dense.softmin(blur**2, log_b, g)
-    torch.testing.assert_close(every.softmin(blur**2, log_b, g), whole)
-    assert (narrow.softmin(blur**2, log_b, g) >= whole - 1e-12).all()  # it leaves mass out
-    torch.testing.assert_close(
-        every.average(blur**2, log_b, g, x[:, 0]), dense.average(blur**2, log_b, g, x[:, 0])
-    )
 
 
 @st.composite

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from .band import BandKernel
 from .checks import warn_unconverged
 from .dense import DenseKernel
 from .exact import along, unsort
@@ -26,7 +25,7 @@ from .streamed import StreamedKernel
 if TYPE_CHECKING:
     from .triton_kernel import TritonKernel
 
-LineKernel: TypeAlias = "BandKernel | DenseKernel | LaplaceLine | StreamedKernel | TritonKernel"
+LineKernel: TypeAlias = "DenseKernel | LaplaceLine | StreamedKernel | TritonKernel"
 
 # Rounds after which the diffusion is measured anew: it changes with the plan.
 _MEASURED_AFTER = frozenset({0, 1, 2, 4, 8, 16, 32, 64})
@@ -38,13 +37,9 @@ _ROUNDS, _UNWATCHED_ROUNDS = 100, 40
 
 
 def diffusion_rounds(
-    kernel: LineKernel, g: Tensor, log_a: Tensor, log_b: Tensor, options: SinkhornOptions,
-    final: bool = True,
-) -> tuple[Tensor, Tensor, int]:  # fmt: skip
-    """Return the potentials f and g of ``OT_eps(a, b)``, from a near g, and the rounds taken.
-
-    Only a ``final`` answer that did not converge warns: a band may be too narrow to have one.
-    """
+    kernel: LineKernel, g: Tensor, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
+) -> tuple[Tensor, Tensor, int]:
+    """Return the potentials f and g of ``OT_eps(a, b)``, from a near g, and the rounds taken."""
     epsilon, back = options.epsilon, kernel.transposed
     watched = options.is_watched(kernel.x)
     a, b = log_a.exp(), log_b.exp()
@@ -70,7 +65,7 @@ def diffusion_rounds(
         share = torch.where(better, (1.2 * share).clamp(max=_SHARE), 0.5 * share)
         value = torch.maximum(value, reached)
     else:
-        if final and watched and bool((miss.abs().sum(-1) > options.tol).any()):
+        if watched and bool((miss.abs().sum(-1) > options.tol).any()):
             warn_unconverged(float(miss.abs().sum(-1).max()), options, taken)
     return f, back.softmin(epsilon, log_a, f), taken
 

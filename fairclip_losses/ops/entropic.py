@@ -8,8 +8,7 @@ from torch import Tensor
 
 from .host import solve_on_host, suits_host_solver
 from .options import SinkhornOptions
-from .problem import Side, solve_between, solve_within
-from .quadrature import Measure
+from .problem import Measure, Side, solve_between, solve_within
 from .solution import EntropicSolution
 
 
@@ -22,15 +21,15 @@ def solve_entropic(
     derivative in a is f, up to a constant that normalising the weights removes.
     """
     potentials = wanted[2] or wanted[3]
-    if suits_host_solver(x, y, a, b, options):
+    if suits_host_solver(x, y, options):
         return solve_on_host(x, y, a, b, options, potentials)
     one, other = Measure(x, a), Measure(y, b)
     between = solve_between(one, other, options)
     side_a, side_b, cost = between.side_a, between.side_b, between.cost
     self_a = self_b = None
     if options.debias:
-        self_a, cost_a = solve_within(one, between.light_a, options)
-        self_b, cost_b = solve_within(other, between.light_b, options)
+        self_a, cost_a = solve_within(one, options)
+        self_b, cost_b = solve_within(other, options)
         cost = cost - 0.5 * cost_a - 0.5 * cost_b
     return EntropicSolution(
         cost,

@@ -73,18 +73,18 @@ def sinkhorn_divergence(
             ``max_iterations`` at the target (and at most 200 of Newton's, 40 of those in NumPy,
             100 of prefix sums); on an
             accelerator, where such a test would wait for the device, a fixed number of its own.
-        tol: see ``iterations``. Newton's last step goes far below it.
+        tol: see ``iterations``. Newton's last step goes far below it. For p = 2 on a line it also
+            bounds by how much the fewer points that stand for all raise the marginals' L1 error.
         max_iterations: see ``iterations``.
         backend: what holds the kernel when blur > 0. ``"dense"``: all costs, and Newton's method up
             to 512 points; ``"streamed"``: costs a block at a time and accelerated alternate
             updates; ``"triton"``: a fused kernel of the GPU, for any D; ``"prefix"``: prefix sums,
-            O(N) a round, for p = 1 on a line. ``"auto"``: on the CPU, on a line whose rows share
-            their points, Newton's method in NumPy: for p = 1 O(N) a round at any size and blur
-            (that is also ``"prefix"`` there), for p = 2 up to 2^20 costs of the points with weight.
-            Elsewhere prefix sums for p = 1 on a line above 96 points a side; for p = 2 on a line
-            above 96 points, on the CPU, a problem of at most ``6 * diameter / blur`` points in its
-            stead where that is fewer; for D > 1 on a GPU triton, where the package is there; else
-            dense up to 512 x 512 costs and streamed above.
+            O(N) a round, for p = 1 on a line. ``"auto"``: on the CPU, on a line, Newton's method in
+            NumPy. For p = 1, where up to 64 rows have points of their own, at O(N) a round (that is
+            also ``"prefix"`` there); for p = 2 at O(N) once and then the cost of at most about
+            ``3 * diameter / blur`` points, each with those it is coupled with. Elsewhere prefix
+            sums for p = 1 on a line above 96 points a side; for D > 1 on a GPU triton, where the
+            package is there; else dense up to 512 x 512 costs and streamed above.
         validate: look at the values for NaN, infinities and negative weights. None looks on the
             CPU only, since on an accelerator it waits for the device; there absent points must be
             finite too.

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .alternate import alternate
-from .band import BandKernel
 from .dense import DenseKernel
 from .diffusion import diffusion_rounds
 from .exact import solve_exact
@@ -24,10 +23,6 @@ _UNWATCHED_ROUNDS = 40
 _QUICK_ROUNDS, _QUICK_TOL = 10, 1e-4
 # Step and memory of the heavy ball for a linear map with eigenvalues in [1, 2].
 _BALL_STEP, _BALL_MEMORY = 0.686, 0.0294
-# First width of a band, in points, and the marginal error, in units of ``tol``, above which it is
-# widened.
-_BAND, _BAND_ERROR = 48, 1.0
-
 if TYPE_CHECKING:
     from .triton_kernel import TritonKernel
 
@@ -65,40 +60,12 @@ def solve_pair(
         return alternate(kernel, log_a, log_b, options)
     g = _exact_potential(x, y, log_a.exp(), log_b.exp(), options.p).to(x.dtype)
     if not (isinstance(kernel, DenseKernel) and fits_newton(kernel)):
-        if isinstance(kernel, StreamedKernel) and options.is_watched(x):
-            return _in_a_band(kernel, g, log_a, log_b, options)
         return diffusion_rounds(kernel, g, log_a, log_b, options)
     back = kernel.transposed
     f = kernel.softmin(options.epsilon, log_b, g)
     f, taken = newton_pair(kernel, f, log_a, log_b, options)
     g = back.softmin(options.epsilon, log_a, f)
     return kernel.softmin(options.epsilon, log_b, g), g, taken
-
-
-def _in_a_band(
-    kernel: StreamedKernel, g: Tensor, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
-) -> tuple[Tensor, Tensor, int]:
-    """Solve near the monotone coupling, in bands that widen until the whole kernel agrees."""
-    epsilon, back = options.epsilon, kernel.transposed
-    a, b = log_a.exp(), log_b.exp()
-    points, width = max(a.shape[-1], b.shape[-1]), _BAND
-    taken = 0
-    while 2 * width < points:
-        band = BandKernel(kernel.x, kernel.y, options.p, a, b, width)
-        f, g, rounds = diffusion_rounds(band, g, log_a, log_b, options, final=False)
-        taken += rounds
-        whole_f, whole_g = kernel.softmin(epsilon, log_b, g), back.softmin(epsilon, log_a, f)
-        narrow_f = band.softmin(epsilon, log_b, g)
-        narrow_g = band.transposed.softmin(epsilon, log_a, f)
-        missed = torch.maximum(
-            (a * torch.expm1((narrow_f - whole_f) / epsilon).abs()).sum(-1),
-            (b * torch.expm1((narrow_g - whole_g) / epsilon).abs()).sum(-1),
-        )
-        if not bool((missed > _BAND_ERROR * options.tol).any()):
-            return f, whole_g, taken
-        width *= 4
-    f, g, rounds = diffusion_rounds(kernel, g, log_a, log_b, options)
-    return f, g, taken + rounds
 
 
 def solve_self(kernel: Kernel, log_a: Tensor, options: SinkhornOptions) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,13 @@
 """The solvers for problems on a line whose tensors lie on the CPU, in NumPy and SciPy."""
 
-from .entropic import solve_on_host, suits_host_solver
+from .entropic import marginal_error_on_host, solve_on_host, suits_host_solver
 from .exact import solve_exact_on_host
 from .inputs import suits_host
 
-__all__ = ["solve_exact_on_host", "solve_on_host", "suits_host", "suits_host_solver"]
+__all__ = [
+    "marginal_error_on_host",
+    "solve_exact_on_host",
+    "solve_on_host",
+    "suits_host",
+    "suits_host_solver",
+]

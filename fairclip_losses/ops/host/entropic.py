@@ -14,33 +14,24 @@ from ..checks import broadcast_shapes
 from ..options import SinkhornOptions
 from ..solution import EntropicSolution, Slopes
 from .arrays import Array, Shape, stretch
-from .gauss import MOST_ENTRIES
-from .line_solver import LineSolver, RaggedSolver
+from .line_solver import LineSolver
+from .ragged import Cloud
+from .smooth_solver import SmoothSolver, missed
+from .solver import Between, Within
 
-# Most rows with points of their own: they are solved one after the other.
+# Most rows with points of their own for p = 1: they are solved one after the other.
 _MOST_ROWS = 64
 
 
-def suits_host_solver(x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions) -> bool:
-    """Whether `solve_on_host` takes the problem: a line, and few rows with points of their own.
-
-    Any number of points for p = 1; for p = 2 so few that all entries of the kernel stay in memory.
-    """
-    rows_of_points = max(math.prod(x.shape[:-2]), math.prod(y.shape[:-2]))
-    if not (
+def suits_host_solver(x: Tensor, y: Tensor, options: SinkhornOptions) -> bool:
+    """Whether `solve_on_host` takes the problem: a line, for p = 1 with few rows of own points."""
+    return (
         x.shape[-1] == 1
         and options.backend in ("auto", "prefix")
         and x.is_cpu
         and not torch.compiler.is_compiling()
-        and rows_of_points <= _MOST_ROWS
-    ):
-        return False
-    if options.p == 1:
-        return True
-    points = x.shape[-2] + (0 if y is x else y.shape[-2])
-    rows = math.prod(broadcast_shapes(a.shape[:-1], b.shape[:-1])) if rows_of_points == 1 else 1
-    used = rows * int(np.count_nonzero(b.numpy(), -1).max())
-    return points * max(used, points) <= MOST_ENTRIES
+        and (options.p == 2 or _rows_of_points(x, y) <= _MOST_ROWS)
+    )
 
 
 def solve_on_host(
@@ -48,45 +39,113 @@ def solve_on_host(
 ) -> EntropicSolution:
     """Solve for points x (*, N, 1), y (*, M, 1) and weights a (*, N), b (*, M) of sum one.
 
-    Both measures are put on the sorted points of either. Gradients in the points are as in
-    `solve_entropic` and always found: they take no time beside the potentials. Without
-    ``potentials`` these are 0 where b has no weight, and no gradient in the weights is returned.
+    Gradients in the points are as in `solve_entropic` and always found: they take no time beside
+    the potentials. Without ``potentials`` these are 0 where there is no weight, and no gradient in
+    the weights is returned.
     """
-    if max(math.prod(x.shape[:-2]), math.prod(y.shape[:-2])) > 1:
+    if options.p == 2:
+        return _solve_smooth(x, y, a, b, options, potentials)
+    if _rows_of_points(x, y) > 1:
         return _solve_row_by_row(x, y, a, b, options, potentials)
+    return _solve_on_one_line(x, y, a, b, options, potentials)
+
+
+def marginal_error_on_host(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, epsilon: float
+) -> Tensor:
+    """Return the L1 error (*,) of both marginals on all points, for p = 2 and potentials (*, N)."""
+    lead = f.shape[:-1]
+    one, other = (
+        Cloud(points.detach()[..., 0].numpy(), weights.detach().numpy(), lead)
+        for points, weights in ((x, a), (y, b))
+    )
+    rows = f.reshape(-1, f.shape[-1]).numpy(), g.reshape(-1, g.shape[-1]).numpy()
+    error = missed(one, other, *rows, epsilon) + missed(other, one, *rows[::-1], epsilon)
+    return torch.from_numpy(error).view(lead)
+
+
+def _rows_of_points(x: Tensor, y: Tensor) -> int:
+    return max(math.prod(x.shape[:-2]), math.prod(y.shape[:-2]))
+
+
+def _solve_smooth(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, potentials: bool
+) -> EntropicSolution:
+    """Solve p = 2, each row between points of its own."""
+    solver = SmoothSolver(options, potentials)
+    sides = []
+    for points, weights in ((x, a), (y, b)):
+        lead = broadcast_shapes(points.shape[:-2], weights.shape[:-1])
+        sides.append((points.detach()[..., 0].numpy(), weights.detach().numpy(), lead))
+    lead = broadcast_shapes(sides[0][2], sides[1][2])
+    one, other = (Cloud(points, weights, lead) for points, weights, _ in sides)
+    between = solver.between(one, other)
+    own = None
+    if options.debias:
+        ones = [
+            cloud if side[2] == lead else Cloud(*side)
+            for cloud, side in zip((one, other), sides, strict=True)
+        ]
+        own = solver.within(ones[0]), solver.within(ones[1])
+    return _assemble(a, b, (sides[0][2], sides[1][2], lead), between, own, potentials)
+
+
+def _solve_on_one_line(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, potentials: bool
+) -> EntropicSolution:
+    """Solve p = 1 on the sorted points of either measure."""
     line = _Line.of(x, y)
     lead = broadcast_shapes(x.shape[:-2], y.shape[:-2], a.shape[:-1], b.shape[:-1])
     one, other = line.spread(a, line.x), line.spread(b, line.y)
     every_a = one.reshape(1, -1) if one.size == line.z.size else stretch(one, lead)
     every_a = every_a.reshape(-1, line.z.size)
     every_b = stretch(other, lead).reshape(-1, line.z.size)
-    solver: LineSolver | RaggedSolver
-    if options.p == 1:
-        solver = LineSolver(line.z, options)
-    else:
-        solver = RaggedSolver(line.z, options, potentials)
-    between = solver.between(every_a, every_b)
-    transport = line.rows(between.cost, lead)
-    f, g = line.at(between.f, line.x, lead), line.at(between.g, line.y, lead)
-    pull_x, pull_y = line.at(between.pull_x, line.x, lead), line.at(between.pull_y, line.y, lead)
-    if not options.debias:
+    solver = LineSolver(line.z, options)
+    found = solver.between(every_a, every_b)
+    between = Between(
+        found.cost, found.f.take(line.x, -1), found.g.take(line.y, -1),
+        found.pull_x.take(line.x, -1), found.pull_y.take(line.y, -1), found.rounds,
+    )  # fmt: skip
+    own = None
+    if options.debias:
+        within = solver.within(one.reshape(-1, line.z.size), other.reshape(-1, line.z.size))
+        own_x, own_y = (
+            Within(side.cost, side.f.take(places, -1), side.pull.take(places, -1))
+            for side, places in zip(within, (line.x, line.y), strict=True)
+        )
+        own = own_x, own_y
+    leads = one.shape[:-1], other.shape[:-1], lead
+    return _assemble(a, b, leads, between, own, potentials)
+
+
+def _assemble(
+    a: Tensor, b: Tensor, leads: tuple[Shape, Shape, Shape], between: Between,
+    own: tuple[Within, Within] | None, potentials: bool,
+) -> EntropicSolution:  # fmt: skip
+    """Put the divergence together; ``leads`` are the rows of a, of b and of both."""
+
+    def tensor(values: Array, lead: Shape) -> Tensor:
+        return torch.from_numpy(values).view((*lead, *values.shape[1:]))
+
+    lead = leads[2]
+    transport, f, g, pull_x, pull_y = (tensor(part, lead) for part in between[:5])
+    if own is None:
         slopes = (a * pull_x, b * pull_y, f, g)
         return EntropicSolution(
             transport, _slopes(slopes, potentials), transport, f, g, None, None, between.rounds
         )
-    lead_a, lead_b = one.shape[:-1], other.shape[:-1]
-    own_a, own_b = solver.within(one.reshape(-1, line.z.size), other.reshape(-1, line.z.size))
-    cost = transport - 0.5 * line.rows(own_a.cost, lead_a) - 0.5 * line.rows(own_b.cost, lead_b)
-    self_x, self_y = line.at(own_a.f, line.x, lead_a), line.at(own_b.f, line.y, lead_b)
-    slopes = (
-        a * (pull_x - line.at(own_a.pull, line.x, lead_a)),
-        b * (pull_y - line.at(own_b.pull, line.y, lead_b)),
-        f - self_x,
-        g - self_y,
-    )
+    cost_a, self_x, self_pull_x = (tensor(part, leads[0]) for part in own[0])
+    cost_b, self_y, self_pull_y = (tensor(part, leads[1]) for part in own[1])
+    cost = transport - 0.5 * cost_a - 0.5 * cost_b
+    slopes = (a * (pull_x - self_pull_x), b * (pull_y - self_pull_y), f - self_x, g - self_y)
     return EntropicSolution(
         cost, _slopes(slopes, potentials), transport, f, g, self_x, self_y, between.rounds
     )
+
+
+def _slopes(slopes: tuple[Tensor, Tensor, Tensor, Tensor], potentials: bool) -> Slopes:
+    in_weights = slopes[2:] if potentials else (None, None)
+    return slopes[0][..., None], slopes[1][..., None], *in_weights
 
 
 def _solve_row_by_row(
@@ -152,16 +211,3 @@ class _Line(NamedTuple):
         spread = np.zeros((self.z.size, *values.shape[:-1]))
         np.add.at(spread, places, np.moveaxis(values, -1, 0))
         return np.moveaxis(spread, 0, -1)
-
-    def at(self, values: Array, places: Array, lead: Shape) -> Tensor:
-        """Read (R, K) at places (N,): (*lead, N)."""
-        return torch.from_numpy(values.take(places, -1)).view(*lead, places.size)
-
-    def rows(self, values: Array, lead: Shape) -> Tensor:
-        """Return a number a row as (*lead)."""
-        return torch.from_numpy(values).view(lead)
-
-
-def _slopes(slopes: tuple[Tensor, Tensor, Tensor, Tensor], potentials: bool) -> Slopes:
-    in_weights = slopes[2:] if potentials else (None, None)
-    return slopes[0][..., None], slopes[1][..., None], *in_weights

@@ -1,95 +1,143 @@
-"""The Gibbs kernel of p = 2 on a line with all its entries in memory, for batches."""
+"""The Gibbs kernel of p = 2 on a line, and where its iteration starts.
+
+Products are sums of numbers, not of logs: the entries ``exp((f_i + g_j - C_ij) / eps)`` are those
+of the first potentials, which the ones that follow differ from by little. How they lie in memory is
+theirs to know: all of them (`DenseEntries`), or those in windows (`BandEntries`).
+"""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import numpy as np
 
 from .arrays import Array
 from .newton import LEVEL, Look, log_weights
 
-# Most entries of all rows: beyond, fewer points stand for all.
-MOST_ENTRIES = 2**20
-# What keeps Newton's matrix regular, and the least part of a point's mass in its diagonal.
-_JITTER, _LEAST = 1e-12, 1e-3
+# The least part of a point's mass in the diagonal of Newton's matrix.
+_LEAST = 1e-3
+# Rounding of a potential, in units of the largest cost, and bounds of the shift of the diagonal.
+_ROUNDING, _SHIFT = 5e-17, (1e-12, 1e-8)
+# Largest exponent of a number.
+_LARGEST = 700.0
+
+
+class Entries(Protocol):
+    """Entries ``exp(u_i + v_j - C_ij / eps)`` of the kernel between x and y."""
+
+    u: Array  # (R, N)
+    v: Array  # (R, M)
+    farthest: float  # change of a potential, in units of epsilon, up to which they serve
+
+    @property
+    def transposed(self) -> Entries:
+        """Those between y and x, which share the memory."""
+
+    def scale(self, v: Array, log_b: Array) -> None:
+        """Set v, and u so that the entries' sum in each row, weighted with b, is 1."""
+
+    def times(self, vectors: Array) -> Array:
+        """Multiply with vectors (R, M, k)."""
+
+    def solve(self, left: Array, right: Array, roots: tuple[Array, Array], missed: Array) -> Array:
+        """Solve ``(D_a - B D_b^-1 B^T) d = missed`` (R, N) for entries B, scaled on either side.
+
+        The diagonals are those with which the roots of the weights, (R, N) and (R, M), are the
+        null vectors: entries and diagonals agree beyond the rounding of the potentials. LinAlgError
+        if there is no solution.
+        """
+
+
+def shift(x: Array, y: Array, epsilon: float) -> float:
+    """Return what keeps Newton's matrix regular: an eigenvalue below the rounding is none."""
+    farthest = max(y.max() - x.min(), x.max() - y.min())
+    return float(np.clip(_ROUNDING * farthest**2 / epsilon, *_SHIFT))
+
+
+def null_diagonal(times_roots: Array, roots: Array) -> Array:
+    """Return ``(B roots') / roots``, and of points without weight 1."""
+    there = roots > 0.0
+    return np.where(there, np.maximum(times_roots / np.where(there, roots, 1.0), _LEAST), 1.0)
 
 
 class GaussKernel:
-    """The kernel ``exp(-|x_i - y_j|^2 / 2 eps)`` between x (1 or R, N) and y (1 or R, M)."""
+    """The kernel ``exp(-|x_i - y_j|^2 / 2 eps)`` between measures a on x (R, N), b on y (R, M)."""
 
-    def __init__(self, x: Array, y: Array, epsilon: float) -> None:
-        self.x, self.y, self.epsilon = x, y, epsilon
-        shift = x[:, :, None] - y[:, None, :]
-        self._log = shift * shift
-        self._log *= -0.5 / epsilon
+    def __init__(self, a: Array, b: Array, epsilon: float, entries: Entries) -> None:
+        self.epsilon = epsilon
+        self._log_a, self._log_b = log_weights(a), log_weights(b)
+        self._shared, self._turned = [entries], False
 
     @property
     def transposed(self) -> GaussKernel:
         """See `HostKernel.transposed`; shares the entries."""
         other = object.__new__(GaussKernel)
-        other.x, other.y, other.epsilon = self.y, self.x, self.epsilon
-        other._log = self._log.transpose(0, 2, 1)
+        other.epsilon = self.epsilon
+        other._log_a, other._log_b = self._log_b, self._log_a
+        other._shared, other._turned = self._shared, not self._turned
         return other
 
     def log_product(self, exponent: Array) -> Array:
         """See `HostKernel.log_product`."""
-        largest, entries = self._entries(exponent)
-        product = np.add.reduce(entries, -1)
-        np.log(product, out=product)
-        product += largest[..., 0]
-        found: Array = product
-        return found
+        entries = self._entries(exponent)
+        product = entries.times(np.exp(exponent - entries.v)[:, :, None])[:, :, 0]
+        product = np.log(product)
+        product -= entries.u
+        return product
 
-    def pull(self, exponent: Array) -> Array:
-        """See `HostKernel.pull`."""
-        _, entries = self._entries(exponent)
-        reached = (entries @ self.y[:, :, None])[..., 0]
-        pulled: Array = self.x - reached / np.add.reduce(entries, -1)
-        return pulled
+    def deviation(self, exponent: Array, y: Array) -> Array:
+        """Return the standard deviation of y (R, M) in the plan out of each x, (R, N)."""
+        entries = self._entries(exponent)
+        weight = np.exp(exponent - entries.v)
+        sums = entries.times(np.stack([weight, weight * y, weight * y * y], -1))
+        mean = sums[..., 1] / sums[..., 0]
+        found: Array = np.sqrt(np.maximum(sums[..., 2] / sums[..., 0] - mean * mean, 0.0))
+        return found
 
     def steps(self, a: Array, b: Array, at: Look) -> Array:
         """See `HostKernel.steps`; equations scaled by the weights, so that they are symmetric."""
         epsilon = self.epsilon
-        there = a > 0
-        root = np.sqrt(a)
-        rho = np.exp(np.minimum((at.f - at.due) / epsilon, 700.0))
+        roots = np.sqrt(a), np.sqrt(b)
+        rho = np.exp(np.minimum((at.f - at.due) / epsilon, _LARGEST))
         # sqrt(a_i b_j) exp((f_i + g_j - C_ij) / eps): of absent points nothing is left
-        plan = self._log + (at.g / epsilon + 0.5 * log_weights(b))[:, None, :]
-        plan += (at.f / epsilon + 0.5 * log_weights(a))[:, :, None]
-        np.exp(np.minimum(plan, 700.0, out=plan), out=plan)
-        matrix = plan @ plan.transpose(0, 2, 1)
-        # constants are the null space: the outer product of the null vector fills it
-        np.subtract(root[:, :, None] * root[:, None, :], matrix, out=matrix)
-        places = np.arange(self.x.shape[-1])
-        matrix[:, places, places] += np.maximum(np.where(there, rho, 1.0), _LEAST) + _JITTER
+        entries = self._entries(self._log_b + at.g / epsilon)
+        left, right = (
+            np.exp(np.minimum(potential / epsilon + 0.5 * logs - scale, _LARGEST))
+            for potential, logs, scale in (
+                (at.f, self._log_a, entries.u), (at.g, self._log_b, entries.v),
+            )
+        )  # fmt: skip
         try:
-            scaled = np.linalg.solve(matrix, (root * (1.0 - rho))[..., None])[..., 0]
+            solved = entries.solve(left, right, roots, roots[0] * (1.0 - rho))
         except np.linalg.LinAlgError:  # not a number: a plain update instead
             return 1.0 / rho - 1.0
-        step: Array = np.where(there, scaled / np.where(there, root, 1.0), 0.0)
+        step: Array = np.where(a > 0, solved / np.where(a > 0, roots[0], 1.0), 0.0)
         return step
 
-    def _entries(self, exponent: Array) -> tuple[Array, Array]:
-        entries = exponent[:, None, :] + self._log
-        largest = np.maximum.reduce(entries, -1, keepdims=True)
-        entries -= largest
-        np.exp(entries, out=entries)
-        return largest, entries
+    def _entries(self, exponent: Array) -> Entries:
+        """Return entries that serve for these exponents of y."""
+        entries = self._shared[0].transposed if self._turned else self._shared[0]
+        v = exponent - self._log_b
+        if not (entries.v.size and np.abs(v - entries.v).max() <= entries.farthest):
+            entries.scale(v, self._log_b)
+            self._shared[0] = entries.transposed if self._turned else entries
+        return entries
 
 
-def quadratic_start(z: Array, a: Array, b: Array) -> Array:
-    """Return a Kantorovich potential of a (R, K), in the middle of what the plan leaves free.
+def quadratic_start(x: Array, y: Array, a: Array, b: Array) -> Array:
+    """Return a Kantorovich potential of a (R, N), in the middle of what the plan leaves free.
 
-    From one point of a to the next it changes by what the cost changes against the point of b that
-    holds the level between them; between two such, as their mean.
+    From one point of x (R, N) to the next it changes by what the cost changes against the point of
+    y (R, M) that holds the level between them; between two such, as their mean.
     """
-    f = np.zeros(np.broadcast_shapes(a.shape, b.shape))
-    gap, middle = z[1:] - z[:-1], 0.5 * (z[1:] + z[:-1])
-    levels = np.add.accumulate(np.broadcast_to(a, f.shape), -1)[:, :-1]
-    others = np.add.accumulate(np.broadcast_to(b, f.shape), -1)
-    last = z.size - 1
-    for row, (level, other) in enumerate(zip(levels, others, strict=True)):
+    f = np.zeros_like(x)
+    gap, middle = x[:, 1:] - x[:, :-1], 0.5 * (x[:, 1:] + x[:, :-1])
+    levels = np.add.accumulate(a, -1)[:, :-1]
+    others = np.add.accumulate(b, -1)
+    last = y.shape[-1] - 1
+    for row, (level, other, place) in enumerate(zip(levels, others, y, strict=True)):
         before = np.minimum(other.searchsorted(level - LEVEL), last)
         after = np.minimum(other.searchsorted(level + LEVEL, "right"), last)
-        slope = middle - 0.5 * (z[before] + z[after])
-        np.add.accumulate(gap * slope, out=f[row, 1:])
+        slope = middle[row] - 0.5 * (place[before] + place[after])
+        np.add.accumulate(gap[row] * slope, out=f[row, 1:])
     return f

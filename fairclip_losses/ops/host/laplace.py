@@ -50,7 +50,7 @@ class LaplaceKernel:
         return left
 
     def pull(self, exponent: Array) -> Array:
-        """See `HostKernel.pull`; a point does not pull at itself."""
+        """``sum_j P(j | i) dc(z_i, z_j) / dz_i``, (R, K); a point does not pull at itself."""
         if self._grow is None:
             left, right = self._log_sums(exponent)
             whole = np.logaddexp(left[..., :-1], right[..., :-1])

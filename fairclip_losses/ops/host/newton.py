@@ -14,7 +14,7 @@ import numpy as np
 from .arrays import Array
 
 # The log of weight 0: finite, so that differences are numbers, and nothing beside any other.
-LOG_ZERO = -1e9
+LOG_ZERO = -1e12
 # Levels nearer to each other are the same.
 LEVEL = 1e-14
 
@@ -41,9 +41,6 @@ class HostKernel(Protocol):
 
     def log_product(self, exponent: Array) -> Array:
         """``log sum_j exp(exponent_j - C_ij / eps)``, (R, N) from (R, M)."""
-
-    def pull(self, exponent: Array) -> Array:
-        """``sum_j P(j | i) dc(x_i, y_j) / dx_i``, (R, N), for the plan of these exponents."""
 
     def steps(self, a: Array, b: Array, at: Look) -> Array:
         """Newton's steps (R, N) in units of epsilon, for weights (1 or R, N) and (1 or R, M)."""

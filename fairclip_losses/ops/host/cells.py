@@ -1,0 +1,110 @@
+"""Cells of a line inside which a plan is smooth, for p = 2.
+
+Seen from a point y, the plan's density at x is ``exp((f(x) - x^2 / 2 + x y) / eps)`` but for a
+factor: an analytic function of x that changes over a length of ``eps / sd(y | x)``. Where the mass
+of x goes to two places alone, half to each, its singularities lie ``pi eps / (2 sd)`` off the line;
+that is the worst case, and a polynomial of low degree stands for the density in a cell whose length
+is a small multiple of ``eps / sd``.
+
+The optimal transport map T tells sd before anything is solved: ``sd^2`` is near ``eps T'``, with
+T' the length of the image over that of the cell. Both are taken of thrice the cell, as the blur
+smooths T. Where T jumps over a gap, sd is half of the gap.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .arrays import Array
+from .newton import LEVEL
+from .ragged import Ragged
+
+# Most parts of a cell in one round: a few far points make the mean slope of a long cell a poor one.
+_MOST_PARTS = 32
+
+
+class Cells(NamedTuple):
+    """Runs of points of all rows, in order and without any left out."""
+
+    first: Array  # (C,)
+    last: Array  # (C,)
+
+    @property
+    def sizes(self) -> Array:
+        """Number of points of each cell, (C,)."""
+        return self.last - self.first + 1
+
+
+def divide(own: Ragged, other: Ragged, epsilon: float, few: int, longest: float) -> Cells:
+    """Return cells of ``own`` no longer than ``longest * eps / sd``, by the transport map.
+
+    Cells of at most ``few`` points are left as they are.
+    """
+    jumps = np.append(np.diff(other.points), 0.0)
+    jumps[other.ends - 1] = 0.0  # from one row to the next there is none
+    last_of_row = other.ends - 1
+    todo, done = Cells(own.starts, own.ends - 1), []
+    line = _Line(own)
+    while todo.first.size:
+        first, last = todo
+        length = own.points[last] - own.points[first]
+        row = own.row[first]
+        low, high = line.between(row, own.points[first] - length, own.points[last] + length)
+        start = np.where(low > own.starts[row], own.levels[low - 1], row)
+        begin = other.levels.searchsorted(start + 8.0 * LEVEL, "right")
+        end = other.levels.searchsorted(own.levels[high] - 8.0 * LEVEL)
+        begin = np.clip(begin, other.starts[row], last_of_row[row])
+        end = np.clip(end, begin, last_of_row[row])
+        span = own.points[high] - own.points[low]
+        slope = (other.points[end] - other.points[begin]) / np.where(span > 0.0, span, np.inf)
+        pairs = np.stack([begin, end], -1).reshape(-1)
+        jump = np.where(end > begin, np.maximum.reduceat(jumps, pairs)[::2], 0.0)
+        smooth = length / longest * np.sqrt(slope / epsilon)
+        short = np.maximum(smooth, 0.5 * jump * length / (longest * epsilon)) <= 1.0
+        short |= last - first < few
+        done.append((first[short], last[short]))
+        parts = np.clip(np.ceil(smooth), 2, _MOST_PARTS).astype(int)
+        todo = line.cut(Cells(first[~short], last[~short]), parts[~short])
+    first, last = (np.concatenate(part) for part in zip(*done, strict=True))
+    order = first.argsort()
+    return Cells(first[order], last[order])
+
+
+def refine(own: Ragged, cells: Cells, ratio: Array) -> Cells:
+    """Cut each cell into as many parts as its ratio to the longest one says."""
+    return _Line(own).cut(cells, np.ceil(np.maximum(ratio, 1.0)).astype(int))
+
+
+class _Line:
+    """The points of all rows as one line, on which places are searched."""
+
+    def __init__(self, own: Ragged) -> None:
+        self.own = own
+        self.low, high = own.points.min(), own.points.max()
+        self.scale = 0.5 / (high - self.low) if high > self.low else 0.0
+        self.keys = self._key(own.row, own.points)
+
+    def _key(self, row: Array, place: Array) -> Array:
+        keys: Array = row + np.clip((place - self.low) * self.scale, 0.0, 0.5)
+        return keys
+
+    def between(self, row: Array, low: Array, high: Array) -> tuple[Array, Array]:
+        """Return the first point at or above ``low`` and the last at or below ``high``."""
+        first = self.keys.searchsorted(self._key(row, low))
+        return first, self.keys.searchsorted(self._key(row, high), "right") - 1
+
+    def cut(self, cells: Cells, parts: Array) -> Cells:
+        """Cut cells into so many parts of equal length; those without points are left out."""
+        which = np.repeat(np.arange(parts.size), parts)
+        part = np.arange(which.size) - np.repeat(np.add.accumulate(parts) - parts, parts)
+        first, last = cells.first[which], cells.last[which]
+        low, high = self.own.points[first], self.own.points[last]
+        place = low + (high - low) * (part / parts[which])
+        begin = self.keys.searchsorted(self._key(self.own.row[first], place))
+        begin = np.where(part == 0, first, np.minimum(begin, last + 1))
+        end = np.append(begin[1:], 0)
+        end = np.where(part == parts[which] - 1, last + 1, end)
+        there = end > begin
+        return Cells(begin[there], end[there] - 1)

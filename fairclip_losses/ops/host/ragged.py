@@ -1,0 +1,109 @@
+"""Rows of points of their own, of different numbers: one array after the other, or a table."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from .arrays import Array, Shape, along, stretch
+
+
+class Ragged:
+    """Measures of sum one, a row each; a row's points are distinct and in order."""
+
+    def __init__(self, points: Array, weights: Array, count: Array) -> None:
+        self.points, self.weights = points, weights  # (P,)
+        self.count = count  # (R,) points of each row
+        self.ends = np.add.accumulate(count)
+        self.starts = self.ends - count
+
+    @cached_property
+    def row(self) -> Array:
+        """The row of each point, (P,)."""
+        return np.repeat(np.arange(self.count.size), self.count)
+
+    @cached_property
+    def levels(self) -> Array:
+        """The row plus the weight up to each point and with it, (P,)."""
+        levels = np.add.accumulate(self.weights)
+        before = np.concatenate([[0.0], levels])[self.starts]
+        levels += np.repeat(np.arange(self.count.size) - before, self.count)
+        found: Array = levels
+        return found
+
+    def table(self, rows: Array) -> Table:
+        """Return some rows as a table."""
+        count = self.count[rows]
+        place = np.minimum(np.arange(count.max()), count[:, None] - 1)
+        place += self.starts[rows, None]
+        there = np.arange(count.max()) < count[:, None]
+        weights = np.where(there, self.weights[place], 0.0)
+        return Table(self.points[place], weights, place, there)
+
+
+class Table(NamedTuple):
+    """Rows (R, n) that are filled up with their last point, of no weight."""
+
+    points: Array
+    weights: Array
+    place: Array  # of each in the array of all rows
+    there: Array  # whether it is none that fills up
+
+    def put(self, values: Array, into: Array) -> None:
+        """Write values (R, n) to the array of all rows."""
+        into[self.place[self.there]] = values[self.there]
+
+
+class Cloud:
+    """Points (*, N) in any order, with ties, of which each row of weights (*, N) has some."""
+
+    def __init__(self, points: Array, weights: Array, lead: Shape) -> None:
+        order = points.argsort(-1)
+        rows = stretch(along(weights, order), lead).reshape(-1, points.shape[-1])
+        self._points = stretch(along(points, order), lead).reshape(rows.shape)
+        place = stretch(order, lead).reshape(rows.shape)
+        self._place = place + np.arange(len(rows))[:, None] * points.shape[-1]
+        self._there = rows > 0
+        self.present, self._of = self._merged(rows, self._there)
+
+    def _merged(self, weights: Array, kept: Array) -> tuple[Ragged, Array]:
+        """Return the distinct points of each row, and which of them each kept point is."""
+        points, weights = self._points[kept], weights[kept]
+        count = np.count_nonzero(kept, -1)
+        starts = np.add.accumulate(count) - count
+        new = np.ones(points.size, bool)
+        np.not_equal(points[1:], points[:-1], out=new[1:])
+        new[starts[count > 0]] = True
+        if new.all():
+            return Ragged(points, weights, count), np.arange(points.size)
+        which = np.add.accumulate(new) - 1
+        first = np.flatnonzero(new)
+        row = np.repeat(np.arange(count.size), count)
+        fewer = np.bincount(row[first], minlength=count.size)
+        return Ragged(points[first], np.add.reduceat(weights, first), fewer), which
+
+    @cached_property
+    def absent(self) -> Ragged:
+        """The points without weight, as points."""
+        return self._absent[0]
+
+    @cached_property
+    def _absent(self) -> tuple[Ragged, Array]:
+        return self._merged(np.zeros(self._points.shape), ~self._there)
+
+    def take(self, values: Array) -> Array:
+        """Read values (R, N) at the distinct points."""
+        full = values.reshape(-1)[self._place[self._there]]
+        taken = np.empty_like(self.present.points)
+        taken[self._of] = full
+        return taken
+
+    def spread(self, present: Array, absent: Array | None = None) -> Array:
+        """Put values of the distinct points in the order of the points, (R, N), nothing is 0."""
+        full = np.zeros(self._place.size)
+        full[self._place[self._there]] = present[self._of]
+        if absent is not None:
+            full[self._place[~self._there]] = absent[self._absent[1]]
+        return full.reshape(self._place.shape)
