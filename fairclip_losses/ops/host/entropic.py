@@ -86,7 +86,7 @@ def _solve_smooth(
             cloud if side[2] == lead else Cloud(*side)
             for cloud, side in zip((one, other), sides, strict=True)
         ]
-        own = solver.within(ones[0]), solver.within(ones[1])
+        own = solver.within(*ones)
     return _assemble(a, b, (sides[0][2], sides[1][2], lead), between, own, potentials)
 
 

@@ -19,6 +19,15 @@ class Ragged:
         self.ends = np.add.accumulate(count)
         self.starts = self.ends - count
 
+    @classmethod
+    def join(cls, one: Ragged, other: Ragged) -> Ragged:
+        """Put the rows of one before those of the other."""
+        return cls(
+            np.concatenate([one.points, other.points]),
+            np.concatenate([one.weights, other.weights]),
+            np.concatenate([one.count, other.count]),
+        )
+
     @cached_property
     def row(self) -> Array:
         """The row of each point, (P,)."""

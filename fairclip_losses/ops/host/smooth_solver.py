@@ -2,10 +2,8 @@
 
 In each cell in which the plan is smooth some points with the cell's moments take the place of its
 own (`gauss_rule`); the problem between those is solved, and its potentials are read at places from
-which they are known at all points (`chebyshev`). Of what a cell of ``h = k eps / sd`` adds to the
-marginals' L1 error, ``r^-2q`` bounds the part, with q points a cell and r the radius of the ellipse
-around it on which the nearest singularity may lie, ``r - 1 / r = 2 pi / k``. Cells are made finer
-where the plan that was found shows that this adds up to more than ``tol``.
+which they are known at all points (`chebyshev`). Cells are made finer where the plan that was found
+shows that they add more than ``tol`` to the error of the marginals (`fewer_points`).
 """
 
 from __future__ import annotations
@@ -14,17 +12,13 @@ import numpy as np
 
 from ..options import SinkhornOptions
 from .arrays import Array
-from .cells import Cells, divide, refine
-from .chebyshev import Places
+from .fewer_points import FewerPoints
 from .gauss_problem import read, solve_between, solve_within
-from .gauss_rule import compress
 from .ragged import Cloud, Ragged
 from .solver import Between, HostSolver, Within
 
-# Points that stand for a cell.
-_ORDER = 8
-# Part of ``tol`` that cells are laid out for, and times that they may be made finer.
-_PART, _REFINEMENTS = 0.25, 6
+# Times that cells may be made finer.
+_REFINEMENTS = 6
 
 
 class SmoothSolver(HostSolver):
@@ -36,71 +30,54 @@ class SmoothSolver(HostSolver):
     def __init__(self, options: SinkhornOptions, potentials: bool) -> None:
         super().__init__(options)
         self._potentials = potentials
-        radius = min(_PART * options.tol, 0.01) ** (-0.5 / _ORDER)
-        self._longest = 2.0 * np.pi / (radius - 1.0 / radius)
 
     def between(self, x: Cloud, y: Cloud) -> Between:
         """Solve ``OT_eps(a, b)``."""
-        one, other = x.present, y.present
-        cells_a, cells_b = self._divide(one, other), self._divide(other, one)
+        epsilon, tol = self.epsilon, self.options.tol
+        one = FewerPoints(x.present, y.present, epsilon, tol)
+        other = FewerPoints(y.present, x.present, epsilon, tol)
         start, rounds = None, 0
         for left in range(_REFINEMENTS, -1, -1):
-            light_a, light_b = compress(one, cells_a, _ORDER), compress(other, cells_b, _ORDER)
-            plan = solve_between(light_a, light_b, self.epsilon, start, self._pair)
+            plan = solve_between(one.light, other.light, epsilon, start, self._pair)
             rounds += plan.rounds
-            ratio_a, error_a = self._judge(one, cells_a, light_a, plan.sd_x)
-            ratio_b, error_b = self._judge(other, cells_b, light_b, plan.sd_y)
-            if error_a + error_b <= self.options.tol or self.fixed or not left:
+            error_a, ratio_a = one.judge(plan.sd_x)
+            error_b, ratio_b = other.judge(plan.sd_y)
+            if error_a + error_b <= tol or self.fixed or not left:
                 break
-            cells_a, cells_b = refine(one, cells_a, ratio_a), refine(other, cells_b, ratio_b)
-            start, _ = read(compress(one, cells_a, _ORDER), light_b, plan.g, self.epsilon)
-        f, pull_x = self._at_points(x, cells_a, light_b, plan.g)
-        g, pull_y = self._at_points(y, cells_b, light_a, plan.f)
-        return Between(plan.cost, f, g, pull_x, pull_y, rounds)
+            one.refine(ratio_a)
+            start, _ = read(one.light, other.light, plan.g, epsilon)
+            other.refine(ratio_b)
+        f, pull_x = one.read(other.light, plan.g)
+        g, pull_y = other.read(one.light, plan.f)
+        absent_f = absent_g = None
+        if self._potentials:
+            absent_f, _ = read(x.absent, other.light, plan.g, epsilon)
+            absent_g, _ = read(y.absent, one.light, plan.f, epsilon)
+        return Between(
+            plan.cost, x.spread(f, absent_f), y.spread(g, absent_g), x.spread(pull_x),
+            y.spread(pull_y), rounds,
+        )  # fmt: skip
 
-    def within(self, x: Cloud) -> Within:
-        """Solve ``OT_eps(a, a)``."""
-        one = x.present
-        cells = self._divide(one, one)
+    def within(self, x: Cloud, y: Cloud) -> tuple[Within, Within]:
+        """Solve ``OT_eps(a, a)`` and ``OT_eps(b, b)``, all rows at once."""
+        both = Ragged.join(x.present, y.present)
+        fewer = FewerPoints(both, both, self.epsilon, self.options.tol)
         for left in range(_REFINEMENTS, -1, -1):
-            light = compress(one, cells, _ORDER)
-            plan = solve_within(light, self.epsilon, self._self)
-            ratio, error = self._judge(one, cells, light, plan.sd_x)
+            plan = solve_within(fewer.light, self.epsilon, self._self)
+            error, ratio = fewer.judge(plan.sd_x)
             if 2.0 * error <= self.options.tol or self.fixed or not left:
                 break
-            cells = refine(one, cells, ratio)
-        return Within(plan.cost, *self._at_points(x, cells, light, plan.f))
-
-    def _divide(self, own: Ragged, other: Ragged) -> Cells:
-        return divide(own, other, self.epsilon, _ORDER, self._longest)
-
-    def _judge(self, own: Ragged, cells: Cells, light: Ragged, sd: Array) -> tuple[Array, float]:
-        """Return each cell's length in units of what the plan allows, and the cells' error.
-
-        That is the most that any row's cells add to the marginals' error. Cells that were left as
-        they are add nothing, and their length is 0.
-        """
-        count = np.minimum(cells.sizes, _ORDER)
-        starts = np.add.accumulate(count) - count
-        length = own.points[cells.last] - own.points[cells.first]
-        k = length * np.maximum.reduceat(sd, starts) / self.epsilon
-        k[cells.sizes <= _ORDER] = 0.0
-        pole = np.pi / np.maximum(k, 1e-6)
-        radius = pole + np.sqrt(pole * pole + 1.0)
-        mass = np.add.reduceat(light.weights, starts)
-        error = np.add.reduceat(mass * radius ** (-2.0 * _ORDER), starts.searchsorted(light.starts))
-        return k / self._longest, float(error.max())
-
-    def _at_points(
-        self, cloud: Cloud, cells: Cells, other: Ragged, g: Array
-    ) -> tuple[Array, Array]:
-        """Return the soft minimum of g at the points of the cloud, and how g pulls at them."""
-        places = Places.of(cloud.present, cells, 2 * _ORDER)
-        least, pull = places.fill(read(places.where, other, g, self.epsilon))
-        absent = None
+            fewer.refine(ratio)
+        f, pull = fewer.read(fewer.light, plan.f)
+        absent = Ragged.join(x.absent, y.absent)
+        f_absent = np.zeros(absent.points.size)
         if self._potentials:
-            absent, _ = read(cloud.absent, other, g, self.epsilon)
-        return cloud.spread(least, absent), cloud.spread(pull)
+            f_absent, _ = read(absent, fewer.light, plan.f, self.epsilon)
+        rows, point, gone = x.present.count.size, x.present.points.size, x.absent.points.size
+        return (
+            Within(plan.cost[:rows], x.spread(f[:point], f_absent[:gone]), x.spread(pull[:point])),
+            Within(plan.cost[rows:], y.spread(f[point:], f_absent[gone:]), y.spread(pull[point:])),
+        )
 
 
 def missed(x: Cloud, y: Cloud, f: Array, g: Array, epsilon: float) -> Array:
