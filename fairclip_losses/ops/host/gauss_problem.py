@@ -100,16 +100,16 @@ def read(places: Ragged, other: Ragged, g: Array, epsilon: float) -> tuple[Array
 
 
 def _read_all(x: Array, y: Array, exponent: Array, epsilon: float) -> tuple[Array, Array]:
-    shift = x[:, :, None] - y[:, None, :]
-    entries = shift * shift
+    entries = x[:, :, None] - y[:, None, :]
+    entries *= entries
     entries *= -0.5 / epsilon
     entries += exponent[:, None, :]
     largest = np.maximum.reduce(entries, -1, keepdims=True)
     entries -= largest
     np.exp(entries, out=entries)
-    total = np.add.reduce(entries, -1)
-    shift *= entries
-    return -epsilon * (np.log(total) + largest[..., 0]), np.add.reduce(shift, -1) / total
+    sums = entries @ np.stack([np.ones_like(y), y], -1)
+    least = -epsilon * (np.log(sums[..., 0]) + largest[..., 0])
+    return least, x - sums[..., 1] / sums[..., 0]
 
 
 def _entries(a: Table, b: Table, epsilon: float, dense: bool) -> Entries:
