@@ -78,8 +78,6 @@ def test_official_is_the_published_code():
     assert (fair.score, fair.mining_unit, fair.fairness_weight) == ("official", "batch", 1e-7)
 
 
-# At the official blur of 1e-4 the solver warns of some 40 of 100 such batches, on any release.
-@pytest.mark.filterwarnings("ignore::fairclip_losses.ops.ConvergenceWarning")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains(preset):
     fair = build_fair_loss(ClipLoss(), preset=preset, num_pairs=30, num_groups=3)

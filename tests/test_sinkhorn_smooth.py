@@ -278,3 +278,23 @@ def test_clouds_merge_ties_and_know_where_each_point_is(values, weights):
     back = cloud.spread(cloud.present.points, cloud.absent.points)
     np.testing.assert_array_equal(back, np.broadcast_to(points, (2, points.size)))
     np.testing.assert_array_equal(cloud.take(back), cloud.present.points)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    n=st.integers(2, 200),
+    exponent=st.floats(-12, -5),
+    seed=st.integers(0, 99),
+)
+def test_a_vanishing_blur_is_met_and_costs_what_transport_does(layout, n, exponent, seed):
+    """Costs are then 1e24 epsilon: nothing of them may be lost in a rounding, and none warns."""
+    x, b = problem(layout, n, 2, True, seed)
+    x = x.unique()[:, None]
+    b = b[:, : len(x)] + 0.01
+    blur = 10.0**exponent * float(x.max() - x.min() + 1e-3)
+    value, slope, _ = answer(x, b, blur=blur)
+    exact, slope_of_exact, _ = answer(x, b, blur=0)
+    # each coupling of n + m - 1 pairs costs its entropy besides
+    torch.testing.assert_close(value, exact, rtol=1e-9, atol=20 * blur**2)
+    assert torch.isfinite(slope).all() and torch.isfinite(slope_of_exact).all()

@@ -7,11 +7,14 @@ from scipy.linalg import solveh_banded
 from scipy.sparse import csr_array
 
 from .arrays import Array
-from .gauss import null_diagonal, shift
+from .gauss import null_diagonal
 from .windows import windows
 
 # Entries that are less than exp(-depth) of the largest are left out.
 _DEPTH = 45.0
+# Rounding of a potential in units of the largest cost: what keeps Newton's matrix regular is above
+# it, and between these bounds.
+_ROUNDING, _SHIFT = 5e-17, (1e-12, 1e-8)
 # Part of the roots of both weights below which an entry is left out of Newton's equations.
 _NEGLIGIBLE = 1e-12
 
@@ -23,7 +26,8 @@ class BandEntries:
 
     def __init__(self, x: Array, y: Array, epsilon: float) -> None:
         self._x, self._y, self._epsilon = x[0], y[0], epsilon
-        self._shift = shift(x, y, epsilon)
+        farthest = max(y.max() - x.min(), x.max() - y.min())
+        self._shift = float(np.clip(_ROUNDING * farthest**2 / epsilon, *_SHIFT))
         self._scaled = csr_array((0, 0))
         self.u = self.v = np.empty(0)
 

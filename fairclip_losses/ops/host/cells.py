@@ -58,10 +58,11 @@ def divide(own: Ragged, other: Ragged, epsilon: float, few: int, longest: float)
         begin = np.clip(begin, other.starts[row], last_of_row[row])
         end = np.clip(end, begin, last_of_row[row])
         span = own.points[high] - own.points[low]
-        slope = (other.points[end] - other.points[begin]) / np.where(span > 0.0, span, np.inf)
+        share = length / np.where(span > 0.0, span, 1.0)
         pairs = np.stack([begin, end], -1).reshape(-1)
         jump = np.where(end > begin, np.maximum.reduceat(jumps, pairs)[::2], 0.0)
-        smooth = length / longest * np.sqrt(slope / epsilon)
+        image = share * (other.points[end] - other.points[begin])
+        smooth = np.sqrt(length * image / epsilon) / longest
         short = np.maximum(smooth, 0.5 * jump * length / (longest * epsilon)) <= 1.0
         short |= last - first < few
         done.append((first[short], last[short]))

@@ -7,7 +7,7 @@ import numpy as np
 from .arrays import Array
 from .cells import divide, refine
 from .chebyshev import Places
-from .gauss_problem import read
+from .gauss_problem import Side, read
 from .gauss_rule import compress
 from .ragged import Ragged
 
@@ -62,10 +62,13 @@ class FewerPoints:
             self._cells = refine(self._own, self._cells, ratio)
             self.light = compress(self._own, self._cells, _ORDER)
 
-    def read(self, other: Ragged, g: Array) -> tuple[Array, Array]:
-        """Return the soft minimum and the pull, at all points, of a potential g of the others."""
-        if self._cells is None:
-            return read(self._own, other, g, self._epsilon)
+    def read(self, side: Side, other: Ragged, g: Array) -> tuple[Array, Array]:
+        """Return the potential and the pull at all points of a solved side.
+
+        g is the potential of the others, of which those are the soft minimum.
+        """
+        if self.light is self._own or self._cells is None:
+            return side.potential, side.pull
         places = Places.of(self._own, self._cells, 2 * _ORDER)
         least, pull = places.fill(read(places.where, other, g, self._epsilon))
         return least, pull

@@ -1,8 +1,9 @@
 """The Gibbs kernel of p = 2 on a line, and where its iteration starts.
 
-Products are sums of numbers, not of logs: the entries ``exp((f_i + g_j - C_ij) / eps)`` are those
-of the first potentials, which the ones that follow differ from by little. How they lie in memory is
-theirs to know: all of them (`DenseEntries`), or those in windows (`BandEntries`).
+Costs and potentials are in units of epsilon here. Products are sums of numbers, not of logs: the
+entries ``exp(f_i + g_j - C_ij)`` are those of the first potentials, which the ones that follow
+differ from by little. How they lie in memory is theirs to know: all of them (`DenseEntries`), or
+those in windows (`BandEntries`).
 """
 
 from __future__ import annotations
@@ -16,18 +17,16 @@ from .newton import LEVEL, Look, log_weights
 
 # The least part of a point's mass in the diagonal of Newton's matrix.
 _LEAST = 1e-3
-# Rounding of a potential, in units of the largest cost, and bounds of the shift of the diagonal.
-_ROUNDING, _SHIFT = 5e-17, (1e-12, 1e-8)
 # Largest exponent of a number.
 _LARGEST = 700.0
 
 
 class Entries(Protocol):
-    """Entries ``exp(u_i + v_j - C_ij / eps)`` of the kernel between x and y."""
+    """Entries ``exp(u_i + v_j - C_ij)`` of the kernel between x and y."""
 
     u: Array  # (R, N)
     v: Array  # (R, M)
-    farthest: float  # change of a potential, in units of epsilon, up to which they serve
+    farthest: float  # change of a potential up to which they serve
 
     @property
     def transposed(self) -> Entries:
@@ -48,12 +47,6 @@ class Entries(Protocol):
         """
 
 
-def shift(x: Array, y: Array, epsilon: float) -> float:
-    """Return what keeps Newton's matrix regular: an eigenvalue below the rounding is none."""
-    farthest = max(y.max() - x.min(), x.max() - y.min())
-    return float(np.clip(_ROUNDING * farthest**2 / epsilon, *_SHIFT))
-
-
 def null_diagonal(times_roots: Array, roots: Array) -> Array:
     """Return ``(B roots') / roots``, and of points without weight 1."""
     there = roots > 0.0
@@ -61,19 +54,19 @@ def null_diagonal(times_roots: Array, roots: Array) -> Array:
 
 
 class GaussKernel:
-    """The kernel ``exp(-|x_i - y_j|^2 / 2 eps)`` between measures a on x (R, N), b on y (R, M)."""
+    """The kernel between measures a on x (R, N) and b on y (R, M)."""
 
-    def __init__(self, a: Array, b: Array, epsilon: float, entries: Entries) -> None:
-        self.epsilon = epsilon
-        self._log_a, self._log_b = log_weights(a), log_weights(b)
+    epsilon = 1.0
+
+    def __init__(self, a: Array, b: Array, entries: Entries) -> None:
+        self.log_a, self.log_b = log_weights(a), log_weights(b)
         self._shared, self._turned = [entries], False
 
     @property
     def transposed(self) -> GaussKernel:
         """See `HostKernel.transposed`; shares the entries."""
         other = object.__new__(GaussKernel)
-        other.epsilon = self.epsilon
-        other._log_a, other._log_b = self._log_b, self._log_a
+        other.log_a, other.log_b = self.log_b, self.log_a
         other._shared, other._turned = self._shared, not self._turned
         return other
 
@@ -85,59 +78,69 @@ class GaussKernel:
         product -= entries.u
         return product
 
-    def deviation(self, exponent: Array, y: Array) -> Array:
-        """Return the standard deviation of y (R, M) in the plan out of each x, (R, N)."""
+    def moments(self, g: Array, y: Array) -> tuple[Array, Array]:
+        """Return mean and deviation (R, N) of y (R, M) in the plan out of each x, at potentials g.
+
+        ``x - mean`` is the gradient of the cost in x, per unit of its mass.
+        """
+        exponent = self.log_b + g
         entries = self._entries(exponent)
         weight = np.exp(exponent - entries.v)
         sums = entries.times(np.stack([weight, weight * y, weight * y * y], -1))
         mean = sums[..., 1] / sums[..., 0]
-        found: Array = np.sqrt(np.maximum(sums[..., 2] / sums[..., 0] - mean * mean, 0.0))
-        return found
+        square = sums[..., 2] / sums[..., 0]
+        return mean, np.sqrt(np.maximum(square - mean * mean, 0.0))
 
     def steps(self, a: Array, b: Array, at: Look) -> Array:
         """See `HostKernel.steps`; equations scaled by the weights, so that they are symmetric."""
-        epsilon = self.epsilon
         roots = np.sqrt(a), np.sqrt(b)
-        rho = np.exp(np.minimum((at.f - at.due) / epsilon, _LARGEST))
-        # sqrt(a_i b_j) exp((f_i + g_j - C_ij) / eps): of absent points nothing is left
-        entries = self._entries(self._log_b + at.g / epsilon)
+        rho = np.exp(np.minimum(at.f - at.due, _LARGEST))
+        # sqrt(a_i b_j) exp(f_i + g_j - C_ij): of absent points nothing is left
+        entries = self._entries(self.log_b + at.g)
         left, right = (
-            np.exp(np.minimum(potential / epsilon + 0.5 * logs - scale, _LARGEST))
+            np.exp(np.minimum(potential + 0.5 * logs - scale, _LARGEST))
             for potential, logs, scale in (
-                (at.f, self._log_a, entries.u), (at.g, self._log_b, entries.v),
+                (at.f, self.log_a, entries.u),
+                (at.g, self.log_b, entries.v),
             )
-        )  # fmt: skip
+        )
         try:
             solved = entries.solve(left, right, roots, roots[0] * (1.0 - rho))
         except np.linalg.LinAlgError:  # not a number: a plain update instead
-            return 1.0 / rho - 1.0
+            plain: Array = 1.0 / rho - 1.0
+            return plain
         step: Array = np.where(a > 0, solved / np.where(a > 0, roots[0], 1.0), 0.0)
         return step
 
     def _entries(self, exponent: Array) -> Entries:
         """Return entries that serve for these exponents of y."""
         entries = self._shared[0].transposed if self._turned else self._shared[0]
-        v = exponent - self._log_b
+        v = exponent - self.log_b
         if not (entries.v.size and np.abs(v - entries.v).max() <= entries.farthest):
-            entries.scale(v, self._log_b)
+            entries.scale(v, self.log_b)
             self._shared[0] = entries.transposed if self._turned else entries
         return entries
 
 
-def quadratic_start(x: Array, y: Array, a: Array, b: Array) -> Array:
-    """Return a Kantorovich potential of a (R, N), in the middle of what the plan leaves free.
+def crossings(x: Array, y: Array, a: Array, b: Array) -> Array:
+    """Return where the optimal coupling goes over from each point of x to the next, (R, N - 1).
 
-    From one point of x (R, N) to the next it changes by what the cost changes against the point of
-    y (R, M) that holds the level between them; between two such, as their mean.
+    That is the point of y (R, M) that holds the level between them; between two such, their middle.
     """
-    f = np.zeros_like(x)
-    gap, middle = x[:, 1:] - x[:, :-1], 0.5 * (x[:, 1:] + x[:, :-1])
     levels = np.add.accumulate(a, -1)[:, :-1]
     others = np.add.accumulate(b, -1)
     last = y.shape[-1] - 1
+    found = np.empty_like(levels)
     for row, (level, other, place) in enumerate(zip(levels, others, y, strict=True)):
         before = np.minimum(other.searchsorted(level - LEVEL), last)
         after = np.minimum(other.searchsorted(level + LEVEL, "right"), last)
-        slope = middle[row] - 0.5 * (place[before] + place[after])
-        np.add.accumulate(gap[row] * slope, out=f[row, 1:])
+        found[row] = 0.5 * (place[before] + place[after])
+    return found
+
+
+def kantorovich(x: Array, crossing: Array) -> Array:
+    """Return the potential of the optimal coupling at x (R, N), 0 at the first point."""
+    f = np.zeros_like(x)
+    slope = 0.5 * (x[:, 1:] + x[:, :-1]) - crossing
+    np.add.accumulate((x[:, 1:] - x[:, :-1]) * slope, -1, out=f[:, 1:])
     return f

@@ -8,8 +8,8 @@ import numpy as np
 
 from .arrays import Array
 from .band_entries import BandEntries
-from .dense_entries import DenseEntries
-from .gauss import Entries, GaussKernel, quadratic_start
+from .dense_entries import DenseEntries, reduced_costs, squares
+from .gauss import Entries, GaussKernel, crossings, kantorovich
 from .newton import HostKernel, Look, log_weights
 from .ragged import Ragged, Table
 from .windows import read_windows
@@ -27,42 +27,62 @@ class Plan:
     """What is known of both sides of each row's plan."""
 
     def __init__(self, one: Ragged, other: Ragged) -> None:
-        self.f, self.g = np.zeros_like(one.points), np.zeros_like(other.points)
-        self.sd_x = np.zeros_like(one.points)  # of where the mass of x goes
-        self.sd_y = np.zeros_like(other.points)
+        self.x, self.y = Side(one), Side(other)
         self.cost = np.zeros(one.count.size)
         self.rounds = 0
 
 
+class Side:
+    """What is known at the points of one side, (P,)."""
+
+    def __init__(self, own: Ragged) -> None:
+        self.potential, self.pull, self.deviation = (np.zeros(own.points.size) for _ in range(3))
+
+    def put(self, own: Table, potential: Array, moments: tuple[Array, Array]) -> None:
+        """Write some rows: a potential, and mean and deviation of where the mass goes."""
+        own.put(potential, self.potential)
+        own.put(own.points - moments[0], self.pull)
+        own.put(moments[1], self.deviation)
+
+
 def solve_between(
-    one: Ragged, other: Ragged, epsilon: float, f: Array | None, solve: SolvePair
+    one: Ragged, other: Ragged, epsilon: float, near: Array | None, solve: SolvePair
 ) -> Plan:
-    """Solve ``OT_eps`` of each row, from potentials f near those of ``one``, or the exact ones."""
+    """Solve ``OT_eps`` of each row, from potentials near those of ``one``, or the exact ones."""
     plan = Plan(one, other)
     for rows, dense in _batches(one, other):
         a, b = one.table(rows), other.table(rows)
-        if f is None:
-            start = quadratic_start(a.points, b.points, a.weights, b.weights)
+        crossing = crossings(a.points, b.points, a.weights, b.weights)
+        exact = kantorovich(a.points, crossing)
+        f = exact if near is None else near[a.place]
+        entries: Entries
+        if dense:
+            cost = reduced_costs(a.points, b.points, crossing, epsilon)
+            base_f, base_g = exact, 0.5 * (a.points[:, :1] - b.points) ** 2 - epsilon * cost[:, 0]
+            entries = DenseEntries(cost)
         else:
-            start = f[a.place]
-        kernel = GaussKernel(a.weights, b.weights, epsilon, _entries(a, b, epsilon, dense))
-        if a.place.shape[-1] <= b.place.shape[-1]:
-            best, rounds = solve(kernel, a.weights, b.weights, start)
-            due, g = best.due, best.g
-        else:  # Newton's equations are those of the fewer points
-            start = -epsilon * kernel.transposed.log_product(
-                log_weights(a.weights) + start / epsilon
-            )
-            best, rounds = solve(kernel.transposed, b.weights, a.weights, start)
-            due, g = best.g, best.due
-        plan.cost[rows] = (a.weights * due).sum(-1) + (b.weights * g).sum(-1)
+            base_f, base_g = np.zeros_like(a.points), np.zeros_like(b.points)
+            entries = BandEntries(a.points, b.points, epsilon)
+        kernel = GaussKernel(a.weights, b.weights, entries)
+        f, g, rounds = _solve(kernel, a.weights, b.weights, (f - base_f) / epsilon, solve)
+        plan.x.put(a, base_f + epsilon * f, kernel.moments(g, b.points))
+        plan.y.put(b, base_g + epsilon * g, kernel.transposed.moments(f, a.points))
+        plan.cost[rows] = (a.weights * (base_f + epsilon * f)).sum(-1)
+        plan.cost[rows] += (b.weights * (base_g + epsilon * g)).sum(-1)
         plan.rounds = max(plan.rounds, rounds)
-        a.put(due, plan.f)
-        b.put(g, plan.g)
-        a.put(kernel.deviation(log_weights(b.weights) + g / epsilon, b.points), plan.sd_x)
-        exponent = log_weights(a.weights) + due / epsilon
-        b.put(kernel.transposed.deviation(exponent, a.points), plan.sd_y)
     return plan
+
+
+def _solve(
+    kernel: GaussKernel, a: Array, b: Array, f: Array, solve: SolvePair
+) -> tuple[Array, Array, int]:
+    """Return both potentials, by Newton's equations of the fewer points."""
+    if a.shape[-1] <= b.shape[-1]:
+        best, rounds = solve(kernel, a, b, f)
+        return best.due, best.g, rounds
+    g = -kernel.transposed.log_product(kernel.log_a + f)
+    best, rounds = solve(kernel.transposed, b, a, g)
+    return best.g, best.due, rounds
 
 
 def solve_within(one: Ragged, epsilon: float, solve: SolveSelf) -> Plan:
@@ -70,13 +90,16 @@ def solve_within(one: Ragged, epsilon: float, solve: SolveSelf) -> Plan:
     plan = Plan(one, one)
     for rows, dense in _batches(one, one):
         a = one.table(rows)
-        kernel = GaussKernel(a.weights, a.weights, epsilon, _entries(a, a, epsilon, dense))
+        entries: Entries
+        if dense:
+            entries = DenseEntries(squares(a.points, a.points, epsilon))
+        else:
+            entries = BandEntries(a.points, a.points, epsilon)
+        kernel = GaussKernel(a.weights, a.weights, entries)
         before, after = solve(kernel, a.weights)
-        plan.cost[rows] = (a.weights * (before + after)).sum(-1)
-        a.put(after, plan.f)
-        exponent = log_weights(a.weights) + after / epsilon
-        a.put(kernel.deviation(exponent, a.points), plan.sd_x)
-    plan.g, plan.sd_y = plan.f, plan.sd_x
+        plan.x.put(a, epsilon * after, kernel.moments(after, a.points))
+        plan.cost[rows] = epsilon * (a.weights * (before + after)).sum(-1)
+    plan.y = plan.x
     return plan
 
 
@@ -100,20 +123,13 @@ def read(places: Ragged, other: Ragged, g: Array, epsilon: float) -> tuple[Array
 
 
 def _read_all(x: Array, y: Array, exponent: Array, epsilon: float) -> tuple[Array, Array]:
-    entries = x[:, :, None] - y[:, None, :]
-    entries *= entries
-    entries *= -0.5 / epsilon
-    entries += exponent[:, None, :]
+    entries = exponent[:, None, :] - squares(x, y, epsilon)
     largest = np.maximum.reduce(entries, -1, keepdims=True)
     entries -= largest
     np.exp(entries, out=entries)
     sums = entries @ np.stack([np.ones_like(y), y], -1)
     least = -epsilon * (np.log(sums[..., 0]) + largest[..., 0])
     return least, x - sums[..., 1] / sums[..., 0]
-
-
-def _entries(a: Table, b: Table, epsilon: float, dense: bool) -> Entries:
-    return (DenseEntries if dense else BandEntries)(a.points, b.points, epsilon)
 
 
 def _batches(one: Ragged, other: Ragged) -> Iterator[tuple[Array, bool]]:

@@ -40,19 +40,19 @@ class SmoothSolver(HostSolver):
         for left in range(_REFINEMENTS, -1, -1):
             plan = solve_between(one.light, other.light, epsilon, start, self._pair)
             rounds += plan.rounds
-            error_a, ratio_a = one.judge(plan.sd_x)
-            error_b, ratio_b = other.judge(plan.sd_y)
+            error_a, ratio_a = one.judge(plan.x.deviation)
+            error_b, ratio_b = other.judge(plan.y.deviation)
             if error_a + error_b <= tol or self.fixed or not left:
                 break
             one.refine(ratio_a)
-            start, _ = read(one.light, other.light, plan.g, epsilon)
+            start, _ = read(one.light, other.light, plan.y.potential, epsilon)
             other.refine(ratio_b)
-        f, pull_x = one.read(other.light, plan.g)
-        g, pull_y = other.read(one.light, plan.f)
+        f, pull_x = one.read(plan.x, other.light, plan.y.potential)
+        g, pull_y = other.read(plan.y, one.light, plan.x.potential)
         absent_f = absent_g = None
         if self._potentials:
-            absent_f, _ = read(x.absent, other.light, plan.g, epsilon)
-            absent_g, _ = read(y.absent, one.light, plan.f, epsilon)
+            absent_f, _ = read(x.absent, other.light, plan.y.potential, epsilon)
+            absent_g, _ = read(y.absent, one.light, plan.x.potential, epsilon)
         return Between(
             plan.cost, x.spread(f, absent_f), y.spread(g, absent_g), x.spread(pull_x),
             y.spread(pull_y), rounds,
@@ -64,15 +64,15 @@ class SmoothSolver(HostSolver):
         fewer = FewerPoints(both, both, self.epsilon, self.options.tol)
         for left in range(_REFINEMENTS, -1, -1):
             plan = solve_within(fewer.light, self.epsilon, self._self)
-            error, ratio = fewer.judge(plan.sd_x)
+            error, ratio = fewer.judge(plan.x.deviation)
             if 2.0 * error <= self.options.tol or self.fixed or not left:
                 break
             fewer.refine(ratio)
-        f, pull = fewer.read(fewer.light, plan.f)
+        f, pull = fewer.read(plan.x, fewer.light, plan.x.potential)
         absent = Ragged.join(x.absent, y.absent)
         f_absent = np.zeros(absent.points.size)
         if self._potentials:
-            f_absent, _ = read(absent, fewer.light, plan.f, self.epsilon)
+            f_absent, _ = read(absent, fewer.light, plan.x.potential, self.epsilon)
         rows, point, gone = x.present.count.size, x.present.points.size, x.absent.points.size
         return (
             Within(plan.cost[:rows], x.spread(f[:point], f_absent[:gone]), x.spread(pull[:point])),
