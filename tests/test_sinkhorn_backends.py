@@ -255,6 +255,7 @@ def test_exact_costs_in_numpy_are_those_of_the_device_path(p, few, problem):
     has_mass = (mass[0] & mass[1]).expand(truth.cost.shape)
     with (
         mock.patch("fairclip_losses.ops.host.exact.FEW", few),
+        mock.patch("fairclip_losses.ops.host.exact.FEW_STEPS", few),
         mock.patch("fairclip_losses.ops.host.atoms.FEW", few),
     ):
         found = solve_exact_on_host(x, y, a, b, p=p, validate=True)
@@ -281,6 +282,7 @@ def test_exact_gradients_in_numpy_are_those_of_the_device_path(p, few, common, r
     )  # fmt: skip
     with (
         mock.patch("fairclip_losses.ops.host.exact.FEW", few),
+        mock.patch("fairclip_losses.ops.host.exact.FEW_STEPS", few),
         mock.patch("fairclip_losses.ops.host.atoms.FEW", few),
     ):
         found = solve_exact_on_host(x, y, None, b, p=p, validate=True)

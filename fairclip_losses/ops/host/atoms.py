@@ -82,11 +82,14 @@ def has_ties(atoms: Atoms) -> bool:
     return bool(((values[1:] == values[:-1]) & (atoms.row[1:] == atoms.row[:-1])).any())
 
 
-def even_out(slopes: Array, mass: Array, atoms: Atoms, knot: Any, problem: Array) -> Array:
-    """Give coinciding points of a row slopes by their weights: their order says nothing."""
-    values = atoms.values[knot]
+def even_out(slopes: Array, mass: Array, values: Array, row: Array) -> Array:
+    """Give coinciding points of a row slopes by their weights: their order says nothing.
+
+    All (K,), row after row in the order of the values.
+    """
     new = np.ones(values.size, dtype=bool)
-    new[1:] = (values[1:] != values[:-1]) | (problem[1:] != problem[:-1])
+    new[1:] = (values[1:] != values[:-1]) | (row[1:] != row[:-1])
     run = np.add.accumulate(new) - 1
-    even: Array = mass * (np.bincount(run, slopes) / np.bincount(run, mass))[run]
+    whole = np.maximum(np.bincount(run, mass), np.finfo(np.float64).tiny)
+    even: Array = mass * (np.bincount(run, slopes) / whole)[run]
     return even

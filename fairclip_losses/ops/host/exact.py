@@ -6,12 +6,15 @@ torch's; its sort is several times as fast.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from torch import Tensor
 
-from .arrays import FEW, Array, HostSolution
+from .arrays import FEW, FEW_STEPS, Array, HostSolution
 from .distribution import solve_by_distribution_functions
 from .inputs import HUGE, Weights, read_points, read_weights
+from .merge import solve_by_merged_levels
 from .quantiles import solve_by_quantiles
 
 
@@ -40,7 +43,12 @@ def solve_exact_on_host(
 
 
 def _solve(x: Array, y: Array, a: Weights, b: Weights, p: int) -> HostSolution:
-    if p == 1 and _is_small_or_many(x, a, b):
+    lead = np.broadcast_shapes(x.shape[:-1], y.shape[:-1], a.scale.shape, b.scale.shape)
+    rows = math.prod(lead)
+    if p == 2 and rows * (x.shape[-1] + y.shape[-1]) <= FEW_STEPS:
+        return solve_by_merged_levels(x, y, a, b, lead)
+    # Quantiles for p = 1 are of one row of x.
+    if p == 1 and (x.ndim > 1 or a.scale.ndim > 0 or rows * x.shape[-1] <= FEW):
         return solve_by_distribution_functions(x, y, a, b)
     return solve_by_quantiles(x, y, a, b, p)
 
@@ -54,9 +62,3 @@ def _in_units(unit: float, x: Array, y: Array, a: Weights, b: Weights, p: int) -
         return by_x * unit ** (p - 1), by_y * unit ** (p - 1)
 
     return HostSolution(np.asarray(solution.cost * unit * (unit if p == 2 else 1.0)), gradients)
-
-
-def _is_small_or_many(x: Array, a: Weights, b: Weights) -> bool:
-    """Whether p = 1 should look at every point of x for every row of weights."""
-    rows = max(b.scale.size, 1)
-    return x.ndim > 1 or a.scale.ndim > 0 or rows * x.shape[-1] <= FEW
