@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -18,10 +19,13 @@ class ConvergenceWarning(UserWarning):
     """The Sinkhorn solver stopped before it converged."""
 
 
-def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
+def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
     """Return the shape that all broadcast to, in a tenth of the time of torch's; RuntimeError."""
-    sizes = [1] * max([len(shape) for shape in shapes])
-    for shape in shapes:
+    longer = [shape for shape in shapes if shape]
+    if len(longer) < 2:
+        return torch.Size(*longer)
+    sizes = [1] * max([len(shape) for shape in longer])
+    for shape in longer:
         for k, size in enumerate(shape, len(sizes) - len(shape)):
             if size != 1 and sizes[k] not in (1, size):
                 raise RuntimeError(f"shapes do not broadcast: {shapes}")

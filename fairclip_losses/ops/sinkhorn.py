@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .entropic import solve_entropic
 from .exact import solve_exact
-from .host import solve_exact_on_host, suits_host
+from .host import solve_exact_on_host, suits_host, to_tensor
 from .options import Backend, SinkhornOptions
 from .prepare import check_options, check_shapes, prepare
 
@@ -161,21 +161,23 @@ class _HostDivergence(torch.autograd.Function):
         ctx: Any, x: Tensor, y: Tensor | None, a: Tensor | None, b: Tensor | None, p: int,
         validate: bool,
     ) -> Tensor:  # fmt: skip
-        solution = solve_exact_on_host(x, x if y is None else y, a, b, p=p, validate=validate)
+        double = x.dtype == torch.float64 or (y is not None and y.dtype == torch.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            solution = solve_exact_on_host(x, x if y is None else y, a, b, p=p, validate=validate)
+            cost = to_tensor(solution.cost, torch.float64 if double else torch.float32)
         ctx.gradients = solution.gradients
         ctx.save_for_backward(x, y)
-        double = x.dtype == torch.float64 or (y is not None and y.dtype == torch.float64)
-        return torch.from_numpy(solution.cost).to(torch.float64 if double else torch.float32)
+        return cost
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        with np.errstate(over="ignore", invalid="ignore"):
-            found = ctx.gradients(grad.detach().double().numpy())
         points = ctx.saved_tensors
-        grads = [
-            torch.from_numpy(slope)[..., None].to(source.dtype) if needed else None
-            for slope, source, needed in zip(found, points, ctx.needs_input_grad, strict=False)
-        ]
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = ctx.gradients(grad.detach().numpy())
+            grads = [
+                to_tensor(slope[..., None], source.dtype) if needed else None
+                for slope, source, needed in zip(found, points, ctx.needs_input_grad, strict=False)
+            ]
         return (*_refuse_second(grads, points), None, None, None, None)
 
 

@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 Gradients = Callable[[Array], tuple[Array, Array]]
 # Points times rows from which on what is absent is left out before anything is read in order.
 FEW = 2**16
-# Points of both measures times rows up to which the steps of p = 2 are taken one by one.
+# Points of both measures times rows up to which p = 2 looks at all of them, where some are absent.
 FEW_STEPS = 2**13
 
 

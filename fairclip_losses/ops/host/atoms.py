@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,7 +39,7 @@ def find_atoms(points: Array, order: Array, weights: Weights) -> tuple[Atoms, Sh
     else:
         mass, kept = _present(values, order, lead)
         row = kept // n
-        mass = mass * stretch(weights.scale[..., None], lead).reshape(-1)[row]
+        mass = mass * stretch(weights.scale()[..., None], lead).reshape(-1)[row]
         start = row.searchsorted(np.arange(rows + 1))
     rank = kept - row * n
     if points.ndim == 1:

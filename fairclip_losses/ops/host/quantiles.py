@@ -32,7 +32,7 @@ def solve_by_quantiles(x: Array, y: Array, a: Weights, b: Weights, p: int) -> Ho
     one, lead_x = find_atoms(x, order, a)
     other, lead_y = find_atoms(y, order if y is x else y.argsort(-1), b)
     lead = np.broadcast_shapes(lead_x, lead_y)
-    has_mass = both_have_mass(a, b, lead)
+    has_mass = True if a.complete and b.complete else both_have_mass(a, b, lead)
     if not (one.values.size and other.values.size):
         return HostSolution(np.zeros(lead), lambda grad: (np.zeros(x.shape), np.zeros(y.shape)))
     merge = _merge(one, other, _rows(lead_x, lead), _rows(lead_y, lead))
