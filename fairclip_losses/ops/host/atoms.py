@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arrays import FEW, Array, Shape, along, stretch
+from .arrays import FEW, Array, Shape, along, starts, stretch
 from .inputs import Weights
 
 
@@ -45,8 +45,7 @@ def find_atoms(points: Array, order: Array, weights: Weights) -> tuple[Atoms, Sh
     if points.ndim == 1:
         source = order[rank]
     else:
-        base = np.arange(0, points.size, n).reshape(*points.shape[:-1], 1)
-        source = stretch(order + base, lead).reshape(-1)[kept]
+        source = stretch(order + starts(points), lead).reshape(-1)[kept]
     upper = np.add.accumulate(mass)
     present = start[1:] > start[:-1]
     if np.logical_and.reduce(present):

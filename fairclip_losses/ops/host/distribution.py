@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arrays import Array, HostSolution, Shape, along, stretch, sum_to
+from .arrays import Array, HostSolution, Shape, along, starts, stretch, sum_to
 from .inputs import Weights, both_have_mass
 
 
@@ -52,10 +52,7 @@ def solve_by_distribution_functions(
         if there is not None:
             slopes *= along(there, order)
         found = np.empty_like(slopes)
-        if order.ndim == 1:
-            found[order] = slopes
-        else:
-            np.put_along_axis(found, order, slopes, -1)
+        found.put(order if order.ndim == 1 else order + starts(order), slopes)
         if y is x:
             return found, found
         return sum_to(found[..., :n], x.shape), sum_to(found[..., n:], y.shape)

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from .arrays import Array, HostSolution, Shape, along
+from .arrays import Array, HostSolution, Shape, along, starts
 from .atoms import even_out
 from .inputs import Weights, both_have_mass
 
@@ -25,15 +25,14 @@ def solve_by_merged_levels(x: Array, y: Array, a: Weights, b: Weights, lead: Sha
     n, m, rows = x.shape[-1], y.shape[-1], math.prod(lead)
     order_x = x.argsort(-1)
     order_y = order_x if y is x else y.argsort(-1)
-    source_x = _sources(order_x)
-    source_y = source_x if y is x else _sources(order_y)
     row = np.arange(float(rows)).reshape(*lead, 1)
     levels = np.empty(rows * (n + m))
     np.add(row, _levels(a, order_x), out=levels[: rows * n].reshape(*lead, n))
     np.add(row, _levels(b, order_y), out=levels[rows * n :].reshape(*lead, m))
     merged = levels.argsort(kind="stable")  # finds the two runs and merges them
-    mass = levels.take(merged)
-    mass[1:] -= mass[:-1]
+    level = levels.take(merged)
+    mass = level.copy()
+    mass[1:] -= level[:-1]
     if not (a.complete and b.complete):
         mass *= both_have_mass(a, b, lead).reshape(-1).repeat(n + m)
     # The points at a step are the first whose levels were not passed before it. Past the last
@@ -41,18 +40,20 @@ def solve_by_merged_levels(x: Array, y: Array, a: Weights, b: Weights, lead: Sha
     of_x = merged < rows * n
     place = np.add.accumulate(of_x)
     place -= of_x
-    at_x = _whole(source_x, lead).take(place, mode="clip")
-    at_y = _whole(source_y, lead).take(np.arange(place.size) - place, mode="clip")
+    source_x = _sources(order_x, lead)
+    source_y = source_x if y is x else _sources(order_y, lead)
+    at_x = source_x.take(place, mode="clip")
+    at_y = source_y.take(np.arange(place.size) - place, mode="clip")
     shift = x.take(at_x)
     shift -= y.take(at_y)
     pull = mass * shift
     shift *= pull
-    cost = (0.5 * np.add.reduce(shift.reshape(rows, -1), -1)).reshape(lead)
+    cost = (0.5 * np.add.reduce(shift.reshape(rows, n + m), -1)).reshape(lead)
     tied_x = _has_ties(x.take(source_x))
     tied_y = tied_x if y is x else _has_ties(y.take(source_y))
 
     def gradients(grad: Array) -> tuple[Array, Array]:
-        slopes = (pull.reshape(rows, -1) * grad.reshape(-1, 1)).reshape(-1)
+        slopes = (pull.reshape(rows, n + m) * grad.reshape(-1, 1)).reshape(-1)
         to_x = _collect(slopes, x, at_x, rows, mass if tied_x else None)
         to_y = _collect(slopes, y, at_y, rows, mass if tied_y else None)
         return (to_x - to_y, to_y) if y is x else (to_x, -to_y)
@@ -66,8 +67,8 @@ def _levels(weights: Weights, order: Array) -> Array:
     Each row ends at 1 exactly, so that no mass of rounding lies beyond the end of either measure.
     """
     if weights.values is None:
-        n = order.shape[-1]
-        return np.arange(1, n + 1) / n
+        uniform: Array = np.arange(1, order.shape[-1] + 1) / order.shape[-1]
+        return uniform
     levels = np.add.accumulate(along(weights.values, order), -1, dtype=np.float64)
     total = levels[..., -1:]
     if not weights.complete:  # any measure will do in place of none
@@ -76,18 +77,11 @@ def _levels(weights: Weights, order: Array) -> Array:
     return upper
 
 
-def _sources(order: Array) -> Array:
-    """Return where among the flattened points those of each sorted row are, (*, N)."""
-    if order.ndim == 1:
-        return order
-    return order + np.arange(0, order.size, order.shape[-1]).reshape(*order.shape[:-1], 1)
-
-
-def _whole(source: Array, lead: Shape) -> Array:
-    """Stretch the leading dimensions, in memory of its own."""
-    whole = np.empty((*lead, source.shape[-1]), np.intp)
-    whole[...] = source
-    return whole
+def _sources(order: Array, lead: Shape) -> Array:
+    """Return which of the flattened points the sorted ones of every row are, (*lead, N)."""
+    sources = np.empty((*lead, order.shape[-1]), np.intp)
+    sources[...] = order if order.ndim == 1 else order + starts(order)
+    return sources
 
 
 def _has_ties(ordered: Array) -> bool:
@@ -98,6 +92,6 @@ def _has_ties(ordered: Array) -> bool:
 def _collect(slopes: Array, points: Array, at: Array, rows: int, mass: Array | None) -> Array:
     """Return for every point the sum of its steps' slopes, (*, N); ``mass`` (K,) where tied."""
     if mass is not None:
-        row = np.arange(rows).repeat(mass.size // rows)
+        row = np.arange(rows).repeat(mass.size // max(rows, 1))
         slopes = even_out(slopes, mass, points.take(at), row)
     return np.bincount(at, slopes, points.size).reshape(points.shape)
