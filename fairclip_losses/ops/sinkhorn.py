@@ -157,27 +157,26 @@ class _HostDivergence(torch.autograd.Function):
     """The exact cost on the CPU, in NumPy; y None: both measures lie on x."""
 
     @staticmethod
+    @np.errstate(over="ignore", invalid="ignore")
     def forward(
         ctx: Any, x: Tensor, y: Tensor | None, a: Tensor | None, b: Tensor | None, p: int,
         validate: bool,
     ) -> Tensor:  # fmt: skip
-        double = x.dtype == torch.float64 or (y is not None and y.dtype == torch.float64)
-        with np.errstate(over="ignore", invalid="ignore"):
-            solution = solve_exact_on_host(x, x if y is None else y, a, b, p=p, validate=validate)
-            cost = to_tensor(solution.cost, torch.float64 if double else torch.float32)
+        solution = solve_exact_on_host(x, x if y is None else y, a, b, p=p, validate=validate)
         ctx.gradients = solution.gradients
         ctx.save_for_backward(x, y)
-        return cost
+        double = x.dtype == torch.float64 or (y is not None and y.dtype == torch.float64)
+        return to_tensor(solution.cost, torch.float64 if double else torch.float32)
 
     @staticmethod
+    @np.errstate(over="ignore", invalid="ignore")
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         points = ctx.saved_tensors
-        with np.errstate(over="ignore", invalid="ignore"):
-            found = ctx.gradients(grad.detach().numpy())
-            grads = [
-                to_tensor(slope[..., None], source.dtype) if needed else None
-                for slope, source, needed in zip(found, points, ctx.needs_input_grad, strict=False)
-            ]
+        found = ctx.gradients(grad.detach().numpy())
+        grads = [
+            to_tensor(slope[..., None], source.dtype) if needed else None
+            for slope, source, needed in zip(found, points, ctx.needs_input_grad, strict=False)
+        ]
         return (*_refuse_second(grads, points), None, None, None, None)
 
 

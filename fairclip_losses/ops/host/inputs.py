@@ -102,7 +102,7 @@ def read_weights(weights: Tensor | None, name: str, validate: bool) -> Weights:
         array = array.astype(np.float64)
         array /= np.maximum(array.max(-1, keepdims=True), np.finfo(np.float64).tiny)
         total = np.add.reduce(array, -1)
-    complete = np.count_nonzero(total > 0) == total.size
+    complete = np.count_nonzero(total) == total.size
     return Weights(array, total, complete, complete and bool(least > 0))
 
 

@@ -37,7 +37,7 @@ def solve_by_merged_levels(x: Array, y: Array, a: Weights, b: Weights, lead: Sha
         mass *= both_have_mass(a, b, lead).reshape(-1).repeat(n + m)
     # The points at a step are the first whose levels were not passed before it. Past the last
     # there may be steps, but they have no mass.
-    of_x = merged < rows * n
+    of_x = (merged < rows * n).astype(np.intp)
     place = np.add.accumulate(of_x)
     place -= of_x
     source_x = _sources(order_x, lead)
