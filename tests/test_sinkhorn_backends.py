@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import math
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from sinkhorn_cases import POWERS, clouds, float64, one_thread, random_problem
+from sinkhorn_cases import POWERS, clouds, one_thread, random_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairclip_losses.ops import SinkhornResult, sinkhorn_divergence, sinkhorn_solve
 from fairclip_losses.ops.dense import DenseKernel
-from fairclip_losses.ops.exact import solve_exact
-from fairclip_losses.ops.host import solve_exact_on_host
 from fairclip_losses.ops.line import LaplaceLine
 from fairclip_losses.ops.reference import cost_matrix
 from fairclip_losses.ops.streamed import StreamedKernel
@@ -215,81 +211,6 @@ def test_symmetric_costs_of_rows_of_weights(p):
         for i, j in itertools.product(range(2), range(2)):
             alone = sinkhorn_divergence(x, y, rows[i], b[j], p=p, blur=0.4, backend=backend)
             torch.testing.assert_close(both[i, j], alone, rtol=1e-5, atol=1e-8)
-
-
-@st.composite
-def exact_problems(draw):
-    """Draw points and weights (None, ragged, rows without mass) whose leading dims broadcast."""
-    lead = draw(st.sampled_from([(), (3,), (2, 3)]))
-    weights = st.one_of(st.just(0.0), st.floats(0.05, 1.0))
-
-    def tensor(size, entries):
-        shape = (*lead[draw(st.integers(0, len(lead))) :], size)
-        count = math.prod(shape)
-        return float64(draw(st.lists(entries, min_size=count, max_size=count))).view(shape)
-
-    sizes = draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
-    points = [tensor(size, st.floats(-3, 3))[..., None] for size in sizes]
-    rows = [tensor(size, weights) if draw(st.booleans()) else None for size in sizes]
-    if draw(st.booleans()):  # common points
-        points[1] = points[0]
-        rows[1] = tensor(sizes[0], weights)
-    return *points, *rows
-
-
-@pytest.mark.parametrize("p", POWERS)
-@pytest.mark.parametrize("few", [0, 2**16])
-@settings(max_examples=60, deadline=None)
-@given(problem=exact_problems())
-def test_exact_costs_in_numpy_are_those_of_the_device_path(p, few, problem):
-    x, y, a, b = problem
-    uniform = [torch.ones(t.shape[:-1], dtype=t.dtype) / t.shape[-2] for t in (x, y)]
-    ones, others = (
-        uniform[k] if w is None else w / w.sum(-1, keepdim=True) for k, w in enumerate((a, b))
-    )
-    truth = solve_exact(
-        x[..., 0], y[..., 0], ones.nan_to_num(1.0), others.nan_to_num(1.0), p=p,
-        same_points=False, potentials=False,
-    )  # fmt: skip
-    mass = [torch.tensor(True) if w is None else w.sum(-1) > 0 for w in (a, b)]
-    has_mass = (mass[0] & mass[1]).expand(truth.cost.shape)
-    with (
-        mock.patch("fairclip_losses.ops.host.exact.FEW", few),
-        mock.patch("fairclip_losses.ops.host.atoms.FEW", few),
-    ):
-        found = solve_exact_on_host(x, y, a, b, p=p, validate=True)
-    cost = torch.from_numpy(found.cost)
-    torch.testing.assert_close(cost, torch.where(has_mass, truth.cost, 0.0), rtol=1e-9, atol=1e-13)
-
-
-@pytest.mark.parametrize("p", POWERS)
-@pytest.mark.parametrize("few", [0, 2**16])
-@pytest.mark.parametrize("common", [True, False])
-@pytest.mark.parametrize("rows", [(), (4,), (2, 3)])
-def test_exact_gradients_in_numpy_are_those_of_the_device_path(p, few, common, rows):
-    """Points that do not coincide have one gradient."""
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(33, 1, generator=draw, dtype=torch.float64)
-    y = x if common else torch.randn(*rows[1:], 20, 1, generator=draw, dtype=torch.float64)
-    b = torch.rand(*rows, y.shape[-2], generator=draw, dtype=torch.float64)
-    b = b * (torch.rand(b.shape, generator=draw) < 0.3)
-    b[..., 3] = 1.0
-    grad = torch.rand(rows, generator=draw, dtype=torch.float64)
-    truth = solve_exact(
-        x[..., 0], y[..., 0], torch.full((33,), 1 / 33, dtype=torch.float64),
-        b / b.sum(-1, keepdim=True), p=p, same_points=common, potentials=False,
-    )  # fmt: skip
-    with (
-        mock.patch("fairclip_losses.ops.host.exact.FEW", few),
-        mock.patch("fairclip_losses.ops.host.atoms.FEW", few),
-    ):
-        found = solve_exact_on_host(x, y, None, b, p=p, validate=True)
-        by_x, by_y = (torch.from_numpy(slope) for slope in found.gradients(grad.numpy()))
-    due = [(grad[..., None] * slope) for slope in (truth.grad_x, truth.grad_y) if slope is not None]
-    want = sum(part.sum_to_size(33) for part in due) if common else due[0].sum_to_size(33)
-    torch.testing.assert_close(by_x, want, rtol=1e-9, atol=1e-12)
-    if not common:
-        torch.testing.assert_close(by_y, due[1].sum_to_size(by_y.shape), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("p", POWERS)

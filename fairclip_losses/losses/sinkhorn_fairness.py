@@ -186,19 +186,18 @@ class SinkhornFairnessLoss(nn.Module):
         return tuple(groups), stack_groups(groups)
 
     def _num_groups(self, names: tuple[str, ...], codes: Tensor) -> tuple[int, ...]:
-        if self.num_groups is None:
-            if codes.numel() == 0:
-                return (1,) * codes.shape[1]
-            _refuse_codes(codes < -1, codes, names, None)
-            return tuple(max(int(top) + 1, 1) for top in codes.amax(0).tolist())
-        if codes.shape[1] != len(self.num_groups):
-            raise ValueError(
-                f"expected codes of {len(self.num_groups)} attributes, got {codes.shape[1]}"
-            )
-        if should_validate(codes, self.validate) and codes.numel() > 0:
-            top = torch.tensor(self.num_groups, device=codes.device)
-            _refuse_codes((codes < -1) | (codes >= top), codes, names, self.num_groups)
-        return self.num_groups
+        given = self.num_groups
+        if given is not None and codes.shape[1] != len(given):
+            raise ValueError(f"expected codes of {len(given)} attributes, got {codes.shape[1]}")
+        if codes.numel() == 0:
+            return (1,) * codes.shape[1] if given is None else given
+        if given is not None and not should_validate(codes, self.validate):
+            return given
+        low, high = (ends.tolist() for ends in torch.aminmax(codes, dim=0))
+        counts = tuple(max(top + 1, 1) for top in high) if given is None else given
+        if min(low) < -1 or any(top >= count for top, count in zip(high, counts, strict=True)):
+            _refuse_codes(codes, names, given)
+        return counts
 
     def _weights(self, names: tuple[str, ...], count: int) -> tuple[float, ...] | None:
         given = self.attribute_weights
@@ -232,11 +231,12 @@ class SinkhornFairnessLoss(nn.Module):
 
 
 def _refuse_codes(
-    wrong: Tensor, codes: Tensor, names: tuple[str, ...], num_groups: tuple[int, ...] | None
+    codes: Tensor, names: tuple[str, ...], num_groups: tuple[int, ...] | None
 ) -> None:
-    """Say which code of which attribute is wrong, the first of those marked in (B, C)."""
-    if not bool(wrong.any()):
-        return
+    """Say which code (B, C) of which attribute is wrong, the first of those that are."""
+    wrong = codes < -1
+    if num_groups is not None:
+        wrong |= codes >= torch.tensor(num_groups, device=codes.device)
     row, column = (int(index) for index in wrong.nonzero()[0])
     attribute = repr(names[column]) if names else column
     expected = "must be -1 (unknown) or more"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -18,10 +19,13 @@ class ConvergenceWarning(UserWarning):
     """The Sinkhorn solver stopped before it converged."""
 
 
-def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
+def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
     """Return the shape that all broadcast to, in a tenth of the time of torch's; RuntimeError."""
-    sizes = [1] * max([len(shape) for shape in shapes])
-    for shape in shapes:
+    longer = [shape for shape in shapes if shape]
+    if len(longer) < 2:
+        return torch.Size(*longer)
+    sizes = [1] * max([len(shape) for shape in longer])
+    for shape in longer:
         for k, size in enumerate(shape, len(sizes) - len(shape)):
             if size != 1 and sizes[k] not in (1, size):
                 raise RuntimeError(f"shapes do not broadcast: {shapes}")
@@ -53,7 +57,7 @@ def should_validate(tensor: Tensor, validate: bool | None) -> bool:
     return tensor.device.type == "cpu" if validate is None else validate
 
 
-def _within(values: Tensor, low: float) -> bool:
+def within(values: Tensor, low: float) -> bool:
     """Whether all values are finite and at least ``low``, in one pass over them."""
     if values.numel() == 0:
         return True
@@ -63,7 +67,7 @@ def _within(values: Tensor, low: float) -> bool:
 
 def check_weights(weights: Tensor | None, name: str) -> None:
     """Refuse negative, NaN and infinite weights."""
-    if weights is None or _within(weights, 0.0):
+    if weights is None or within(weights, 0.0):
         return
     bad = ~(torch.isfinite(weights) & (weights >= 0))
     if bool(bad.any()):
@@ -75,7 +79,7 @@ def check_weights(weights: Tensor | None, name: str) -> None:
 
 def check_finite(points: Tensor, weights: Tensor | None, name: str) -> Tensor:
     """Refuse NaN and infinite points that any row gives weight; return the absent ones as 0."""
-    if _within(points, -math.inf):
+    if within(points, -math.inf):
         return points
     bad = ~torch.isfinite(points).all(-1)
     weighted = torch.ones_like(bad) if weights is None else weights > 0

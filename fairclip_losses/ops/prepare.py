@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, get_args
 
 import torch
@@ -103,47 +104,54 @@ def check_shapes(
     x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, options: SinkhornOptions
 ) -> None:
     """Refuse tensors of dtypes and shapes that do not make a problem together."""
-    for name, points in (("x", x), ("y", y)):
-        if not isinstance(points, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(points).__name__}")
-        if not points.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {points.dtype}")
-        if points.dim() < 2:
-            raise ValueError(
-                f"{name} must have shape (*, N, D), got {tuple(points.shape)}; "
-                f"scores (N,) on a line are {name}[:, None]"
-            )
-    if x.shape[-1] != y.shape[-1]:
+    _check_points(x, "x")
+    if y is not x:
+        _check_points(y, "y")
+    *lead_x, n, dimension = x.shape
+    *lead_y, m, other = y.shape
+    if dimension != other:
+        raise ValueError(f"x and y must share their dimension D, got {dimension} and {other}")
+    if options.blur == 0 and dimension != 1:
         raise ValueError(
-            f"x and y must share their dimension D, got {x.shape[-1]} and {y.shape[-1]}"
-        )
-    if options.blur == 0 and x.shape[-1] != 1:
-        raise ValueError(
-            f"blur=0 (exact transport) needs points on a line, D = 1, got D = {x.shape[-1]}; "
+            f"blur=0 (exact transport) needs points on a line, D = 1, got D = {dimension}; "
             "use blur > 0"
         )
-    if options.backend == "prefix" and x.shape[-1] != 1:
-        raise ValueError(f"backend 'prefix' needs points on a line, D = 1, got D = {x.shape[-1]}")
+    if options.backend == "prefix" and dimension != 1:
+        raise ValueError(f"backend 'prefix' needs points on a line, D = 1, got D = {dimension}")
     if options.backend == "triton" and not runs_triton(x):
         raise ValueError(
             "backend 'triton' needs the package triton, 3.2 or later, and points on a CUDA device, "
             f"got points on {x.device}"
         )
-    for name, weights, count in (("a", a, x.shape[-2]), ("b", b, y.shape[-2])):
-        if weights is None:
-            continue
-        if not weights.is_floating_point():
-            raise ValueError(f"weights {name} must be floating point, got {weights.dtype}")
-        if weights.dim() < 1 or weights.shape[-1] != count:
-            raise ValueError(
-                f"weights {name} must have shape (*, {count}), got {tuple(weights.shape)}"
-            )
-    leads = [x.shape[:-2], y.shape[:-2]] + [w.shape[:-1] for w in (a, b) if w is not None]
+    leads = [lead_x, lead_y, _check_weights(a, "a", n), _check_weights(b, "b", m)]
     try:
         broadcast_shapes(*leads)
     except RuntimeError:
         shown = ", ".join(str(tuple(lead)) for lead in leads)
         raise ValueError(f"leading dimensions do not broadcast: {shown}") from None
+
+
+def _check_points(points: Tensor, name: str) -> None:
+    if not isinstance(points, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(points).__name__}")
+    if not points.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {points.dtype}")
+    if points.dim() < 2:
+        raise ValueError(
+            f"{name} must have shape (*, N, D), got {tuple(points.shape)}; "
+            f"scores (N,) on a line are {name}[:, None]"
+        )
+
+
+def _check_weights(weights: Tensor | None, name: str, count: int) -> Sequence[int]:
+    """Return the leading dimensions."""
+    if weights is None:
+        return ()
+    if not weights.is_floating_point():
+        raise ValueError(f"weights {name} must be floating point, got {weights.dtype}")
+    if weights.dim() < 1 or weights.shape[-1] != count:
+        raise ValueError(f"weights {name} must have shape (*, {count}), got {tuple(weights.shape)}")
+    return weights.shape[:-1]
 
 
 def _normalise(weights: Tensor | None, points: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .entropic import solve_entropic
 from .exact import solve_exact
-from .host import solve_exact_on_host, suits_host
+from .host import solve_exact_on_host, suits_host, to_tensor
 from .options import Backend, SinkhornOptions
 from .prepare import check_options, check_shapes, prepare
 
@@ -157,6 +157,7 @@ class _HostDivergence(torch.autograd.Function):
     """The exact cost on the CPU, in NumPy; y None: both measures lie on x."""
 
     @staticmethod
+    @np.errstate(over="ignore", invalid="ignore")
     def forward(
         ctx: Any, x: Tensor, y: Tensor | None, a: Tensor | None, b: Tensor | None, p: int,
         validate: bool,
@@ -165,15 +166,15 @@ class _HostDivergence(torch.autograd.Function):
         ctx.gradients = solution.gradients
         ctx.save_for_backward(x, y)
         double = x.dtype == torch.float64 or (y is not None and y.dtype == torch.float64)
-        return torch.from_numpy(solution.cost).to(torch.float64 if double else torch.float32)
+        return to_tensor(solution.cost, torch.float64 if double else torch.float32)
 
     @staticmethod
+    @np.errstate(over="ignore", invalid="ignore")
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        with np.errstate(over="ignore", invalid="ignore"):
-            found = ctx.gradients(grad.detach().double().numpy())
         points = ctx.saved_tensors
+        found = ctx.gradients(grad.detach().numpy())
         grads = [
-            torch.from_numpy(slope)[..., None].to(source.dtype) if needed else None
+            to_tensor(slope[..., None], source.dtype) if needed else None
             for slope, source, needed in zip(found, points, ctx.needs_input_grad, strict=False)
         ]
         return (*_refuse_second(grads, points), None, None, None, None)

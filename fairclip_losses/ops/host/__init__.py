@@ -2,7 +2,7 @@
 
 from .entropic import marginal_error_on_host, solve_on_host, suits_host_solver
 from .exact import solve_exact_on_host
-from .inputs import suits_host
+from .inputs import suits_host, to_tensor
 
 __all__ = [
     "marginal_error_on_host",
@@ -10,4 +10,5 @@ __all__ = [
     "solve_on_host",
     "suits_host",
     "suits_host_solver",
+    "to_tensor",
 ]

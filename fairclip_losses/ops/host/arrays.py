@@ -15,6 +15,8 @@ Shape = tuple[int, ...]
 Gradients = Callable[[Array], tuple[Array, Array]]
 # Points times rows from which on what is absent is left out before anything is read in order.
 FEW = 2**16
+# Points of both measures times rows up to which p = 2 looks at all of them, where some are absent.
+FEW_STEPS = 2**13
 
 
 class HostSolution(NamedTuple):
@@ -29,7 +31,13 @@ def along(values: Array, order: Array) -> Array:
     if order.ndim == 1:
         return values.take(order, -1)
     lead = np.broadcast_shapes(values.shape[:-1], order.shape[:-1])
-    return np.take_along_axis(stretch(values, lead), stretch(order, lead), -1)
+    values = stretch(values, lead)
+    return values.take(order + starts(values))
+
+
+def starts(array: Array) -> Array:
+    """Return where among all of the entries each row begins, (*, 1)."""
+    return np.arange(0, array.size, array.shape[-1]).reshape(*array.shape[:-1], 1)
 
 
 def stretch(array: Array, lead: Shape) -> Array:

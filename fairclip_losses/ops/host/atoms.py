@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from .arrays import FEW, Array, Shape, along, stretch
+from .arrays import FEW, Array, Shape, along, starts, stretch
 from .inputs import Weights
 
 
@@ -39,14 +39,13 @@ def find_atoms(points: Array, order: Array, weights: Weights) -> tuple[Atoms, Sh
     else:
         mass, kept = _present(values, order, lead)
         row = kept // n
-        mass = mass * stretch(weights.scale[..., None], lead).reshape(-1)[row]
+        mass = mass * stretch(weights.scale()[..., None], lead).reshape(-1)[row]
         start = row.searchsorted(np.arange(rows + 1))
     rank = kept - row * n
     if points.ndim == 1:
         source = order[rank]
     else:
-        base = np.arange(0, points.size, n).reshape(*points.shape[:-1], 1)
-        source = stretch(order + base, lead).reshape(-1)[kept]
+        source = stretch(order + starts(points), lead).reshape(-1)[kept]
     upper = np.add.accumulate(mass)
     present = start[1:] > start[:-1]
     if np.logical_and.reduce(present):
@@ -82,11 +81,14 @@ def has_ties(atoms: Atoms) -> bool:
     return bool(((values[1:] == values[:-1]) & (atoms.row[1:] == atoms.row[:-1])).any())
 
 
-def even_out(slopes: Array, mass: Array, atoms: Atoms, knot: Any, problem: Array) -> Array:
-    """Give coinciding points of a row slopes by their weights: their order says nothing."""
-    values = atoms.values[knot]
+def even_out(slopes: Array, mass: Array, values: Array, row: Array) -> Array:
+    """Give coinciding points of a row slopes by their weights: their order says nothing.
+
+    All (K,), row after row in the order of the values.
+    """
     new = np.ones(values.size, dtype=bool)
-    new[1:] = (values[1:] != values[:-1]) | (problem[1:] != problem[:-1])
+    new[1:] = (values[1:] != values[:-1]) | (row[1:] != row[:-1])
     run = np.add.accumulate(new) - 1
-    even: Array = mass * (np.bincount(run, slopes) / np.bincount(run, mass))[run]
+    whole = np.maximum(np.bincount(run, mass), np.finfo(np.float64).tiny)
+    even: Array = mass * (np.bincount(run, slopes) / whole)[run]
     return even

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arrays import Array, HostSolution, along, stretch, sum_to
+from .arrays import Array, HostSolution, Shape, along, starts, stretch, sum_to
 from .inputs import Weights, both_have_mass
 
 
-def solve_by_distribution_functions(x: Array, y: Array, a: Weights, b: Weights) -> HostSolution:
+def solve_by_distribution_functions(
+    x: Array, y: Array, a: Weights, b: Weights, lead: Shape
+) -> HostSolution:
     """W_1 = integral |A - B| over the points of both; A and B the cumulative weights."""
     n = x.shape[-1]
-    surplus = _normalised(a, n)
+    surplus, due = _normalised(a, n), _normalised(b, y.shape[-1])
     if y is x:
         points = x
-        surplus = surplus - _normalised(b, n)
+        surplus = surplus - due
         full = a.full or b.full
     else:
-        lead = np.broadcast_shapes(x.shape[:-1], y.shape[:-1])
-        points = np.concatenate([stretch(x, lead), stretch(y, lead)], -1)
-        due = _normalised(b, y.shape[-1])
-        lead = np.broadcast_shapes(surplus.shape[:-1], due.shape[:-1])
-        surplus = np.concatenate([stretch(surplus, lead), -stretch(due, lead)], -1)
+        both = np.broadcast_shapes(x.shape[:-1], y.shape[:-1])
+        points = np.concatenate([stretch(x, both), stretch(y, both)], -1)
+        both = np.broadcast_shapes(surplus.shape[:-1], due.shape[:-1])
+        surplus = np.concatenate([stretch(surplus, both), -stretch(due, both)], -1)
         full = a.full and b.full
-    lead = np.broadcast_shapes(points.shape[:-1], surplus.shape[:-1])
-    has_mass = both_have_mass(a, b, lead)
+    if not (a.complete and b.complete):
+        surplus = surplus * both_have_mass(a, b, lead)[..., None]
     there = None
     if not full:  # an absent point waits among the others: far away it would find rounding's mass
         there = sum_to(np.array(stretch(surplus != 0, lead), np.float64), points.shape) > 0
@@ -37,33 +38,32 @@ def solve_by_distribution_functions(x: Array, y: Array, a: Weights, b: Weights) 
     levels = np.add.accumulate(ordered[..., :-1], -1)
     area = np.abs(levels)
     # Row by row: a matrix product would round a row by how many there are.
-    cost = np.add.reduce(area * gap, -1) * has_mass
+    cost = np.asarray(np.add.reduce(area * gap, -1))
     tied = gap.size > 0 and np.minimum.reduce(gap, axis=None) == 0
 
     def gradients(grad: Array) -> tuple[Array, Array]:
-        grad = grad * has_mass
         if tied:
-            slopes = _tied_slopes(levels, ordered, gap) * grad[..., None]
+            slopes = sum_to(_tied_slopes(levels, ordered, gap) * grad[..., None], points.shape)
         else:
-            pulled = area * grad[..., None] if points.ndim > 1 else _weighted(grad, area)
-            edge = np.zeros((*pulled.shape[:-1], 1))
-            slopes = np.concatenate([edge, pulled], -1) - np.concatenate([pulled, edge], -1)
-        slopes = sum_to(slopes, points.shape)
+            slopes = np.zeros(points.shape)
+            pulled = _pulled(grad, area, gap.shape)
+            slopes[..., 1:] = pulled
+            slopes[..., :-1] -= pulled
         if there is not None:
-            slopes = slopes * along(there, order)
+            slopes *= along(there, order)
         found = np.empty_like(slopes)
-        np.put_along_axis(found, order, slopes, -1)
+        found.put(order if order.ndim == 1 else order + starts(order), slopes)
         if y is x:
             return found, found
         return sum_to(found[..., :n], x.shape), sum_to(found[..., n:], y.shape)
 
-    return HostSolution(np.array(np.broadcast_to(cost, lead)), gradients)
+    return HostSolution(cost, gradients)
 
 
 def _normalised(weights: Weights, count: int) -> Array:
     if weights.values is None:
         return np.full(count, 1.0 / count)
-    normalised: Array = weights.values * weights.scale[..., None]
+    normalised: Array = weights.values * weights.scale()[..., None]
     return normalised
 
 
@@ -91,8 +91,9 @@ def _tied_slopes(levels: Array, surplus: Array, gap: Array) -> Array:
     return surplus * ratio
 
 
-def _weighted(grad: Array, rows: Array) -> Array:
-    """Return the sum of all rows (*, K), each times its gradient (*,): (K,)."""
-    grad = np.broadcast_to(grad, rows.shape[:-1])
-    summed: Array = grad.reshape(-1) @ rows.reshape(grad.size, rows.shape[-1])
-    return summed
+def _pulled(grad: Array, area: Array, shape: Shape) -> Array:
+    """Return the sum of all rows (*, K), each times its gradient (*,), over what broadcast."""
+    if len(shape) > 1:
+        return sum_to(area * grad[..., None], shape)
+    pulled: Array = grad.reshape(-1) @ area.reshape(grad.size, area.shape[-1])
+    return pulled

@@ -32,7 +32,7 @@ def solve_by_quantiles(x: Array, y: Array, a: Weights, b: Weights, p: int) -> Ho
     one, lead_x = find_atoms(x, order, a)
     other, lead_y = find_atoms(y, order if y is x else y.argsort(-1), b)
     lead = np.broadcast_shapes(lead_x, lead_y)
-    has_mass = both_have_mass(a, b, lead)
+    has_mass = True if a.complete and b.complete else both_have_mass(a, b, lead)
     if not (one.values.size and other.values.size):
         return HostSolution(np.zeros(lead), lambda grad: (np.zeros(x.shape), np.zeros(y.shape)))
     merge = _merge(one, other, _rows(lead_x, lead), _rows(lead_y, lead))
@@ -51,14 +51,14 @@ def solve_by_quantiles(x: Array, y: Array, a: Weights, b: Weights, p: int) -> Ho
         grad = (grad * has_mass).reshape(-1)
         from_y = slope_y * grad[merge.problem]
         if tied_y:
-            from_y = even_out(from_y, merge.mass, other, merge.knot, merge.problem)
+            from_y = even_out(from_y, merge.mass, other.values[merge.knot], merge.problem)
         to_y = np.bincount(other.source[merge.knot], from_y, y.size).reshape(y.shape)
         from_x = _between_levels(one.upper, jumps, grad)
         if p == 2:
             weight = np.bincount(merge.row_x, grad, one.start.size - 1)
             from_x += one.weights * merge.values * weight[one.row]
         if tied_x:
-            from_x = even_out(from_x, one.weights, one, slice(None), one.row)
+            from_x = even_out(from_x, one.weights, one.values, one.row)
         to_x = np.bincount(one.source, from_x, x.size).reshape(x.shape)
         return (to_x + to_y, to_y) if y is x else (to_x, to_y)
 
