@@ -17,7 +17,7 @@ from fairclip_losses.ops import sinkhorn_divergence, sinkhorn_solve
 from fairclip_losses.ops.host.cells import Cells, divide
 from fairclip_losses.ops.host.chebyshev import Places
 from fairclip_losses.ops.host.gauss_rule import compress
-from fairclip_losses.ops.host.ragged import Cloud, Ragged
+from fairclip_losses.ops.host.ragged import Cloud, Ordered, Ragged
 from fairclip_losses.ops.host.windows import read_windows, windows
 
 LAYOUTS = ("normal", "uniform", "clustered", "two places", "ties", "far apart")
@@ -268,7 +268,7 @@ def test_clouds_merge_ties_and_know_where_each_point_is(values, weights):
     points = np.array(values, float)
     rows = np.array(weights).reshape(2, 12)[:, : points.size]
     rows[:, 0] += 0.5
-    cloud = Cloud(points, rows, (2,))
+    cloud = Cloud(Ordered.of(points[None]), rows)
     for row in range(2):
         some = slice(cloud.present.starts[row], cloud.present.ends[row])
         distinct, inverse = np.unique(points[rows[row] > 0], return_inverse=True)

@@ -15,7 +15,7 @@ from ..options import SinkhornOptions
 from ..solution import EntropicSolution, Slopes
 from .arrays import Array, Shape, stretch
 from .line_solver import LineSolver
-from .ragged import Cloud
+from .rows import Rows, clouds, within_blocks
 from .smooth_solver import SmoothSolver, missed
 from .solver import Between, Within
 
@@ -55,13 +55,14 @@ def marginal_error_on_host(
 ) -> Tensor:
     """Return the L1 error (*,) of both marginals on all points, for p = 2 and potentials (*, N)."""
     lead = f.shape[:-1]
-    one, other = (
-        Cloud(points.detach()[..., 0].numpy(), weights.detach().numpy(), lead)
-        for points, weights in ((x, a), (y, b))
-    )
-    rows = f.reshape(-1, f.shape[-1]).numpy(), g.reshape(-1, g.shape[-1]).numpy()
-    error = missed(one, other, *rows, epsilon) + missed(other, one, *rows[::-1], epsilon)
-    return torch.from_numpy(error).view(lead)
+    one, other = Rows.of(x, a, lead), Rows.of(y, b, lead)
+    rows_f, rows_g = f.reshape(-1, f.shape[-1]).numpy(), g.reshape(-1, g.shape[-1]).numpy()
+    error = [
+        missed(ones, others, rows_f[rows], rows_g[rows], epsilon)
+        + missed(others, ones, rows_g[rows], rows_f[rows], epsilon)
+        for rows, ones, others in clouds(one, other)
+    ]
+    return torch.from_numpy(np.concatenate(error)).view(lead)
 
 
 def _rows_of_points(x: Tensor, y: Tensor) -> int:
@@ -73,21 +74,16 @@ def _solve_smooth(
 ) -> EntropicSolution:
     """Solve p = 2, each row between points of its own."""
     solver = SmoothSolver(options, potentials)
-    sides = []
-    for points, weights in ((x, a), (y, b)):
-        lead = broadcast_shapes(points.shape[:-2], weights.shape[:-1])
-        sides.append((points.detach()[..., 0].numpy(), weights.detach().numpy(), lead))
-    lead = broadcast_shapes(sides[0][2], sides[1][2])
-    one, other = (Cloud(points, weights, lead) for points, weights, _ in sides)
-    between = solver.between(one, other)
+    lead_a = broadcast_shapes(x.shape[:-2], a.shape[:-1])
+    lead_b = broadcast_shapes(y.shape[:-2], b.shape[:-1])
+    lead = broadcast_shapes(lead_a, lead_b)
+    one, other = Rows.of(x, a, lead), Rows.of(y, b, lead)
+    between = Between.join([solver.between(ones, others) for _, ones, others in clouds(one, other)])
     own = None
     if options.debias:
-        ones = [
-            cloud if side[2] == lead else Cloud(*side)
-            for cloud, side in zip((one, other), sides, strict=True)
-        ]
-        own = solver.within(*ones)
-    return _assemble(a, b, (sides[0][2], sides[1][2], lead), between, own, potentials)
+        one, other = one.first(math.prod(lead_a)), other.first(math.prod(lead_b))
+        own = within_blocks(solver, one, other)
+    return _assemble(a, b, (lead_a, lead_b, lead), between, own, potentials)
 
 
 def _solve_on_one_line(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arrays import Array, Shape, along, stretch
+from .arrays import Array
 
 
 class Ragged:
@@ -20,12 +20,12 @@ class Ragged:
         self.starts = self.ends - count
 
     @classmethod
-    def join(cls, one: Ragged, other: Ragged) -> Ragged:
-        """Put the rows of one before those of the other."""
+    def join(cls, parts: list[Ragged]) -> Ragged:
+        """Put the rows of one after those of the other."""
         return cls(
-            np.concatenate([one.points, other.points]),
-            np.concatenate([one.weights, other.weights]),
-            np.concatenate([one.count, other.count]),
+            np.concatenate([part.points for part in parts]),
+            np.concatenate([part.weights for part in parts]),
+            np.concatenate([part.count for part in parts]),
         )
 
     @cached_property
@@ -65,15 +65,34 @@ class Table(NamedTuple):
         into[self.place[self.there]] = values[self.there]
 
 
-class Cloud:
-    """Points (*, N) in any order, with ties, of which each row of weights (*, N) has some."""
+class Ordered(NamedTuple):
+    """Points (1 or R, N) in order, and where each comes from."""
 
-    def __init__(self, points: Array, weights: Array, lead: Shape) -> None:
-        order = points.argsort(-1)
-        rows = stretch(along(weights, order), lead).reshape(-1, points.shape[-1])
-        self._points = stretch(along(points, order), lead).reshape(rows.shape)
-        place = stretch(order, lead).reshape(rows.shape)
-        self._place = place + np.arange(len(rows))[:, None] * points.shape[-1]
+    points: Array
+    place: Array
+
+    @classmethod
+    def of(cls, points: Array) -> Ordered:
+        """Sort points (1 or R, N)."""
+        place = points.argsort(-1)
+        return cls(np.take_along_axis(points, place, -1), place)
+
+    def rows(self, rows: slice) -> Ordered:
+        """Return some rows."""
+        return self if len(self.points) == 1 else Ordered(self.points[rows], self.place[rows])
+
+
+class Cloud:
+    """Points in any order, with ties, of which each row of weights (R, N) has some."""
+
+    def __init__(self, points: Ordered, weights: Array) -> None:
+        count, size = max(len(weights), len(points.points)), weights.shape[-1]
+        if len(points.place) == 1:
+            rows = weights.take(points.place[0], -1)
+        else:
+            rows = np.take_along_axis(np.broadcast_to(weights, (count, size)), points.place, -1)
+        self._points = np.broadcast_to(points.points, rows.shape)
+        self._place = points.place + np.arange(count)[:, None] * size
         self._there = rows > 0
         self.present, self._of = self._merged(rows, self._there)
 

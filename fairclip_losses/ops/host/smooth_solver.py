@@ -58,10 +58,10 @@ class SmoothSolver(HostSolver):
             y.spread(pull_y), rounds,
         )  # fmt: skip
 
-    def within(self, x: Cloud, y: Cloud) -> tuple[Within, Within]:
-        """Solve ``OT_eps(a, a)`` and ``OT_eps(b, b)``, all rows at once."""
-        both = Ragged.join(x.present, y.present)
-        fewer = FewerPoints(both, both, self.epsilon, self.options.tol)
+    def within(self, clouds: list[Cloud]) -> list[Within]:
+        """Solve ``OT_eps(a, a)`` of all rows of some clouds at once."""
+        every = Ragged.join([cloud.present for cloud in clouds])
+        fewer = FewerPoints(every, every, self.epsilon, self.options.tol)
         for left in range(_REFINEMENTS, -1, -1):
             plan = solve_within(fewer.light, self.epsilon, self._self)
             error, ratio = fewer.judge(plan.x.deviation)
@@ -69,15 +69,21 @@ class SmoothSolver(HostSolver):
                 break
             fewer.refine(ratio)
         f, pull = fewer.read(plan.x, fewer.light, plan.x.potential)
-        absent = Ragged.join(x.absent, y.absent)
-        f_absent = np.zeros(absent.points.size)
+        ends = np.add.accumulate([cloud.present.points.size for cloud in clouds])[:-1]
+        rows = np.add.accumulate([cloud.present.count.size for cloud in clouds])[:-1]
+        absent: list[Array | None] = [None] * len(clouds)
         if self._potentials:
-            f_absent, _ = read(absent, fewer.light, plan.x.potential, self.epsilon)
-        rows, point, gone = x.present.count.size, x.present.points.size, x.absent.points.size
-        return (
-            Within(plan.cost[:rows], x.spread(f[:point], f_absent[:gone]), x.spread(pull[:point])),
-            Within(plan.cost[rows:], y.spread(f[point:], f_absent[gone:]), y.spread(pull[point:])),
-        )
+            gone = Ragged.join([cloud.absent for cloud in clouds])
+            least, _ = read(gone, fewer.light, plan.x.potential, self.epsilon)
+            sizes = [cloud.absent.points.size for cloud in clouds]
+            absent = list(np.split(least, np.add.accumulate(sizes)[:-1]))
+        return [
+            Within(cost, cloud.spread(potential, beside), cloud.spread(slope))
+            for cloud, cost, potential, slope, beside in zip(
+                clouds, np.split(plan.cost, rows), np.split(f, ends), np.split(pull, ends), absent,
+                strict=True,
+            )
+        ]  # fmt: skip
 
 
 def missed(x: Cloud, y: Cloud, f: Array, g: Array, epsilon: float) -> Array:

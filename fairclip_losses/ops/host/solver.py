@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from ..checks import warn_unconverged
 from ..options import SinkhornOptions
 from .arrays import Array
@@ -23,6 +25,14 @@ class Between(NamedTuple):
     pull_y: Array  # (R, M)
     rounds: int
 
+    @classmethod
+    def join(cls, parts: list[Between]) -> Between:
+        """Put the rows of one solution after those of the other."""
+        cost, f, g, pull_x, pull_y = (
+            np.concatenate(part) for part in zip(*(some[:5] for some in parts), strict=True)
+        )
+        return cls(cost, f, g, pull_x, pull_y, max(some.rounds for some in parts))
+
 
 class Within(NamedTuple):
     """A solved problem of measures against themselves."""
@@ -30,6 +40,11 @@ class Within(NamedTuple):
     cost: Array  # (R,)
     f: Array  # (R, N)
     pull: Array  # (R, N)
+
+    @classmethod
+    def join(cls, parts: list[Within]) -> Within:
+        """Put the rows of one solution after those of the other."""
+        return cls(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 class HostSolver:
