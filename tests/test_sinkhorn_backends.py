@@ -205,7 +205,7 @@ def test_symmetric_costs_of_rows_of_weights(p):
     """a in rows and b in rows, and both: the leading dims mean the same to every backend."""
     x, y, a, b = random_problem(6, 7, rows=2)
     rows = torch.stack([a, a.flip(0)])
-    for backend in BACKENDS[p]:
+    for backend in ("auto", *BACKENDS[p]):
         both = sinkhorn_divergence(x, y, rows[:, None], b, p=p, blur=0.4, backend=backend)
         assert both.shape == (2, 2)
         for i, j in itertools.product(range(2), range(2)):

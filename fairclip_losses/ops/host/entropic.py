@@ -81,7 +81,10 @@ def _solve_smooth(
     between = Between.join([solver.between(ones, others) for _, ones, others in clouds(one, other)])
     own = None
     if options.debias:
-        one, other = one.first(math.prod(lead_a)), other.first(math.prod(lead_b))
+        if lead_a != lead:
+            one = Rows.of(x, a, lead_a)
+        if lead_b != lead:
+            other = Rows.of(y, b, lead_b)
         own = within_blocks(solver, one, other)
     return _assemble(a, b, (lead_a, lead_b, lead), between, own, potentials)
 

@@ -36,10 +36,6 @@ class Rows(NamedTuple):
         ordered = Ordered.of(rows(points.detach()[..., 0].numpy()))
         return cls(ordered, rows(weights.detach().numpy()), math.prod(lead))
 
-    def first(self, number: int) -> Rows:
-        """Return one row for all, where there is but one, or all rows."""
-        return self._replace(number=number)
-
     def cloud(self, rows: slice) -> Cloud:
         """Return some rows' measures."""
         weights = self.weights if len(self.weights) == 1 else self.weights[rows]
