@@ -232,3 +232,13 @@ def test_a_fixed_number_of_iterations_is_near_the_tolerance():
         free = sinkhorn_divergence(x, y, a, b, p=p, blur=0.1)
         fixed = sinkhorn_divergence(x, y, a, b, p=p, blur=0.1, iterations=12)
         torch.testing.assert_close(fixed, free, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("blur", [0.0, 0.1])
+def test_no_rows_cost_nothing(p, blur):
+    x = torch.randn(5, 1, requires_grad=True)
+    value = sinkhorn_divergence(x, x, None, torch.zeros(0, 5), p=p, blur=blur)
+    assert value.shape == (0,)
+    value.sum().backward()
+    assert not x.grad.any()

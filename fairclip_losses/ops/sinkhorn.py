@@ -109,7 +109,7 @@ def sinkhorn_divergence(
     """
     options = check_options(p, blur, debias, scaling, iterations, tol, max_iterations, backend)
     check_shapes(x, y, a, b, options)
-    if x.shape[-2] == 0 or y.shape[-2] == 0:
+    if any(0 in tensor.shape for tensor in (x, y, a, b) if tensor is not None):
         return _no_measure(x, y, a, b)
     if options.blur == 0 and suits_host(x, y, a, b):
         cost = _HostDivergence.apply(x, None if y is x else y, a, b, p, validate is not False)
@@ -123,7 +123,7 @@ def sinkhorn_divergence(
 
 
 def _no_measure(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
-    """Return graph-connected zeros for clouds without points."""
+    """Return graph-connected zeros for clouds without points, or none for no rows."""
     terms = [x.sum((-1, -2)), y.sum((-1, -2))] + [w.sum(-1) for w in (a, b) if w is not None]
     zeros: Tensor = sum((0.0 * term for term in terms[1:]), 0.0 * terms[0])
     return zeros.to(torch.float64 if zeros.dtype == torch.float64 else torch.float32)
