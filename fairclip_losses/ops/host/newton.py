@@ -25,7 +25,7 @@ _TRUST = 5.0
 # rounds in a row do not halve the error.
 _FAR_BELOW, _STALLED = 1e-3, 3
 # Part of ``tol`` that the rounds for a measure against itself reach.
-_BELOW = 1e-2
+SELF_BELOW = 1e-2
 # Step and memory of the heavy ball for a linear map with eigenvalues in [1, 2].
 _BALL_STEP, _BALL_MEMORY = 0.686, 0.0294
 
@@ -138,6 +138,6 @@ def solve_self(
         following = softmin(f)
         if not fixed:
             miss = a * np.abs(np.expm1(np.minimum((f - following) / epsilon, 700.0)))
-            if (miss.sum(-1) <= _BELOW * tol).all():
+            if (miss.sum(-1) <= SELF_BELOW * tol).all():
                 break
     return f, following
