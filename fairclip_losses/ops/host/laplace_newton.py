@@ -65,7 +65,7 @@ def newton_steps(nodes: Nodes, a: Array, b: Array, at: Look, epsilon: float) -> 
     )  # fmt: skip
     h: Array = solved[2].reshape(right.shape)[..., 1]
     step += nodes.spread(h)
-    step -= (a * step).sum(-1, keepdims=True)
+    step -= np.add.reduce(a * step, -1, keepdims=True)
     step[~np.isfinite(step)] = 0.0
     return step
 
@@ -98,7 +98,7 @@ def _beside(nodes: Nodes, potential: Array) -> tuple[Array, Array]:
     """Return less the entries from each node to the next and back, (*, J), the last 0."""
     potential = nodes.at(potential)
     change = potential[..., :-1] - potential[..., 1:]
-    after, before = np.zeros_like(potential), np.zeros_like(potential)
+    after, before = np.zeros((2, *potential.shape))
     for way, beside in ((change, after), (-change, before)):
         way += nodes.coupling
         np.exp(np.minimum(way, _CAP, out=way), out=beside[..., :-1])

@@ -28,6 +28,8 @@ class LineSolver(HostSolver):
 
     def between(self, a: Array, b: Array) -> Between:
         """Solve ``OT_eps(a, b)`` for weights a (1 or R, K) and b (R, K)."""
+        if len(b) <= self._rows_at_once:
+            return self._between(a, b)
         f, g, pull_x, pull_y = (np.empty(b.shape) for _ in range(4))
         found = Between(np.empty(len(b)), f, g, pull_x, pull_y, 0)
         for rows in self._row_blocks(len(b)):
@@ -49,7 +51,7 @@ class LineSolver(HostSolver):
         """Solve ``OT_eps(a, a)`` and ``OT_eps(b, b)``."""
         if len(a) + len(b) <= self._rows_at_once:
             both = self._own(np.concatenate([a, b]))
-            one, other = zip(*(np.split(part, [len(a)]) for part in both), strict=True)
+            one, other = ([part[rows] for part in both] for rows in np.s_[: len(a), len(a) :])
             return Within(*one), Within(*other)
         return self._own_rows(a), self._own_rows(b)
 

@@ -90,30 +90,32 @@ def solve_pair(
         due = kernel.log_product(log_b + g / epsilon)
         due *= -epsilon
         miss = a * np.abs(np.expm1(np.minimum((f - due) / epsilon, 700.0)))
-        value = (a * f).sum(-1) + (b * g).sum(-1)
-        return Look(f, g, due, miss.sum(-1), value)
+        value = np.add.reduce(a * f, -1) + np.add.reduce(b * g, -1)
+        return Look(f, g, due, np.add.reduce(miss, -1), value)
 
     best = look(look(f).due)
     radius = np.full((f.shape[0], 1), _TRUST)
     there = a > 0
     taken = stalled = 0
     lowest = next_step = np.inf
+    error = best.error.max()
     while taken < rounds:
-        error = best.error.max()
         stalled = 0 if error <= 0.5 * lowest else stalled + 1
         lowest = min(error, lowest)
         done = stalled == _STALLED or next_step <= _NEXT_STEP * tol
         if not fixed and (error <= _FAR_BELOW * tol or (error <= tol and done)):
             break
         step = kernel.steps(a, b, best)
-        longest = np.abs(np.where(there, step, 0.0)).max(-1, keepdims=True)
+        size = np.abs(np.where(there, step, 0.0))
+        longest = np.maximum.reduce(size, -1, keepdims=True)
         step *= epsilon * radius / np.maximum(longest, radius)
         step += best.f
         new = look(step)
         better = new.value >= best.value - 1e-12 * np.abs(best.value)  # False for NaN
         radius = np.where(better[:, None], 4.0 * radius, np.minimum(radius, longest) / 4.0)
         best = best.pick(better, new) if not better.all() else new
-        next_step = longest.max() * best.error.max() / error if error > 0 else 0.0
+        before, error = error, best.error.max()
+        next_step = longest.max() * error / before if before > 0 else 0.0
         taken += 1
     return best, taken
 
