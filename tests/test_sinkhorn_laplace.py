@@ -124,4 +124,5 @@ def test_a_step_of_no_use_is_replaced(monkeypatch):
     expected, _ = solve_self_by_newton(kernel, a, 1e-6, 100, False)
     monkeypatch.setattr(kernel, "self_update", lambda a, f, due: f + 5.0)
     found, _ = solve_self_by_newton(kernel, a, 1e-6, 100, False)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    # the marginals are met to 1e-8: so far are the potentials, weighted
+    assert (a * np.abs(found - expected)).sum() < 1e-7
