@@ -100,19 +100,12 @@ def _solve_on_one_line(
     every_a = every_a.reshape(-1, line.z.size)
     every_b = stretch(other, lead).reshape(-1, line.z.size)
     solver = LineSolver(line.z, options)
-    found = solver.between(every_a, every_b)
-    between = Between(
-        found.cost, found.f.take(line.x, -1), found.g.take(line.y, -1),
-        found.pull_x.take(line.x, -1), found.pull_y.take(line.y, -1), found.rounds,
-    )  # fmt: skip
+    between = line.read_between(solver.between(every_a, every_b))
     own = None
     if options.debias:
         within = solver.within(one.reshape(-1, line.z.size), other.reshape(-1, line.z.size))
-        own_x, own_y = (
-            Within(side.cost, side.f.take(places, -1), side.pull.take(places, -1))
-            for side, places in zip(within, (line.x, line.y), strict=True)
-        )
-        own = own_x, own_y
+        own = line.read_within(within[0], line.x), line.read_within(within[1], line.y)
+        del within  # as large as all that follows
     leads = one.shape[:-1], other.shape[:-1], lead
     return _assemble(a, b, leads, between, own, potentials)
 
@@ -129,22 +122,18 @@ def _assemble(
     lead = leads[2]
     transport, f, g, pull_x, pull_y = (tensor(part, lead) for part in between[:5])
     if own is None:
-        slopes = (a * pull_x, b * pull_y, f, g)
-        return EntropicSolution(
-            transport, _slopes(slopes, potentials), transport, f, g, None, None, between.rounds
-        )
+        in_weights = (f, g) if potentials else (None, None)
+        slopes = ((a * pull_x)[..., None], (b * pull_y)[..., None], *in_weights)
+        return EntropicSolution(transport, slopes, transport, f, g, None, None, between.rounds)
     cost_a, self_x, self_pull_x = (tensor(part, leads[0]) for part in own[0])
     cost_b, self_y, self_pull_y = (tensor(part, leads[1]) for part in own[1])
     cost = transport - 0.5 * cost_a - 0.5 * cost_b
-    slopes = (a * (pull_x - self_pull_x), b * (pull_y - self_pull_y), f - self_x, g - self_y)
+    in_weights = (f - self_x, g - self_y) if potentials else (None, None)
+    in_x, in_y = a * (pull_x - self_pull_x), b * (pull_y - self_pull_y)
     return EntropicSolution(
-        cost, _slopes(slopes, potentials), transport, f, g, self_x, self_y, between.rounds
-    )
-
-
-def _slopes(slopes: tuple[Tensor, Tensor, Tensor, Tensor], potentials: bool) -> Slopes:
-    in_weights = slopes[2:] if potentials else (None, None)
-    return slopes[0][..., None], slopes[1][..., None], *in_weights
+        cost, (in_x[..., None], in_y[..., None], *in_weights), transport, f, g, self_x, self_y,
+        between.rounds,
+    )  # fmt: skip
 
 
 def _solve_row_by_row(
@@ -207,6 +196,18 @@ class _Line(NamedTuple):
         values = weights.detach().numpy()
         if self.order is not None:
             return values.take(self.order, -1)
-        spread = np.zeros((self.z.size, *values.shape[:-1]))
-        np.add.at(spread, places, np.moveaxis(values, -1, 0))
-        return np.moveaxis(spread, 0, -1)
+        spread = np.zeros((*values.shape[:-1], self.z.size))
+        rows = values.reshape(-1, places.size)
+        for row, own in zip(spread.reshape(-1, self.z.size), rows, strict=True):
+            row[:] = np.bincount(places, own, self.z.size)
+        return spread
+
+    def read_between(self, found: Between) -> Between:
+        """Read at the points of x and y what was found on the line."""
+        f, pull_x = (part.take(self.x, -1) for part in (found.f, found.pull_x))
+        g, pull_y = (part.take(self.y, -1) for part in (found.g, found.pull_y))
+        return Between(found.cost, f, g, pull_x, pull_y, found.rounds)
+
+    def read_within(self, found: Within, places: Array) -> Within:
+        """Read at points at these places what was found on the line."""
+        return Within(found.cost, found.f.take(places, -1), found.pull.take(places, -1))

@@ -1,11 +1,9 @@
-"""The Gibbs kernel of p = 1 on a line, ``exp(-|z_i - z_j| / eps)``, by running sums in NumPy.
+"""The Gibbs kernel of p = 1 on a line, ``exp(-|z_i - z_j| / eps)``: O(N) a product.
 
-To the left of a point the kernel is ``exp(z_j / eps) exp(-z_i / eps)``, to the right the reverse.
-While those factors are numbers, products with the kernel are two running sums and nothing is lost:
-all terms are positive. Beyond, the sums run in the log domain.
-
-The inverse of this kernel is tridiagonal (the process with this covariance is Markov), which is
-what makes Newton's equations banded.
+The process with this covariance is Markov, so the kernel's inverse is tridiagonal, and its factors
+``L D L^T`` are known: ``-exp(-gap)`` beside the ones of L and ``1 / (1 - exp(-2 gap))`` in D, gaps
+in units of epsilon. A product is a solution by these factors: two sums that run along the line and
+fade by ``exp(-gap)`` from point to point. All terms are positive and nothing is lost.
 """
 
 from __future__ import annotations
@@ -13,24 +11,32 @@ from __future__ import annotations
 import numpy as np
 
 from .arrays import Array
-from .laplace_newton import Inverse, newton_steps
-from .newton import LEVEL, LOG_ZERO, Look
+from .laplace_newton import newton_steps, self_update
+from .laplace_nodes import Nodes
+from .newton import Look
+from .tridiagonal import solve_factors, solve_symmetric_factors
 
-# Longest line, in units of epsilon, whose factors are numbers: a potential adds as much again.
-_LONGEST = 400.0
+# Longest line, in units of epsilon, on which what is left of the largest term is a number.
+_LONGEST = 600.0
+# Least product in that scale: on lines so long that the scale has no digits left there is less.
+_LEAST = 1e-300
+# Shortest gap, in units of epsilon: D is a number.
+_SHORTEST = 1e-280
 
 
 class LaplaceKernel:
     """The kernel on sorted distinct points z (K,)."""
 
     def __init__(self, z: Array, epsilon: float) -> None:
-        self.epsilon = epsilon
-        self.t = (z - z[0]) / epsilon
-        self._inverse = Inverse.of(self.t)
-        self._grow: Array | None = None
-        if self.t[-1] <= _LONGEST:
-            self._grow = np.exp(self.t - 0.5 * self.t[-1])
-            self._fade = 1.0 / self._grow
+        self.z, self.epsilon = z, epsilon
+        self.gap = np.maximum((z[1:] - z[:-1]) / epsilon, _SHORTEST)
+        self._fade = np.zeros(z.size)
+        np.exp(-self.gap, out=self._fade[:-1])
+        self._diagonal = np.ones(z.size)
+        self._diagonal[:-1] = -1.0 / np.expm1(-2.0 * self.gap)
+        self._below = -self._fade
+        self._is_long = (z[-1] - z[0]) / epsilon > _LONGEST
+        self.nodes = Nodes((z - z[0]) / epsilon)
 
     @property
     def transposed(self) -> LaplaceKernel:
@@ -39,66 +45,66 @@ class LaplaceKernel:
 
     def log_product(self, exponent: Array) -> Array:
         """See `HostKernel.log_product`."""
-        if self._grow is None:
-            left, right = self._log_sums(exponent)
-            return np.logaddexp(left[..., :-1], right[..., :-1])
-        largest, weight, left, right = self._sums(exponent)
-        left += right
-        left -= weight
-        np.log(left, out=left)
-        left += largest
-        return left
+        scale, weight = self._scaled(exponent)
+        product = self._product(scale, weight)
+        np.log(np.maximum(product, _LEAST, out=product), out=product)
+        product += scale
+        return product
 
     def pull(self, exponent: Array) -> Array:
         """``sum_j P(j | i) dc(z_i, z_j) / dz_i``, (R, K); a point does not pull at itself."""
-        if self._grow is None:
-            left, right = self._log_sums(exponent)
-            whole = np.logaddexp(left[..., :-1], right[..., :-1])
-            # what lies strictly on either side, moved by one gap
-            gap = self.t[1:] - self.t[:-1]
-            pulled = np.zeros_like(whole)
-            pulled[..., 1:] += np.exp(left[..., :-2] - gap - whole[..., 1:])
-            pulled[..., :-1] -= np.exp(right[..., :-2] - whole[..., :-1])
-            return pulled
-        _, weight, left, right = self._sums(exponent)
-        pulled = left - right
-        left += right
+        scale, weight = self._scaled(exponent)
+        rise, _ = self._fading(scale)
+        # twice what lies to the left and the point itself, less all and the point itself
+        ones = np.ones(self.z.size)
+        left = solve_factors(-rise, ones, np.zeros_like(rise), weight.copy())
+        left *= 2.0
         left -= weight
-        pulled /= left
-        return pulled
+        whole = self._product(scale, weight)
+        left -= whole
+        left /= np.maximum(whole, _LEAST, out=whole)
+        return left
 
     def steps(self, a: Array, b: Array, at: Look) -> Array:
         """See `HostKernel.steps`: banded equations."""
-        return newton_steps(self._inverse, a, b, at, self.epsilon)
+        return newton_steps(self.nodes, a, b, at, self.epsilon)
 
-    def _sums(self, exponent: Array) -> tuple[Array, Array, Array, Array]:
-        """Return a scale (log), the weights, and their running sums from both ends."""
-        largest = np.maximum.reduce(exponent, -1, keepdims=True)
-        weight = np.exp(exponent - largest)
-        left = weight * self._grow
-        np.add.accumulate(left, -1, out=left)
-        left *= self._fade
-        right = weight * self._fade
-        right = np.add.accumulate(right[..., ::-1], -1)[..., ::-1]
-        right *= self._grow
-        return largest, weight, left, right
+    def self_update(self, a: Array, f: Array, due: Array) -> Array:
+        """Return Newton's next potential of ``OT_eps(a, a)`` from f and its softmin."""
+        return self_update(self.nodes, a, f, due, self.epsilon)
 
-    def _log_sums(self, exponent: Array) -> tuple[Array, Array]:
-        """Return logs of the sums up to i and of those beyond i, (R, K + 1), the last unused."""
-        shape = (*exponent.shape[:-1], exponent.shape[-1] + 1)
-        left, right = np.full(shape, LOG_ZERO), np.full(shape, LOG_ZERO)
-        up = np.logaddexp.accumulate(exponent + self.t, -1)
-        left[..., :-1] = up - self.t
-        down = np.logaddexp.accumulate((exponent - self.t)[..., ::-1], -1)[..., ::-1]
-        right[..., :-2] = down[..., 1:] + self.t[:-1]
-        return left, right
+    def _scaled(self, exponent: Array) -> tuple[Array, Array]:
+        """Return what the logs of the products are near to, and the weights in that scale.
 
+        A number a row; on long lines one a point, the log of what the largest term is there.
+        """
+        if self._is_long:
+            t = (self.z - self.z[0]) / self.epsilon
+            left = np.maximum.accumulate(exponent + t, -1)
+            left -= t
+            scale = np.maximum.accumulate((exponent - t)[..., ::-1], -1)[..., ::-1]
+            scale += t
+            np.maximum(left, scale, out=scale)
+        else:
+            scale = np.maximum.reduce(exponent, -1, keepdims=True)
+        weight = exponent - scale
+        np.exp(weight, out=weight)
+        return scale, weight
 
-def linear_start(z: Array, a: Array, b: Array) -> Array:
-    """Return a Kantorovich potential of a (R, K), level where the plan leaves it free."""
-    surplus = a - b
-    levels = np.add.accumulate(surplus[:, :-1], -1)
-    slope = np.sign(levels) * (np.abs(levels) > LEVEL) * (z[:-1] - z[1:])
-    f = np.zeros_like(surplus)
-    np.add.accumulate(slope, -1, out=f[:, 1:])
-    return f
+    def _product(self, scale: Array, weight: Array) -> Array:
+        """Multiply scaled weights, which are overwritten, with the scaled kernel."""
+        if not self._is_long:
+            return solve_symmetric_factors(self._diagonal, self._below, weight)
+        rise, fall = self._fading(scale)
+        fall *= self._diagonal
+        return solve_factors(-rise, self._diagonal, -fall, weight)
+
+    def _fading(self, scale: Array) -> tuple[Array, Array]:
+        """Return by how much scaled sums fade to the next point, from the left and the right."""
+        if not self._is_long:
+            return self._fade, self._fade
+        change = scale[:, :-1] - scale[:, 1:]
+        rise, fall = np.zeros_like(scale), np.zeros_like(scale)
+        np.exp(change - self.gap, out=rise[:, :-1])
+        np.exp(-change - self.gap, out=fall[:, :-1])
+        return rise, fall

@@ -1,99 +1,105 @@
 """Newton's equations for p = 1 on a line are banded: O(N) a round.
 
-Both products with the plan P are products with the kernel K, so with ``q = P^T d / b`` and
-``h = P q / a`` as unknowns of their own and K's tridiagonal inverse T,
+With the plan P between a and b, the unknowns are means over it, ``q = P^T d / b`` of a's step d and
+``h = P q / (P 1)`` of those. Both are products with the kernel K, whose inverse T is tridiagonal:
 
-    T (e^(-g/eps) q) = e^(f/eps) a d,   T (e^(-f/eps) h) = e^(g/eps) b q,   d = (1 - rho + h) / rho
+    e^(g/eps) T (e^(-g/eps) q) = a e^((f+g)/eps) d,   d = a / (P 1) - 1 + h,
+    e^(due/eps) T (e^(-due/eps) h) = b e^((due+g)/eps) q,   due = softmin g.
 
-where ``rho = P 1 / a``: a system of two bands a side in (q_1, h_1, q_2, h_2, ...). Its rows are
-scaled so that no entry depends on more than the potentials' differences between neighbours.
+Where q, d and h are 1 the left sides are the weights on the right: the rows of T so scaled sum to
+these. That gives the diagonal, no entry depends on more than the differences of the potentials
+between neighbours, and constants are the null space also on fewer points (`Nodes`).
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg.lapack import dgbsv
 
 from .arrays import Array
+from .laplace_nodes import Nodes
 from .newton import Look
+from .tridiagonal import solve_tridiagonal
 
-# Shortest gap, in units of epsilon, in the inverse, which has no finite entry at 0.
-_SHORTEST = 1e-7
 # Largest log of an entry beside the diagonal: one larger is of a potential that no round leaves.
 _CAP = 30.0
+# Largest log of any other factor.
+_LARGEST = 700.0
+# Less the part of h in d. At 1 all rows sum to 0, and where the plan couples clusters by less than
+# rounding, each cluster's do: steps that change nothing would be any number.
+_REGULAR = -1.0 + 1e-10
 # Bands on either side of the diagonal, and rows of LAPACK's band storage for them.
 _BANDS, _STORED = 2, 7
-# Unknowns whose equations are in memory at once: 7 MB.
-_AT_ONCE = 2**17
 
 
-class Inverse(NamedTuple):
-    """The kernel's inverse: its diagonal (K,) and, for the others, the factors that it shares.
-
-    Entry (k, k + 1) is ``-exp(-gap_k) / (1 - exp(-2 gap_k))``, gap in units of epsilon.
-    """
-
-    diagonal: Array
-    gap: Array  # (K - 1,)
-    factor: Array  # (K - 1,) 1 / (1 - exp(-2 gap))
-
-    @classmethod
-    def of(cls, t: Array) -> Inverse:
-        """Return the inverse for points t in units of epsilon; tiny gaps are widened."""
-        gap = np.maximum(t[1:] - t[:-1], _SHORTEST)
-        factor = -1.0 / np.expm1(-2.0 * gap)
-        excess = factor - 1.0  # exp(-2 gap) / (1 - exp(-2 gap))
-        diagonal = np.ones(t.size)
-        diagonal[:-1] += excess
-        diagonal[1:] += excess
-        return cls(diagonal, gap, factor)
-
-
-def newton_steps(inverse: Inverse, a: Array, b: Array, at: Look, epsilon: float) -> Array:
-    """Return Newton's steps (R, K) in units of epsilon, some rows at a time."""
-    rows, count = b.shape
-    size = max(_AT_ONCE // count, 1)
-    a = np.broadcast_to(a, b.shape)
-    some = [slice(k, k + size) for k in range(0, rows, size)]
-    parts = [_step(inverse, a[k], b[k], Look(*(p[k] for p in at)), epsilon) for k in some]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _step(inverse: Inverse, a: Array, b: Array, at: Look, epsilon: float) -> Array:
-    rows, count = b.shape
-    excess = (at.f - at.due) / epsilon
-    rho = np.exp(np.minimum(excess, 700.0))
-    # Constants are the null space; r sums to 0, so doubling one point's P 1 sets its step to 0.
-    held = (np.arange(rows), a.argmax(-1))
-    divisor = rho.copy()
-    divisor[held] *= 2.0
-    density = np.exp(np.minimum((at.f + at.g) / epsilon, 700.0))
+def newton_steps(nodes: Nodes, a: Array, b: Array, at: Look, epsilon: float) -> Array:
+    """Return Newton's steps (R, K) in units of epsilon."""
+    f = at.f / epsilon
+    both = np.empty((2, *at.g.shape))
+    np.divide(at.g, epsilon, out=both[0])
+    np.divide(at.due, epsilon, out=both[1])
+    g, due = both
+    step: Array = np.expm1(np.minimum(due - f, _LARGEST))
+    f += g
+    weight_a, weight_b = _weighted(a, f), _weighted(b, due + g)
+    right = np.zeros((len(step), nodes.size, 2))
+    right[..., 0] = nodes.gather(weight_a * step)
+    on_nodes = np.empty((2, len(step), nodes.size))
+    on_nodes[0], on_nodes[1] = nodes.gather(weight_a), nodes.gather(weight_b)
 
     # LAPACK reads the bands of a column together: entry (i, j) is the (i - j + 4)th of column j.
-    bands = np.zeros((rows, count, 2, _STORED))
+    # The unknowns are (q_1, h_1, q_2, h_2, ...).
+    bands = np.zeros((*right.shape, _STORED))
+    of_either = bands.transpose(2, 0, 1, 3)
     middle = 2 * _BANDS
-    bands[..., middle] = inverse.diagonal[:, None]
-    for unknown, potential in enumerate((at.g, at.f)):
-        change = (potential[:, :-1] - potential[:, 1:]) / epsilon
-        bands[:, 1:, unknown, middle - 2] = -inverse.factor * np.exp(
-            np.minimum(change - inverse.gap, _CAP)
-        )
-        bands[:, :-1, unknown, middle + 2] = -inverse.factor * np.exp(
-            np.minimum(-change - inverse.gap, _CAP)
-        )
-    source = a * density / divisor
-    bands[:, :, 1, middle - 1] = -source
-    bands[:, :, 0, middle + 1] = -b * density
-    right = np.zeros((rows, count, 2))
-    right[:, :, 0] = source * (1.0 - rho)
+    after, before = _beside(nodes, both)
+    of_either[..., middle] = on_nodes + after
+    of_either[..., 1:, middle] += before[..., :-1]
+    of_either[..., 1:, middle - 2] = -after[..., :-1]
+    of_either[..., :-1, middle + 2] = -before[..., :-1]
+    bands[..., 0, middle + 1] = -on_nodes[1]
+    bands[..., 1, middle - 1] = _REGULAR * on_nodes[0]
     solved = dgbsv(
         _BANDS, _BANDS, bands.reshape(-1, _STORED).T, right.reshape(-1, 1),
         overwrite_ab=True, overwrite_b=True,
     )  # fmt: skip
-    h = solved[2].reshape(rows, count, 2)[:, :, 1]
-    step = (1.0 - rho + h) / divisor
-    step -= (a * step).sum(-1, keepdims=True)
-    finite: Array = np.where(np.isfinite(step), step, 0.0)
-    return finite
+    h: Array = solved[2].reshape(right.shape)[..., 1]
+    step += nodes.spread(h)
+    step -= np.add.reduce(a * step, -1, keepdims=True)
+    step[~np.isfinite(step)] = 0.0
+    return step
+
+
+def _weighted(weights: Array, exponent: Array) -> Array:
+    """Return ``weights exp(exponent)``, in the place of the exponent."""
+    np.exp(np.minimum(exponent, _LARGEST, out=exponent), out=exponent)
+    exponent *= weights
+    return exponent
+
+
+def self_update(nodes: Nodes, a: Array, f: Array, due: Array, epsilon: float) -> Array:
+    """Return Newton's next f (R, K) for a measure against itself, from f and its softmin.
+
+    With Q the conditional plan, it is ``due + h`` with ``h = Q (f - due - h)``: tridiagonal.
+    """
+    change, scaled = (f - due) / epsilon, due / epsilon
+    weight = _weighted(a, scaled + f / epsilon)
+    right, on_a = nodes.gather(weight * change), nodes.gather(weight)
+    after, before = _beside(nodes, scaled)
+    diagonal = 2.0 * on_a + after
+    diagonal[:, 1:] += before[:, :-1]
+    h = nodes.spread(solve_tridiagonal(-before, diagonal, -after, right))
+    h *= epsilon
+    h += due
+    return h
+
+
+def _beside(nodes: Nodes, potential: Array) -> tuple[Array, Array]:
+    """Return less the entries from each node to the next and back, (*, J), the last 0."""
+    potential = nodes.at(potential)
+    change = potential[..., :-1] - potential[..., 1:]
+    after, before = np.zeros((2, *potential.shape))
+    for way, beside in ((change, after), (-change, before)):
+        way += nodes.coupling
+        np.exp(np.minimum(way, _CAP, out=way), out=beside[..., :-1])
+    return after, before

@@ -22,10 +22,11 @@ LEVEL = 1e-14
 # quadratic model of an exponential holds no further.
 _TRUST = 5.0
 # Part of ``tol`` that Newton's last round reaches, unless rounding ends that before: then so many
-# rounds in a row do not halve the error.
-_FAR_BELOW, _STALLED = 1e-3, 3
+# rounds in a row do not halve the error. Or part of it, in units of epsilon, that a further step
+# would have, if it were shorter than the last one as the error is smaller.
+_FAR_BELOW, _STALLED, _NEXT_STEP = 1e-3, 3, 0.1
 # Part of ``tol`` that the rounds for a measure against itself reach.
-_BELOW = 1e-2
+SELF_BELOW = 1e-2
 # Step and memory of the heavy ball for a linear map with eigenvalues in [1, 2].
 _BALL_STEP, _BALL_MEMORY = 0.686, 0.0294
 
@@ -89,28 +90,32 @@ def solve_pair(
         due = kernel.log_product(log_b + g / epsilon)
         due *= -epsilon
         miss = a * np.abs(np.expm1(np.minimum((f - due) / epsilon, 700.0)))
-        value = (a * f).sum(-1) + (b * g).sum(-1)
-        return Look(f, g, due, miss.sum(-1), value)
+        value = np.add.reduce(a * f, -1) + np.add.reduce(b * g, -1)
+        return Look(f, g, due, np.add.reduce(miss, -1), value)
 
     best = look(look(f).due)
     radius = np.full((f.shape[0], 1), _TRUST)
+    there = a > 0
     taken = stalled = 0
-    lowest = np.inf
+    lowest = next_step = np.inf
+    error = best.error.max()
     while taken < rounds:
-        error = best.error.max()
         stalled = 0 if error <= 0.5 * lowest else stalled + 1
         lowest = min(error, lowest)
-        far_below = error <= _FAR_BELOW * tol
-        if not fixed and (far_below or (error <= tol and stalled == _STALLED)):
+        done = stalled == _STALLED or next_step <= _NEXT_STEP * tol
+        if not fixed and (error <= _FAR_BELOW * tol or (error <= tol and done)):
             break
         step = kernel.steps(a, b, best)
-        longest = np.abs(np.where(a > 0, step, 0.0)).max(-1, keepdims=True)
+        size = np.abs(np.where(there, step, 0.0))
+        longest = np.maximum.reduce(size, -1, keepdims=True)
         step *= epsilon * radius / np.maximum(longest, radius)
         step += best.f
         new = look(step)
         better = new.value >= best.value - 1e-12 * np.abs(best.value)  # False for NaN
         radius = np.where(better[:, None], 4.0 * radius, np.minimum(radius, longest) / 4.0)
         best = best.pick(better, new) if not better.all() else new
+        before, error = error, best.error.max()
+        next_step = longest.max() * error / before if before > 0 else 0.0
         taken += 1
     return best, taken
 
@@ -138,6 +143,6 @@ def solve_self(
         following = softmin(f)
         if not fixed:
             miss = a * np.abs(np.expm1(np.minimum((f - following) / epsilon, 700.0)))
-            if (miss.sum(-1) <= _BELOW * tol).all():
+            if (miss.sum(-1) <= SELF_BELOW * tol).all():
                 break
     return f, following

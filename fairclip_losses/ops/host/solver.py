@@ -63,5 +63,8 @@ class HostSolver:
         return best, taken
 
     def _self(self, kernel: HostKernel, a: Array) -> tuple[Array, Array]:
-        rounds = self.options.iterations or min(_SELF_ROUNDS, self.options.max_iterations)
-        return solve_self(kernel, a, self.options.tol, rounds, self.fixed)
+        return solve_self(kernel, a, self.options.tol, self._self_rounds, self.fixed)
+
+    @property
+    def _self_rounds(self) -> int:
+        return self.options.iterations or min(_SELF_ROUNDS, self.options.max_iterations)
