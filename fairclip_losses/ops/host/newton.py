@@ -115,7 +115,7 @@ def solve_pair(
         radius = np.where(better[:, None], 4.0 * radius, np.minimum(radius, longest) / 4.0)
         best = best.pick(better, new) if not better.all() else new
         before, error = error, best.error.max()
-        next_step = longest.max() * error / before if before > 0 else 0.0
+        next_step = longest.max() * (error / before) if before > 0 else 0.0
         taken += 1
     return best, taken
 
