@@ -15,7 +15,7 @@ from .ragged import Ragged, Table
 from .windows import read_windows
 
 # Most entries of a row that are all kept in memory, and of the rows that are solved at once.
-_DENSE, _AT_ONCE = 2**16, 2**18
+_DENSE, _AT_ONCE = 2**15, 2**18
 # Entries that are less than exp(-depth) of the largest are not read.
 _DEPTH = 45.0
 
