@@ -16,6 +16,9 @@ from .windows import read_windows
 
 # Most entries of a row that are all kept in memory, and of the rows that are solved at once.
 _DENSE, _AT_ONCE = 2**15, 2**18
+# Largest cost, in units of epsilon, whose rounding the potentials stand; beyond, the costs are
+# reduced, which takes all entries, up to so many.
+_ROUNDED, _REDUCED = 1e10, 2**20
 # Entries that are less than exp(-depth) of the largest are not read.
 _DEPTH = 45.0
 
@@ -50,7 +53,7 @@ def solve_between(
 ) -> Plan:
     """Solve ``OT_eps`` of each row, from potentials near those of ``one``, or the exact ones."""
     plan = Plan(one, other)
-    for rows, dense in _batches(one, other):
+    for rows, dense in _batches(one, other, epsilon):
         a, b = one.table(rows), other.table(rows)
         crossing = crossings(a.points, b.points, a.weights, b.weights)
         exact = kantorovich(a.points, crossing)
@@ -88,7 +91,7 @@ def _solve(
 def solve_within(one: Ragged, epsilon: float, solve: SolveSelf) -> Plan:
     """Solve ``OT_eps`` of each row with itself."""
     plan = Plan(one, one)
-    for rows, dense in _batches(one, one):
+    for rows, dense in _batches(one, one, epsilon):
         a = one.table(rows)
         entries: Entries
         if dense:
@@ -106,7 +109,7 @@ def solve_within(one: Ragged, epsilon: float, solve: SolveSelf) -> Plan:
 def read(places: Ragged, other: Ragged, g: Array, epsilon: float) -> tuple[Array, Array]:
     """Return soft minima and pulls at the places of each row of a potential g of the other side."""
     least, pulled = np.empty_like(places.points), np.empty_like(places.points)
-    for rows, dense in _batches(places, other):
+    for rows, dense in _batches(places, other, epsilon):
         x, y = places.table(rows), other.table(rows)
         if dense:
             exponent = log_weights(y.weights) + g[y.place] / epsilon
@@ -132,10 +135,13 @@ def _read_all(x: Array, y: Array, exponent: Array, epsilon: float) -> tuple[Arra
     return least, x - sums[..., 1] / sums[..., 0]
 
 
-def _batches(one: Ragged, other: Ragged) -> Iterator[tuple[Array, bool]]:
+def _batches(one: Ragged, other: Ragged, epsilon: float) -> Iterator[tuple[Array, bool]]:
     """Yield rows that are solved at once, and whether with all entries in memory."""
     entries = one.count * other.count
-    small = entries <= _DENSE
+    if not entries.any():  # nothing to be read at absent points, where there are none
+        return
+    length = max(own.points.max() - far.points.min() for own, far in ((one, other), (other, one)))
+    small = entries <= (_REDUCED if length**2 > _ROUNDED * epsilon else _DENSE)
     for row in np.flatnonzero(~small):
         yield np.array([row]), False
     rows = np.flatnonzero(small & (entries > 0))
