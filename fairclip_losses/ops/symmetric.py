@@ -37,6 +37,7 @@ def solve_symmetric(
     """
     epsilon, watched, a = options.epsilon, options.is_watched(kernel.x), log_a.exp()
     rounds = options.iterations or (options.max_iterations if watched else _UNWATCHED_ROUNDS)
+    rounds = max(rounds - 1, 1)  # the start is one
     kernels = [kernel]
     if isinstance(kernel, StreamedKernel):
         quick = kernel.rough(epsilon, log_a[..., 0].numel())
@@ -55,9 +56,7 @@ def solve_symmetric(
                     break
                 del kernels[0]
         if k < rounds - 1:
-            # two rounds of plain averaging first: the range of eigenvalues is that of the optimum
-            step, memory = (_BALL_STEP, _BALL_MEMORY) if k > 1 else (0.5, 0.0)
-            f, before = f + step * (following - f) + memory * (f - before), f
+            f, before = f + _BALL_STEP * (following - f) + _BALL_MEMORY * (f - before), f
     if isinstance(kernel, StreamedKernel) and is_readable(f) and bool((log_a == -torch.inf).any()):
         following = kernel.softmin(epsilon, log_a, f)  # rounds leave absent points out
     return f, following
