@@ -9,6 +9,8 @@ import numpy as np
 import ot
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sinkhorn_cases import POWERS, float64, one_thread, random_problem
 from torch.profiler import ProfilerActivity, profile
 
@@ -17,6 +19,7 @@ from fairclip_losses.ops.anderson import Anderson
 from fairclip_losses.ops.dense import DenseKernel
 from fairclip_losses.ops.entropic import solve_entropic
 from fairclip_losses.ops.options import SinkhornOptions
+from fairclip_losses.ops.progress import Progress
 from fairclip_losses.ops.reference import cost_matrix
 from fairclip_losses.ops.streamed import StreamedKernel
 
@@ -94,7 +97,7 @@ def test_streamed_is_dense_whatever_the_rows(p, dimension):
         torch.testing.assert_close(
             kernel.pull(epsilon, log_b, g), dense.pull(epsilon, log_b, g), rtol=1e-6, atol=1e-9
         )
-        near = kernel.rough(epsilon)
+        near = kernel.rough(epsilon, 10**9)
         assert near is not kernel
         torch.testing.assert_close(near.softmin(epsilon, log_b, g), softmin, rtol=0, atol=1e-4)
         f, after = kernel.sweep(epsilon, log_a, log_b, g)
@@ -108,7 +111,7 @@ def test_streamed_is_dense_whatever_the_rows(p, dimension):
 @pytest.mark.parametrize("p", POWERS)
 @pytest.mark.parametrize("dimension", [1, 2, 20])
 def test_a_symmetric_pass_is_a_whole_one(p, dimension, monkeypatch):
-    monkeypatch.setattr("fairclip_losses.ops.streamed._BLOCK", 100)
+    monkeypatch.setattr("fairclip_losses.ops.blocks._BLOCK", 800)
     x, _, a, _ = random_problem(29, dimension=dimension)
     rows = torch.stack([a, a.flip(0)])
     rows[1, 3:7] = 0
@@ -118,7 +121,7 @@ def test_a_symmetric_pass_is_a_whole_one(p, dimension, monkeypatch):
         f = torch.zeros_like(log_a)
         for _ in range(2):
             whole = kernel.softmin(0.3, log_a, f)
-            torch.testing.assert_close(kernel.softmin_self(0.3, log_a, f)[there], whole[there])
+            torch.testing.assert_close(kernel.softmin_again(0.3, log_a, f)[there], whole[there])
             f = 0.5 * whole
 
 
@@ -251,13 +254,13 @@ def test_fixed_rounds_end_at_the_target(iterations, monkeypatch):
     """So many passes, the last at the target: each marginal or value is that of epsilon."""
     x, y, a, b = random_problem(30, 20, rows=1, dimension=2)
     epsilons = []
-    whole = StreamedKernel.sweep
+    for kind in (DenseKernel, StreamedKernel):  # the costs of few points stay in memory
 
-    def sweep(self, epsilon, *rest):
-        epsilons.append(epsilon)
-        return whole(self, epsilon, *rest)
+        def sweep(self, epsilon, *rest, whole=kind.sweep):
+            epsilons.append(epsilon)
+            return whole(self, epsilon, *rest)
 
-    monkeypatch.setattr(StreamedKernel, "sweep", sweep)
+        monkeypatch.setattr(kind, "sweep", sweep)
     result = sinkhorn_solve(x, y, a, b[0], blur=0.5, iterations=iterations, backend="streamed")
     assert len(epsilons) == result.iterations == iterations
     assert epsilons[-1] == 0.25
@@ -294,6 +297,87 @@ def test_rounds_that_nobody_watches_converge(monkeypatch):
     for backend in ("dense", "streamed"):
         value = sinkhorn_divergence(x, y, a, b, blur=0.3, backend=backend)
         torch.testing.assert_close(value, truth, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("few", [0, 2**20])
+def test_weights_of_absent_points_have_their_gradients(few, monkeypatch):
+    """Rounds may leave absent points out, the answer may not; nor does it matter what is kept."""
+    monkeypatch.setattr("fairclip_losses.ops.streamed._FEW", few)
+    x, y, a, b = random_problem(40, 45, rows=1, dimension=3)
+    a[3:6] = 0
+    _, slopes = value_and_slopes(x, y, a, b[0], blur=0.6, backend="streamed", tol=1e-9)
+    _, exact = value_and_slopes(x, y, a, b[0], blur=0.6, backend="dense", tol=1e-11)
+    for found, true in zip(slopes, exact, strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("near", [0.0, 0.3, 90.0])
+@pytest.mark.parametrize("dimension", [2, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_guess_of_the_potential_changes_nothing(near, dimension, dtype):
+    """However far off it is, in units of epsilon."""
+    x, y, a, b = random_problem(23, 31, rows=1, dimension=dimension)
+    log_a, log_b, epsilon = (a / a.sum()).log(), (b[0] / b[0].sum()).log(), 4.0
+    g = torch.sin(torch.arange(31.0)).double()
+    kernel = StreamedKernel(x, y, 2, dtype)
+    f, after = kernel.sweep(epsilon, log_a, log_b, g)
+    guess = f + near * epsilon * torch.cos(torch.arange(23.0)).double()
+    close = {"rtol": 0, "atol": 1e-4 if dtype == torch.float32 else 1e-11}
+    for found, true in zip(kernel.sweep(epsilon, log_a, log_b, g, guess), (f, after), strict=True):
+        torch.testing.assert_close(found, true, **close)
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("step", [0.0, 0.5, 19.0, 200.0])
+def test_a_kept_kernel_is_a_new_one(p, step):
+    """A dense kernel that was formed at another potential gives what one formed here does."""
+    x, y, a, b = random_problem(23, 31, rows=2, dimension=3)
+    log_a, log_b = (a / a.sum()).log(), (b / b.sum(-1, keepdim=True)).log()
+    g = torch.sin(torch.arange(31.0)).double().expand(2, -1)
+    moved = g + step * 0.25 * torch.cos(torch.arange(31.0)).double()
+    kept, new = DenseKernel(x, y, p), DenseKernel(x, y, p)
+    kept.sweep(0.25, log_a, log_b, g)
+    for name, arguments in (
+        ("sweep", (0.25, log_a, log_b, moved)),
+        ("softmin_again", (0.25, log_b, moved)),
+        ("conditional", (0.25, log_b, moved)),
+        ("pull", (0.25, log_b, moved)),
+    ):
+        torch.testing.assert_close(getattr(kept, name)(*arguments), getattr(new, name)(*arguments))
+    torch.testing.assert_close(
+        kept.softmin_again(0.25, log_b, moved), new.softmin(0.25, log_b, moved)
+    )
+
+
+@pytest.mark.parametrize("dimension", [2, 20])
+def test_a_measure_pulls_on_itself_as_on_another(dimension, monkeypatch):
+    monkeypatch.setattr("fairclip_losses.ops.blocks._BLOCK", 800)
+    x, _, a, _ = random_problem(29, dimension=dimension)
+    rows = torch.stack([a, a.flip(0)])
+    rows[1, 3:7] = 0
+    log_a = (rows / rows.sum(-1, keepdim=True)).log()
+    kernel, other = StreamedKernel(x, x, 2), StreamedKernel(x, x.clone(), 2)
+    f = 0.5 * kernel.softmin(3.0, log_a, torch.zeros_like(log_a))
+    there = (log_a > -torch.inf)[..., None]
+    pulls = [torch.where(there, each.pull(3.0, log_a, f), 0.0) for each in (kernel, other)]
+    torch.testing.assert_close(*pulls)
+    steep = 1e5 * torch.cos(torch.arange(29.0)).double()  # no potential: the plan overflows
+    torch.testing.assert_close(kernel.pull(3.0, log_a, steep), other.pull(3.0, log_a, steep))
+    less = torch.ones(29, dimension).double()
+    torch.testing.assert_close(
+        other.pull(3.0, log_a, f, less.clone()), other.pull(3.0, log_a, f) - less
+    )
+
+
+@given(st.floats(0.0, 0.95), st.floats(1e-9, 1e-2))
+def test_rounds_end_where_the_way_that_is_left_is_short(rate, left):
+    """Errors that are a geometric series: what is left of it when they end is what was asked."""
+    progress, error, rounds = Progress(1e-2, left), 1.0, 1
+    while not progress.ends(error):
+        error, rounds = error * rate, rounds + 1
+        assert rounds < 2000
+    assert error * rate / (1.0 - rate) <= left * (1 + 1e-6)
+    assert error <= 1e-2
 
 
 def test_anderson_solves_a_linear_map():

@@ -38,7 +38,7 @@ def clouds(n: int, dimension: int) -> tuple[Tensor, Tensor, float]:
 
 
 def solve(function: Callable[..., Tensor], x: Tensor, y: Tensor) -> Answer:
-    points = x.clone().requires_grad_()
+    points = x.detach().requires_grad_()
     value = function(points, y)
     value.backward()
     return value.detach(), points.grad
@@ -111,13 +111,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="N = 1024 only")
+    parser.add_argument("--quick", action="store_true", help="N <= 1024 only")
     parser.add_argument("--large", action="store_true", help="N = 8192 too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")  # other packages' own, of their inputs
     where = conditions()
-    sizes = [1024] if arguments.quick else [1024, 4096, 8192] if arguments.large else [1024, 4096]
+    sizes = [256, 512, 1024]
+    sizes += [] if arguments.quick else [4096, 8192] if arguments.large else [4096]
     rows = [compare(n, dimension) for n in sizes for dimension in (2, 16, 64)]
     question = (__doc__ or "").strip().splitlines()[0]
     print(save(f"dense_cpu_{arguments.threads}_threads", question, rows, where))

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import is_readable
+
 # Rounds that are remembered.
 _MEMORY = 20
 # Longest change beyond a plain round, in units of epsilon.
@@ -25,13 +27,14 @@ _RIDGE, _FORGOTTEN = 1e-12, 0.5
 class Anderson:
     """The memory of one fixed-point iteration over rows of potentials g (*, M)."""
 
-    def __init__(self, log_b: Tensor) -> None:
-        self._b = log_b.exp()
-        self._moves: list[Tensor] = []  # differences of the images of neighbouring iterates
-        self._changes: list[Tensor] = []  # differences of their residuals, times sqrt(b)
-        self._image: Tensor | None = None
-        self._residual: Tensor | None = None
-        self._value: Tensor | None = None
+    def __init__(self, log_b: Tensor, rounding: float = 0.0) -> None:
+        """``rounding`` is the error of the dual's values, in their unit."""
+        self._b, self._rounding = log_b.exp(), rounding
+        self._root = self._b.sqrt()
+        self._rounds = 0
+        # differences of the images of neighbouring iterates, and of their residuals
+        self._moves = self._changes = log_b.new_empty(*log_b.shape[:-1], 0, log_b.shape[-1])
+        self._image = self._residual = self._value = log_b.new_empty(0)
 
     def step(self, g: Tensor, image: Tensor, value: Tensor, epsilon: Tensor | float) -> Tensor:
         """Return the next iterate after g, whose plain round gave ``image``.
@@ -39,39 +42,52 @@ class Anderson:
         ``value`` (*,) is the dual's at g. A row whose value fell goes back to the image of the
         iterate before, and forgets.
         """
-        residual = (image - g) * self._b.sqrt()
-        if self._image is None or self._residual is None or self._value is None:
+        residual = (image - g) * self._root
+        self._rounds += 1
+        if self._rounds == 1:
             self._image, self._residual, self._value = image, residual, value
             return image
-        slack = 1e-13 * torch.maximum(value.abs(), self._value.abs())
-        fell = (value < self._value - slack)[..., None]
-        self._remember(image - self._image, residual - self._residual, ~fell)
+        fell = value < self._value - (1e-13 * value.abs() + self._rounding)
+        some_fell = not is_readable(fell) or bool(fell.any())
+        self._remember(image - self._image, residual - self._residual)
+        if some_fell:
+            for memory in (self._moves, self._changes):
+                memory.masked_fill_(fell[..., None, None], 0.0)
         combined = image - self._excess(residual, epsilon)
-        back = self._image
-        self._image = torch.where(fell, back, image)
-        self._residual = torch.where(fell, self._residual, residual)
-        self._value = torch.maximum(value, self._value)
-        return torch.where(fell, back, combined)
+        if some_fell:
+            fell, back = fell[..., None], self._image
+            combined = torch.where(fell, back, combined)
+            image, residual = (
+                torch.where(fell, back, image),
+                torch.where(fell, self._residual, residual),
+            )
+            value = torch.maximum(value, self._value)
+        self._image, self._residual, self._value = image, residual, value
+        return combined
 
-    def _remember(self, move: Tensor, change: Tensor, kept: Tensor) -> None:
-        self._moves.append(move)
-        self._changes.append(change)
-        if len(self._moves) > _MEMORY:
-            del self._moves[0], self._changes[0]
-        self._moves = [torch.where(kept, entry, 0.0) for entry in self._moves]
-        self._changes = [torch.where(kept, entry, 0.0) for entry in self._changes]
+    def _remember(self, move: Tensor, change: Tensor) -> None:
+        entry = (self._rounds - 2) % _MEMORY
+        if self._rounds == 2 or entry == self._moves.shape[-2]:  # twice as much, as need be
+            size = min(max(4, 2 * entry), _MEMORY)
+            moves = move.new_empty(*move.shape[:-1], size, move.shape[-1])
+            changes = torch.empty_like(moves)
+            moves[..., :entry, :], changes[..., :entry, :] = self._moves, self._changes
+            self._moves, self._changes = moves, changes
+        self._moves[..., entry, :], self._changes[..., entry, :] = move, change
 
     def _excess(self, residual: Tensor, epsilon: Tensor | float) -> Tensor:
         """Return what the combination that leaves the least residual takes off the image."""
-        moves, changes = torch.stack(self._moves, -1), torch.stack(self._changes, -1)
-        size = torch.linalg.vector_norm(changes, dim=-2, keepdim=True)
+        known = min(self._rounds - 1, _MEMORY)
+        moves, changes = self._moves[..., :known, :], self._changes[..., :known, :]
+        gram = changes @ changes.transpose(-1, -2)
+        size = gram.diagonal(dim1=-2, dim2=-1).sqrt()
         inverse = torch.where(size > 0, size, 1.0).reciprocal()
-        moves, changes = moves * inverse, changes * inverse
-        gram = changes.transpose(-1, -2) @ changes
+        gram = gram * inverse[..., None] * inverse[..., None, :]
         gram.diagonal(dim1=-2, dim2=-1).add_(_RIDGE).clamp_(min=_FORGOTTEN)
-        right = changes.transpose(-1, -2) @ residual[..., None]
+        right = (changes @ residual[..., None]) * inverse[..., None]
         weights, _ = torch.linalg.solve_ex(gram, right)
-        excess = (moves @ weights)[..., 0]
+        weights = weights * inverse[..., None]
+        excess = (weights.transpose(-1, -2) @ moves)[..., 0, :]
         excess = excess - (self._b * excess).sum(-1, keepdim=True)
         longest = excess.abs().amax(-1, keepdim=True) / epsilon
         excess = excess * (_TRUST / longest.clamp(min=_TRUST))

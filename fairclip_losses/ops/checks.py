@@ -50,6 +50,11 @@ def runs_triton(points: Tensor) -> bool:
     return here and _has_triton()
 
 
+def is_readable(points: Tensor) -> bool:
+    """Whether reading a number back waits for no device and breaks no graph of torch.compile."""
+    return points.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def should_validate(tensor: Tensor, validate: bool | None) -> bool:
     """Resolve ``validate``: None looks at values on the CPU, outside torch.compile."""
     if torch.compiler.is_compiling():

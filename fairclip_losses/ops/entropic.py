@@ -51,10 +51,8 @@ def solve_entropic(
 def _points_slope(
     weights: Tensor, side: Side, own: Side | None, options: SinkhornOptions
 ) -> Tensor:
-    pull = side.pull(options.epsilon)
-    if own is not None:
-        pull = pull.sub_(own.pull(options.epsilon))
-    return pull.mul_(weights[..., None])
+    less = None if own is None else own.pull(options.epsilon)
+    return side.pull(options.epsilon, less).mul_(weights[..., None])
 
 
 def _weights_slope(side: Side, own: Side | None) -> Tensor:

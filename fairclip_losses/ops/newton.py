@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .alternate import Annealing, Behind
+from .annealing import Annealing, Behind
 from .checks import warn_unconverged
 from .dense import DenseKernel, following
 from .options import SinkhornOptions

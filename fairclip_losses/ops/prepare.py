@@ -178,16 +178,16 @@ def _centred(
     if y is x and there is not None:
         also = _present(y, b)
         there = None if also is None else there | also
-    points = (x if there is None else torch.where(there, x, 0.0)).to(dtype)
+    points = x if there is None else torch.where(there, x, 0.0)
     count = points[..., 0].numel() if there is None else there.sum().clamp(min=1)
-    mean = points.detach().sum(list(range(x.dim() - 1))) / count
-    centred = points - mean
+    mean = points.detach().sum(list(range(x.dim() - 1)), dtype=dtype) / count
+    centred = points - mean  # in the mean's dtype, without a copy of the points in it
     centred_x = centred if there is None else torch.where(there, centred, 0.0)
     if y is x:
         return centred_x, centred_x
     there = _present(y, b)
     if there is None:
-        return centred_x, y.to(dtype) - mean
+        return centred_x, y - mean
     return centred_x, torch.where(there, torch.where(there, y, 0.0).to(dtype) - mean, 0.0)
 
 

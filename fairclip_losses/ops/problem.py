@@ -36,9 +36,12 @@ class Side(NamedTuple):
     log_weights: Tensor  # (*, M) of the other side
     other: Tensor  # (*, M) potential of the other side
 
-    def pull(self, epsilon: float) -> Tensor:
-        """Gradient of the cost in each point, per unit of its mass, (*, N, D)."""
-        return self.kernel.pull(epsilon, self.log_weights, self.other)
+    def pull(self, epsilon: float, less: Tensor | None = None) -> Tensor:
+        """Gradient of the cost in each point, per unit of its mass, (*, N, D), minus ``less``."""
+        if isinstance(self.kernel, StreamedKernel):
+            return self.kernel.pull(epsilon, self.log_weights, self.other, less)
+        pull = self.kernel.pull(epsilon, self.log_weights, self.other)
+        return pull if less is None else pull - less
 
 
 class Between(NamedTuple):

@@ -67,24 +67,25 @@ def sinkhorn_divergence(
         debias: subtract the two self-terms, so that S(a, a) = 0 (blur > 0 only).
         scaling: factor in (0, 1) by which the length scale shrinks in annealing (D > 1); Newton's
             method shrinks epsilon by it where it watches its convergence.
-        iterations: a fixed number of rounds of the solver; for D > 1 above 512 points those of the
-            annealing from the diameter by ``scaling``, the last at the target: other packages'
-            schedule. None: until the L1 error of the marginals is below ``tol``, at most
-            ``max_iterations`` at the target (and at most 200 of Newton's, 40 of those in NumPy,
-            100 of prefix sums); on an
+        iterations: a fixed number of rounds of the solver; for D > 1 those of the annealing from
+            the diameter by ``scaling``, the last at the target: other packages' schedule. None:
+            until the L1 error of the marginals is below ``tol``, at most ``max_iterations`` at the
+            target (and at most 200 of Newton's, 40 of those in NumPy, 100 of prefix sums); on an
             accelerator, where such a test would wait for the device, a fixed number of its own.
-        tol: see ``iterations``. Newton's last step goes far below it. For p = 2 on a line it also
+        tol: see ``iterations``. Newton's last step goes far below it, and for D > 1 rounds go on
+            while what they still change is not far below it. For p = 2 on a line it also
             bounds by how much the fewer points that stand for all raise the marginals' L1 error.
         max_iterations: see ``iterations``.
-        backend: what holds the kernel when blur > 0. ``"dense"``: all costs, and Newton's method up
-            to 512 points; ``"streamed"``: costs a block at a time and accelerated alternate
-            updates; ``"triton"``: a fused kernel of the GPU, for any D; ``"prefix"``: prefix sums,
-            O(N) a round, for p = 1 on a line. ``"auto"``: on the CPU, on a line, Newton's method in
-            NumPy. For p = 1, where up to 64 rows have points of their own, at O(N) a round (that is
-            also ``"prefix"`` there); for p = 2 at O(N) once and then the cost of at most about
-            ``3 * diameter / blur`` points, each with those it is coupled with. Elsewhere prefix
-            sums for p = 1 on a line above 96 points a side; for D > 1 on a GPU triton, where the
-            package is there; else dense up to 512 x 512 costs and streamed above.
+        backend: what holds the kernel when blur > 0. ``"dense"``: all costs; accelerated alternate
+            updates, and up to 512 points Newton's method: after 100 of them, at once where nobody
+            may look at the convergence, and on a line. ``"streamed"``: costs a block at a time and
+            alternate updates; ``"triton"``: a fused kernel of the GPU, for any D; ``"prefix"``:
+            prefix sums, O(N) a round, for p = 1 on a line. ``"auto"``: on the CPU, on a line,
+            Newton's method in NumPy. For p = 1, where up to 64 rows have points of their own, at
+            O(N) a round (that is also ``"prefix"`` there); for p = 2 at O(N) once and then the cost
+            of at most about ``3 * diameter / blur`` points, each with those it is coupled with.
+            Elsewhere prefix sums for p = 1 on a line above 96 points a side; for D > 1 on a GPU
+            triton, where the package is there; else dense up to 512 x 512 costs and streamed above.
         validate: look at the values for NaN, infinities and negative weights. None looks on the
             CPU only, since on an accelerator it waits for the device; there absent points must be
             finite too.
@@ -117,7 +118,10 @@ def sinkhorn_divergence(
         return cost
     with torch.autocast(x.device.type, enabled=False):
         problem = prepare(x, y, a, b, validate)
-        cost = _Divergence.apply(problem.x, problem.y, problem.a, problem.b, options)
+        cost = _Divergence.apply(
+            problem.x, problem.y, problem.a, problem.b, options,
+            *(_graph_of(entry) for entry in (problem.x, problem.y, problem.a, problem.b)),
+        )  # fmt: skip
         assert isinstance(cost, Tensor)
         return torch.where(problem.has_mass, cost, 0.0).to(problem.result)
 
@@ -127,6 +131,11 @@ def _no_measure(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Ten
     terms = [x.sum((-1, -2)), y.sum((-1, -2))] + [w.sum(-1) for w in (a, b) if w is not None]
     zeros: Tensor = sum((0.0 * term for term in terms[1:]), 0.0 * terms[0])
     return zeros.to(torch.float64 if zeros.dtype == torch.float64 else torch.float32)
+
+
+def _graph_of(entry: Tensor | None) -> Tensor | None:
+    """Return an empty part of an input: what a gradient depends on, without the memory."""
+    return None if entry is None else entry.flatten()[:0].clone()
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -188,8 +197,9 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, options: SinkhornOptions
-    ) -> Tensor:
+        ctx: Any, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, options: SinkhornOptions,
+        *graphs: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         wants_x, wants_y, *wants_weights = ctx.needs_input_grad[:4]
         if options.blur == 0:
             solution = solve_exact(
@@ -207,17 +217,18 @@ class _Divergence(torch.autograd.Function):
             cost, slopes = entropic.cost, list(entropic.slopes)
         if y is None and slopes[0] is not None and slopes[1] is not None:
             slopes[:2] = [slopes[0] + slopes[1], None]
-        ctx.save_for_backward(x, y, a, b, *slopes)
+        ctx.shapes = [None if entry is None else entry.shape for entry in (x, y, a, b)]
+        ctx.save_for_backward(*graphs, *slopes)
         return cost.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        inputs, slopes = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        graphs, slopes = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         grads: list[Tensor | None] = [None, None, None, None]
         with torch.no_grad():
-            for k, (source, slope) in enumerate(zip(inputs, slopes, strict=True)):
+            for k, (shape, slope) in enumerate(zip(ctx.shapes, slopes, strict=True)):
                 if slope is None or not ctx.needs_input_grad[k]:
                     continue
                 scale = grad[..., None, None] if k < 2 else grad[..., None]
-                grads[k] = (slope.to(grad.dtype) * scale).sum_to_size(source.shape)
-        return (*_refuse_second(grads, inputs), None)
+                grads[k] = (slope.to(grad.dtype) * scale).sum_to_size(shape)
+        return (*_refuse_second(grads, graphs), *[None] * 5)

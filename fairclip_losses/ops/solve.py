@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .alternate import alternate
 from .dense import DenseKernel
 from .diffusion import diffusion_rounds
 from .exact import solve_exact
 from .line import LaplaceLine
-from .newton import fits_newton, newton_pair, newton_pair_annealed, newton_self
+from .newton import fits_newton, newton_pair, newton_self
 from .options import SinkhornOptions
+from .space import solve_in_space
 from .streamed import StreamedKernel
+from .symmetric import solve_symmetric
 
-# Rounds of a self-term where nothing may be read back from the device.
-_UNWATCHED_ROUNDS = 40
-# Rough rounds of a self-term at most, and the marginal error that ends them before.
-_QUICK_ROUNDS, _QUICK_TOL = 10, 1e-4
-# Step and memory of the heavy ball for a linear map with eigenvalues in [1, 2].
-_BALL_STEP, _BALL_MEMORY = 0.686, 0.0294
 if TYPE_CHECKING:
     from .triton_kernel import TritonKernel
 
@@ -55,9 +49,7 @@ def solve_pair(
     x, y = kernel.x, kernel.y
     if x.shape[-1] > 1:
         assert not isinstance(kernel, LaplaceLine)
-        if isinstance(kernel, DenseKernel) and fits_newton(kernel):
-            return newton_pair_annealed(kernel, log_a, log_b, options)
-        return alternate(kernel, log_a, log_b, options)
+        return solve_in_space(kernel, log_a, log_b, options)
     g = _exact_potential(x, y, log_a.exp(), log_b.exp(), options.p).to(x.dtype)
     if not (isinstance(kernel, DenseKernel) and fits_newton(kernel)):
         return diffusion_rounds(kernel, g, log_a, log_b, options)
@@ -71,38 +63,15 @@ def solve_pair(
 def solve_self(kernel: Kernel, log_a: Tensor, options: SinkhornOptions) -> tuple[Tensor, Tensor]:
     """Return two neighbouring iterates of the potential of ``OT_eps(a, a)``.
 
-    ``<a, f + f'>`` is a value of the dual. The symmetric update has derivative -Q, with
-    eigenvalues in [-1, 0]: the heavy ball below is the best for that range and contracts by 0.17
-    a round at any epsilon, from near zero, so no annealing is needed.
+    ``<a, f + f'>`` is a value of the dual. Newton's method goes where nobody may look at the
+    convergence, and on a line.
     """
     epsilon = options.epsilon
-    if isinstance(kernel, DenseKernel) and fits_newton(kernel):
-        f = 0.5 * kernel.softmin(epsilon, log_a, torch.zeros_like(log_a))
-        f, _ = newton_self(kernel, f, log_a, options)
-        return f, kernel.softmin(epsilon, log_a, f)
-
-    watched = options.is_watched(kernel.x)
-    rounds = options.iterations or (options.max_iterations if watched else _UNWATCHED_ROUNDS)
-    exact = quick = _self_update(kernel)
-    if isinstance(kernel, StreamedKernel):
-        quick = kernel.rough(epsilon).softmin_self
-    f = 0.5 * quick(epsilon, log_a, torch.zeros_like(log_a))
-    following, before = quick(epsilon, log_a, f), f
-    for k in range(rounds):
-        # two rounds of plain averaging first: the range of eigenvalues is that of the optimum
-        step, memory = (_BALL_STEP, _BALL_MEMORY) if k > 1 else (0.5, 0.0)
-        f, before = f + step * (following - f) + memory * (f - before), f
-        update = exact if k >= min(_QUICK_ROUNDS, rounds - 1) else quick
-        following = update(epsilon, log_a, f)
-        if watched:
-            miss = (log_a.exp() * torch.expm1((f - following) / epsilon).abs()).sum(-1)
-            if update == exact and not bool((miss > options.tol).any()):
-                break
-            if not bool((miss > _QUICK_TOL).any()):
-                quick = exact
-    return f, following
-
-
-def _self_update(kernel: Kernel) -> Callable[[float, Tensor, Tensor], Tensor]:
-    """Return the operator of a self-term, softmin(epsilon, log_a, f), at its fastest."""
-    return kernel.softmin_self if isinstance(kernel, StreamedKernel) else kernel.softmin
+    blind = options.iterations is None and not options.is_watched(kernel.x)
+    newton = isinstance(kernel, DenseKernel) and fits_newton(kernel)
+    if not (newton and (blind or kernel.x.shape[-1] == 1)):
+        return solve_symmetric(kernel, log_a, options)
+    assert isinstance(kernel, DenseKernel)
+    f = 0.5 * kernel.softmin(epsilon, log_a, torch.zeros_like(log_a))
+    f, _ = newton_self(kernel, f, log_a, options)
+    return f, kernel.softmin(epsilon, log_a, f)

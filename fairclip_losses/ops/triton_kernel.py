@@ -90,6 +90,8 @@ def _reduce(  # type: ignore[no-untyped-def]
 class TritonKernel:
     """As `DenseKernel`, fused: one launch a soft minimum, no temporary."""
 
+    rounding, spare = 0.0, 1.0  # costs are those of differences
+
     def __init__(self, x: Tensor, y: Tensor, p: int) -> None:
         self.x, self.y, self.p = x, y, p
         # coordinates in the second to last place: neighbouring points lie side by side in memory
@@ -115,8 +117,9 @@ class TritonKernel:
         return self._launch(epsilon, log_b, g, with_pull=False)[0]
 
     def sweep(
-        self, epsilon: Tensor | float, log_a: Tensor, log_b: Tensor, g: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, epsilon: Tensor | float, log_a: Tensor, log_b: Tensor, g: Tensor,
+        near: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """See `DenseKernel.sweep`."""
         f = self.softmin(epsilon, log_b, g)
         return f, self.transposed.softmin(epsilon, log_a, f)

@@ -1,0 +1,63 @@
+"""Costs between points in memory, and what they are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import is_readable
+
+# Largest D for which costs come from differences, not from products: those lose half of the digits
+# of the distance of points much nearer to each other than to the mean.
+DIFFERENCES = 8
+# The matrix product of oneDNN, of float32 only, where torch was built with it. On AMD's processors
+# it takes half of the time of MKL's.
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def costs(x: Tensor, y: Tensor, p: int) -> Tensor:
+    """Return ``|x_i - y_j|^p / p`` of x (*, N, D) and y (*, M, D), (*, N, M)."""
+    if x.shape[-1] <= DIFFERENCES:
+        square = squares_of_differences(x, y)
+        return square.mul_(0.5) if p == 2 else square.sqrt_()
+    if p == 1:
+        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    norms = [0.5 * points.square().sum(-1) for points in (x, y)]
+    cost = inner_products(x, y).neg_()
+    return cost.add_(norms[0][..., :, None]).add_(norms[1][..., None, :]).clamp_(min=0.0)
+
+
+def squares_of_differences(x: Tensor, y: Tensor) -> Tensor:
+    """Return ``|x_i - y_j|^2``, (*, N, M), to the last digits of the differences; for few D."""
+    square: Tensor | None = None
+    for k in range(x.shape[-1]):
+        apart = x[..., :, k, None] - y[..., None, :, k]
+        square = apart.square_() if square is None else square.addcmul_(apart, apart)
+    assert square is not None  # a point has a coordinate
+    return square
+
+
+def uses_onednn(x: Tensor) -> bool:
+    """Whether `inner_products` of x (N, D) are oneDNN's, which choose their memory themselves."""
+    return _ONEDNN is not None and x.dtype == torch.float32 and x.dim() == 2 and is_readable(x)
+
+
+def inner_products(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return ``x_i . y_j``, (*, N, M)."""
+    if out is None and y.dim() == 2 and uses_onednn(x):
+        assert _ONEDNN is not None
+        products: Tensor = _ONEDNN(x, y, None, "none", [], "")
+        return products
+    return torch.matmul(x, y.transpose(-1, -2), out=out)
+
+
+def rounding(x: Tensor, y: Tensor, p: int, dtype: torch.dtype) -> float:
+    """Return a bound on the error of the costs in ``dtype``, in their unit; reads back."""
+    reach, eps = (
+        max(float(points.square().sum(-1).max()) for points in (x, y)),
+        torch.finfo(dtype).eps,
+    )
+    lost = 2.0 * reach if p == 2 else 2.0 * reach**0.5
+    if p == 1 and x.shape[-1] > DIFFERENCES:
+        lost *= eps**-0.5
+    return lost * eps

@@ -1,0 +1,36 @@
+"""One problem between clouds in space (D > 1): which method goes first, and which one after it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .alternate import SpaceKernel, alternate
+from .checks import warn_unconverged
+from .dense import DenseKernel
+from .newton import fits_newton, newton_pair_annealed
+from .options import SinkhornOptions
+
+# Most alternate updates, at all epsilons, before Newton's method where it may be used.
+_PATIENCE = 100
+
+
+def solve_in_space(
+    kernel: SpaceKernel, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
+) -> tuple[Tensor, Tensor, int]:
+    """Return the potentials f and g of ``OT_eps(a, b)`` and the rounds taken.
+
+    Alternate updates are the fastest at most blurs, Newton's method at the smallest ones, for
+    plans that fit in memory. It also is the surer where nobody may look at the convergence.
+    """
+    if not (isinstance(kernel, DenseKernel) and fits_newton(kernel) and options.iterations is None):
+        f, g, rounds, error = alternate(kernel, log_a, log_b, options)
+        if error is not None and error > options.tol:
+            warn_unconverged(error, options, rounds)
+        return f, g, rounds
+    rounds = 0
+    if options.is_watched(kernel.x):
+        f, g, rounds, error = alternate(kernel, log_a, log_b, options, _PATIENCE)
+        if error is not None and error <= options.tol:
+            return f, g, rounds
+    f, g, more = newton_pair_annealed(kernel, log_a, log_b, options)
+    return f, g, rounds + more

@@ -1,0 +1,69 @@
+"""The potential of a measure against itself: averaged updates with momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .checks import is_readable
+from .dense import DenseKernel
+from .line import LaplaceLine
+from .options import SinkhornOptions
+from .progress import Progress
+from .streamed import StreamedKernel
+
+if TYPE_CHECKING:
+    from .triton_kernel import TritonKernel
+
+Kernel: TypeAlias = "DenseKernel | LaplaceLine | StreamedKernel | TritonKernel"
+
+# Rounds where nothing may be read back from the device.
+_UNWATCHED_ROUNDS = 40
+# Step and memory of the heavy ball for a linear map with eigenvalues in [1, 2].
+_BALL_STEP, _BALL_MEMORY = 0.686, 0.0294
+
+
+def solve_symmetric(
+    kernel: Kernel, log_a: Tensor, options: SinkhornOptions
+) -> tuple[Tensor, Tensor]:
+    """Return two neighbouring iterates of the potential of ``OT_eps(a, a)``.
+
+    ``<a, f + f'>`` is a value of the dual. The symmetric update has derivative -Q, with
+    eigenvalues in [-1, 0]: the heavy ball below is the best for that range and contracts by 0.17
+    a round at any epsilon, from near zero, so no annealing is needed.
+    """
+    epsilon, watched, a = options.epsilon, options.is_watched(kernel.x), log_a.exp()
+    rounds = options.iterations or (options.max_iterations if watched else _UNWATCHED_ROUNDS)
+    rounds = max(rounds - 1, 1)  # the start is one
+    kernels = [kernel]
+    if isinstance(kernel, StreamedKernel):
+        quick = kernel.rough(epsilon, log_a[..., 0].numel())
+        kernels = [kernel] if quick is kernel else [quick, kernel]
+    progress = Progress(options.tol, kernel.spare * options.tol)
+    f = before = 0.5 * _update(kernels[0])(epsilon, log_a, torch.zeros_like(log_a))
+    for k in range(rounds):
+        if k == rounds - 1:
+            del kernels[:-1]
+        following = _update(kernels[0])(epsilon, log_a, f)
+        if watched:
+            progress.floor = kernels[0].rounding / epsilon
+            miss = (a * torch.expm1((f - following) / epsilon).abs()).sum(-1)
+            if progress.ends(float(miss.max()) if miss.numel() else 0.0):
+                if len(kernels) == 1:
+                    break
+                del kernels[0]
+        if k < rounds - 1:
+            f, before = f + _BALL_STEP * (following - f) + _BALL_MEMORY * (f - before), f
+    if isinstance(kernel, StreamedKernel) and is_readable(f) and bool((log_a == -torch.inf).any()):
+        following = kernel.softmin(epsilon, log_a, f)  # rounds leave absent points out
+    return f, following
+
+
+def _update(kernel: Kernel) -> Callable[[float, Tensor, Tensor], Tensor]:
+    """Return the kernel's softmin(epsilon, log_a, f) at its fastest."""
+    if isinstance(kernel, (DenseKernel, StreamedKernel)):
+        return kernel.softmin_again
+    return kernel.softmin
