@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from scipy.linalg import solveh_banded
-from scipy.sparse import csr_array
 
 from .arrays import Array
 from .gauss import null_diagonal
@@ -28,7 +29,7 @@ class BandEntries:
         self._x, self._y, self._epsilon = x[0], y[0], epsilon
         farthest = max(y.max() - x.min(), x.max() - y.min())
         self._shift = float(np.clip(_ROUNDING * farthest**2 / epsilon, *_SHIFT))
-        self._scaled = csr_array((0, 0))
+        self._scaled: Any = None  # a csr_array
         self.u = self.v = np.empty(0)
 
     @property
@@ -37,7 +38,8 @@ class BandEntries:
         other = object.__new__(BandEntries)
         other._x, other._y, other._epsilon = self._y, self._x, self._epsilon
         other._shift = self._shift
-        other._scaled, other.u, other.v = self._scaled.T, self.v, self.u
+        other._scaled = None if self._scaled is None else self._scaled.T
+        other.u, other.v = self.v, self.u
         return other
 
     def scale(self, v: Array, log_b: Array) -> None:
@@ -67,6 +69,8 @@ class BandEntries:
         u: Array = -(np.log(np.add.reduceat(np.exp(weighted), starts[:-1])) + largest)
         entries += np.repeat(u, high - low + 1)
         np.exp(np.minimum(entries, 700.0, out=entries), out=entries)
+        from scipy.sparse import csr_array  # here, since it adds a filter to Python's warnings
+
         shape = (self._x.size, self._y.size)
         self._scaled = csr_array((entries, columns, starts), shape=shape)
         return u
