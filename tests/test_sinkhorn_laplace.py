@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from scipy.special import logsumexp
 
 from fairclip_losses.ops import sinkhorn_divergence, sinkhorn_solve
-from fairclip_losses.ops.host.laplace import LaplaceKernel
-from fairclip_losses.ops.host.laplace_nodes import Nodes
-from fairclip_losses.ops.host.laplace_self import solve_self_by_newton
-from fairclip_losses.ops.host.laplace_start import local_start
+from fairclip_losses.ops.host.laplace.kernel import LaplaceKernel
+from fairclip_losses.ops.host.laplace.nodes import Nodes
+from fairclip_losses.ops.host.laplace.self_terms import solve_self_by_newton
+from fairclip_losses.ops.host.laplace.start import local_start
 from fairclip_losses.ops.host.newton import LOG_ZERO, solve_pair
 
 

@@ -14,11 +14,11 @@ from scipy.special import logsumexp
 from sinkhorn_cases import one_thread
 
 from fairclip_losses.ops import sinkhorn_divergence, sinkhorn_solve
-from fairclip_losses.ops.host.cells import Cells, divide
-from fairclip_losses.ops.host.chebyshev import Places
-from fairclip_losses.ops.host.gauss_rule import compress
-from fairclip_losses.ops.host.ragged import Cloud, Ordered, Ragged
-from fairclip_losses.ops.host.windows import read_windows, windows
+from fairclip_losses.ops.host.gauss.cells import Cells, divide
+from fairclip_losses.ops.host.gauss.chebyshev import Places
+from fairclip_losses.ops.host.gauss.quadrature import compress
+from fairclip_losses.ops.host.gauss.ragged import Cloud, Ordered, Ragged
+from fairclip_losses.ops.host.gauss.windows import read_windows, windows
 
 LAYOUTS = ("normal", "uniform", "clustered", "two places", "ties", "far apart")
 
@@ -173,7 +173,7 @@ def test_rows_of_points_of_their_own(blur):
 def test_windows_and_all_entries_agree(layout, blur):
     x, b = problem(layout, 600, 2, True, seed=4)
     whole = answer(x, b, blur=blur)
-    with mock.patch("fairclip_losses.ops.host.gauss_problem._DENSE", 0):
+    with mock.patch("fairclip_losses.ops.host.gauss.problem._DENSE", 0):
         parts = answer(x, b, blur=blur)
     for value, due in zip(parts, whole, strict=True):
         torch.testing.assert_close(value, due, rtol=1e-6, atol=1e-8 * float(due.abs().max()))

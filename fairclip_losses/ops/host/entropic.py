@@ -14,10 +14,10 @@ from ..checks import broadcast_shapes
 from ..options import SinkhornOptions
 from ..solution import EntropicSolution, Slopes
 from .arrays import Array, Shape, stretch
-from .line_solver import LineSolver
-from .rows import Rows, clouds, within_blocks
-from .smooth_solver import SmoothSolver, missed
-from .solver import Between, Within
+from .gauss.rows import Rows, clouds, within_blocks
+from .gauss.solver import SmoothSolver, missed
+from .host_solver import Between, Within
+from .laplace.solver import LineSolver
 
 # Most rows with points of their own for p = 1: they are solved one after the other.
 _MOST_ROWS = 64

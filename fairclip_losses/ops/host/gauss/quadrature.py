@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arrays import Array
+from ..arrays import Array
 from .cells import Cells
 from .ragged import Ragged
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arrays import Array
-from .laplace import LaplaceKernel
-from .newton import SELF_BELOW, log_weights
+from ..arrays import Array
+from ..newton import SELF_BELOW, log_weights
+from .kernel import LaplaceKernel
 
 
 def solve_self_by_newton(

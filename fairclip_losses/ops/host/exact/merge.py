@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from .arrays import Array, HostSolution, Shape, along, starts
+from ..arrays import Array, HostSolution, Shape, along, starts
 from .atoms import even_out
 from .inputs import Weights, both_have_mass
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.linalg.lapack import dgtsv, dgttrs, dpttrs
 
-from .arrays import Array
+from ..arrays import Array
 
 # Fewest unknowns that SciPy's `dgttrs` takes.
 _FEWEST = 3

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arrays import FEW, Array, Shape, along, starts, stretch
+from ..arrays import FEW, Array, Shape, along, starts, stretch
 from .inputs import Weights
 
 

@@ -12,8 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from .arrays import Array
-from .newton import LEVEL, Look, log_weights
+from ..arrays import Array
+from ..newton import LEVEL, Look, log_weights
 
 # The least part of a point's mass in the diagonal of Newton's matrix.
 _LEAST = 1e-3

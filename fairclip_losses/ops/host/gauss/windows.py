@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from .arrays import Array
+from ..arrays import Array
 
 # Entries of a block of windows.
 _BLOCK = 2**16

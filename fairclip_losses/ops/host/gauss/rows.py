@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from .arrays import Array, Shape, stretch
+from ..arrays import Array, Shape, stretch
+from ..host_solver import Within
 from .ragged import Cloud, Ordered
-from .smooth_solver import SmoothSolver
-from .solver import Within
+from .solver import SmoothSolver
 
 # Points of all rows that are solved at once.
 _AT_ONCE = 2**18

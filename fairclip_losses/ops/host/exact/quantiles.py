@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from .arrays import Array, HostSolution, Shape
+from ..arrays import Array, HostSolution, Shape
 from .atoms import Atoms, even_out, find_atoms, has_ties
 from .inputs import Weights, both_have_mass
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 import numpy as np
 from scipy.linalg.lapack import dgbsv
 
-from .arrays import Array
-from .laplace_nodes import Nodes
-from .newton import Look
+from ..arrays import Array
+from ..newton import Look
+from .nodes import Nodes
 from .tridiagonal import solve_tridiagonal
 
 # Largest log of an entry beside the diagonal: one larger is of a potential that no round leaves.

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from scipy.linalg import solveh_banded
 
-from .arrays import Array
-from .gauss import null_diagonal
+from ..arrays import Array
+from .kernel import null_diagonal
 from .windows import windows
 
 # Entries that are less than exp(-depth) of the largest are left out.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arrays import Array
+from ..arrays import Array
 
 # Distance of the nodes in units of epsilon.
 _SPACING = 0.1

@@ -6,13 +6,13 @@ from functools import cached_property
 
 import numpy as np
 
-from ..options import SinkhornOptions
-from .arrays import Array
-from .laplace import LaplaceKernel
-from .laplace_self import solve_self_by_newton
-from .laplace_start import local_start
-from .newton import log_weights
-from .solver import Between, HostSolver, Within
+from ...options import SinkhornOptions
+from ..arrays import Array
+from ..host_solver import Between, HostSolver, Within
+from ..newton import log_weights
+from .kernel import LaplaceKernel
+from .self_terms import solve_self_by_newton
+from .start import local_start
 
 # Numbers in an array of all rows above which rows are solved one block after the other.
 _AT_ONCE = 2**16

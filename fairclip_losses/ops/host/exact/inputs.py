@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_finite, check_weights
-from .arrays import Array, Shape
+from ...checks import check_finite, check_weights
+from ..arrays import Array, Shape
 
 # Points above which squares come near the end of float64.
 HUGE = 1e100

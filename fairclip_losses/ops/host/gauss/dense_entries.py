@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arrays import Array
-from .gauss import null_diagonal
+from ..arrays import Array
+from .kernel import null_diagonal
 
 # What keeps Newton's matrix regular.
 _SHIFT = 1e-12

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from .arrays import Array
+from ..arrays import Array
+from ..newton import HostKernel, Look, log_weights
 from .band_entries import BandEntries
 from .dense_entries import DenseEntries, reduced_costs, squares
-from .gauss import Entries, GaussKernel, crossings, kantorovich
-from .newton import HostKernel, Look, log_weights
+from .kernel import Entries, GaussKernel, crossings, kantorovich
 from .ragged import Ragged, Table
 from .windows import read_windows
 

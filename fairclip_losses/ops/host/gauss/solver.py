@@ -1,7 +1,7 @@
 """Solves p = 2 on a line between fewer points that stand for all: near-linear at any blur.
 
 In each cell in which the plan is smooth some points with the cell's moments take the place of its
-own (`gauss_rule`); the problem between those is solved, and its potentials are read at places from
+own (`quadrature`); the problem between those is solved, and its potentials are read at places from
 which they are known at all points (`chebyshev`). Cells are made finer where the plan that was found
 shows that they add more than ``tol`` to the error of the marginals (`fewer_points`).
 """
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..options import SinkhornOptions
-from .arrays import Array
+from ...options import SinkhornOptions
+from ..arrays import Array
+from ..host_solver import Between, HostSolver, Within
 from .fewer_points import FewerPoints
-from .gauss_problem import read, solve_between, solve_within
+from .problem import read, solve_between, solve_within
 from .ragged import Cloud, Ragged
-from .solver import Between, HostSolver, Within
 
 # Times that cells may be made finer.
 _REFINEMENTS = 6

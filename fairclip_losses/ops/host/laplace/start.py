@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arrays import Array
-from .laplace import LaplaceKernel
-from .newton import LEVEL, log_weights
+from ..arrays import Array
+from ..newton import LEVEL, log_weights
+from .kernel import LaplaceKernel
 
 # Least density: where it is 0 and nothing crosses, the slope is 0.
 _LEAST = 1e-290

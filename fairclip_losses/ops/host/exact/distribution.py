@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arrays import Array, HostSolution, Shape, along, starts, stretch, sum_to
+from ..arrays import Array, HostSolution, Shape, along, starts, stretch, sum_to
 from .inputs import Weights, both_have_mass
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arrays import Array
-from .laplace_newton import newton_steps, self_update
-from .laplace_nodes import Nodes
-from .newton import Look
+from ..arrays import Array
+from ..newton import Look
+from .newton_steps import newton_steps, self_update
+from .nodes import Nodes
 from .tridiagonal import solve_factors, solve_symmetric_factors
 
 # Longest line, in units of epsilon, on which what is left of the largest term is a number.

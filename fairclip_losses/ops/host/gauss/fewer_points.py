@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arrays import Array
+from ..arrays import Array
 from .cells import divide, refine
 from .chebyshev import Places
-from .gauss_problem import Side, read
-from .gauss_rule import compress
+from .problem import Side, read
+from .quadrature import compress
 from .ragged import Ragged
 
 # Points that stand for a cell.

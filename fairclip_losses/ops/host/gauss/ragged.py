@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arrays import Array
+from ..arrays import Array
 
 
 class Ragged:

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arrays import Array
-from .newton import LEVEL
+from ..arrays import Array
+from ..newton import LEVEL
 from .ragged import Ragged
 
 # Most parts of a cell in one round: a few far points make the mean slope of a long cell a poor one.

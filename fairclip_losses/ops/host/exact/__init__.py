@@ -1,0 +1,1 @@
+"""Exact transport on a line: one sort, no iteration."""
