@@ -29,9 +29,9 @@ def _one_thread():
 @contextmanager
 def at_most(few):
     """Look at all points of every row up to ``few`` of them: at 0 only at those with weight."""
-    host = "fairclip_losses.ops.host"
+    host = "fairclip_losses.ops.host.exact"
     with (
-        mock.patch.multiple(f"{host}.exact", FEW=few, FEW_STEPS=few),
+        mock.patch.multiple(f"{host}.solve", FEW=few, FEW_STEPS=few),
         mock.patch(f"{host}.atoms.FEW", few),
     ):
         yield
