@@ -12,10 +12,10 @@ from sinkhorn_cases import POWERS, clouds, one_thread, random_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairclip_losses.ops import SinkhornResult, sinkhorn_divergence, sinkhorn_solve
-from fairclip_losses.ops.dense import DenseKernel
-from fairclip_losses.ops.line import LaplaceLine
+from fairclip_losses.ops.kernels.dense import DenseKernel
+from fairclip_losses.ops.kernels.line import LaplaceLine
+from fairclip_losses.ops.kernels.streamed import StreamedKernel
 from fairclip_losses.ops.reference import cost_matrix
-from fairclip_losses.ops.streamed import StreamedKernel
 
 BACKENDS = {1: ("dense", "streamed", "prefix"), 2: ("dense", "streamed")}
 
@@ -96,7 +96,7 @@ def test_operators_are_those_of_the_dense_kernel(kind, p, dimension, blur):
 def test_streaming_crosses_its_blocks(monkeypatch):
     x, y, a, b = random_problem(30, 20, rows=2, dimension=2)
     whole = sinkhorn_divergence(x, y, a, b, blur=0.5, backend="streamed")
-    monkeypatch.setattr("fairclip_losses.ops.blocks._BLOCK", 800)
+    monkeypatch.setattr("fairclip_losses.ops.kernels.blocks._BLOCK", 800)
     torch.testing.assert_close(sinkhorn_divergence(x, y, a, b, blur=0.5, backend="streamed"), whole)
 
 

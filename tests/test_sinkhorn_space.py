@@ -15,13 +15,13 @@ from sinkhorn_cases import POWERS, float64, one_thread, random_problem
 from torch.profiler import ProfilerActivity, profile
 
 from fairclip_losses.ops import ConvergenceWarning, sinkhorn_divergence, sinkhorn_solve
-from fairclip_losses.ops.anderson import Anderson
-from fairclip_losses.ops.dense import DenseKernel
 from fairclip_losses.ops.entropic import solve_entropic
+from fairclip_losses.ops.kernels.dense import DenseKernel
+from fairclip_losses.ops.kernels.streamed import StreamedKernel
+from fairclip_losses.ops.methods.anderson import Anderson
+from fairclip_losses.ops.methods.progress import Progress
 from fairclip_losses.ops.options import SinkhornOptions
-from fairclip_losses.ops.progress import Progress
 from fairclip_losses.ops.reference import cost_matrix
-from fairclip_losses.ops.streamed import StreamedKernel
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -111,7 +111,7 @@ def test_streamed_is_dense_whatever_the_rows(p, dimension):
 @pytest.mark.parametrize("p", POWERS)
 @pytest.mark.parametrize("dimension", [1, 2, 20])
 def test_a_symmetric_pass_is_a_whole_one(p, dimension, monkeypatch):
-    monkeypatch.setattr("fairclip_losses.ops.blocks._BLOCK", 800)
+    monkeypatch.setattr("fairclip_losses.ops.kernels.blocks._BLOCK", 800)
     x, _, a, _ = random_problem(29, dimension=dimension)
     rows = torch.stack([a, a.flip(0)])
     rows[1, 3:7] = 0
@@ -302,7 +302,7 @@ def test_rounds_that_nobody_watches_converge(monkeypatch):
 @pytest.mark.parametrize("few", [0, 2**20])
 def test_weights_of_absent_points_have_their_gradients(few, monkeypatch):
     """Rounds may leave absent points out, the answer may not; nor does it matter what is kept."""
-    monkeypatch.setattr("fairclip_losses.ops.streamed._FEW", few)
+    monkeypatch.setattr("fairclip_losses.ops.kernels.streamed._FEW", few)
     x, y, a, b = random_problem(40, 45, rows=1, dimension=3)
     a[3:6] = 0
     _, slopes = value_and_slopes(x, y, a, b[0], blur=0.6, backend="streamed", tol=1e-9)
@@ -351,7 +351,7 @@ def test_a_kept_kernel_is_a_new_one(p, step):
 
 @pytest.mark.parametrize("dimension", [2, 20])
 def test_a_measure_pulls_on_itself_as_on_another(dimension, monkeypatch):
-    monkeypatch.setattr("fairclip_losses.ops.blocks._BLOCK", 800)
+    monkeypatch.setattr("fairclip_losses.ops.kernels.blocks._BLOCK", 800)
     x, _, a, _ = random_problem(29, dimension=dimension)
     rows = torch.stack([a, a.flip(0)])
     rows[1, 3:7] = 0

@@ -14,7 +14,7 @@ import torch
 from sinkhorn_cases import POWERS, random_problem
 
 from fairclip_losses.ops import checks, sinkhorn_divergence, sinkhorn_solve
-from fairclip_losses.ops.dense import DenseKernel
+from fairclip_losses.ops.kernels.dense import DenseKernel
 
 triton = pytest.importorskip(
     "triton", "3.2", reason="the kernel needs Triton 3.2, which comes with torch 2.6"
@@ -40,7 +40,7 @@ def test_compiles_for_a_gpu(p, with_pull):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fairclip_losses.ops import triton_kernel
+    from fairclip_losses.ops.kernels import triton_kernel
 
     kernel, double = triton_kernel._reduce, "*fp64"
     types = dict.fromkeys(kernel.arg_names, double)
@@ -79,7 +79,7 @@ def test_needs_a_gpu():
 )
 def test_operators_are_those_of_the_dense_kernel(p, dimension, dtype):
     """No size a multiple of a block's; ties, absent points, rows of weights and of points."""
-    from fairclip_losses.ops.triton_kernel import TritonKernel
+    from fairclip_losses.ops.kernels.triton_kernel import TritonKernel
 
     x, y, a, b = random_problem(19, 131, rows=2, dimension=dimension)
     y[:3] = x[:3]

@@ -11,11 +11,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .checks import runs_triton
-from .dense import DenseKernel
-from .line import LaplaceLine
+from .kernels.dense import DenseKernel
+from .kernels.line import LaplaceLine
+from .kernels.streamed import StreamedKernel
 from .options import SinkhornOptions
 from .solve import Kernel, solve_pair, solve_self
-from .streamed import StreamedKernel
 
 # Points a side up to which costs in memory and Newton are the fastest and the surest.
 _SMALL = 96
@@ -66,7 +66,7 @@ def choose_kernel(x: Tensor, y: Tensor, options: SinkhornOptions) -> Kernel:
     if backend == "prefix":
         return LaplaceLine(x, y)
     if backend == "triton":
-        from .triton_kernel import TritonKernel  # here, since Triton is not everywhere
+        from .kernels.triton_kernel import TritonKernel  # here, since Triton is not everywhere
 
         return TritonKernel(x, y, p)
     return DenseKernel(x, y, p) if backend == "dense" else StreamedKernel(x, y, p)

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from .dense import DenseKernel
-from .diffusion import diffusion_rounds
 from .exact import solve_exact
-from .line import LaplaceLine
-from .newton import fits_newton, newton_pair, newton_self
+from .kernels.dense import DenseKernel
+from .kernels.line import LaplaceLine
+from .kernels.streamed import StreamedKernel
+from .methods.diffusion import diffusion_rounds
+from .methods.newton import fits_newton, newton_pair, newton_self
+from .methods.space import solve_in_space
+from .methods.symmetric import solve_symmetric
 from .options import SinkhornOptions
-from .space import solve_in_space
-from .streamed import StreamedKernel
-from .symmetric import solve_symmetric
 
 if TYPE_CHECKING:
-    from .triton_kernel import TritonKernel
+    from .kernels.triton_kernel import TritonKernel
 
 Kernel: TypeAlias = "DenseKernel | LaplaceLine | StreamedKernel | TritonKernel"
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from .checks import is_readable
-from .dense import DenseKernel
-from .line import LaplaceLine
-from .options import SinkhornOptions
+from ..checks import is_readable
+from ..kernels.dense import DenseKernel
+from ..kernels.line import LaplaceLine
+from ..kernels.streamed import StreamedKernel
+from ..options import SinkhornOptions
 from .progress import Progress
-from .streamed import StreamedKernel
 
 if TYPE_CHECKING:
-    from .triton_kernel import TritonKernel
+    from ..kernels.triton_kernel import TritonKernel
 
 Kernel: TypeAlias = "DenseKernel | LaplaceLine | StreamedKernel | TritonKernel"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import is_readable
+from ..checks import is_readable
 
 # Largest D for which costs come from differences, not from products: those lose half of the digits
 # of the distance of points much nearer to each other than to the mean.

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import broadcast_shapes
+from ..checks import broadcast_shapes
 
 # Rows and columns of a tile, in programs with and without a pull, and coordinates of one's pull.
 _ROWS, _COLUMNS = 16, 128

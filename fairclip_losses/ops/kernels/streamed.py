@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import broadcast_shapes, is_readable
 from .blocks import Exponents, rows_of_clouds
-from .checks import broadcast_shapes, is_readable
 from .costs import rounding
 from .dense import LOG2_E, DenseKernel, following
 

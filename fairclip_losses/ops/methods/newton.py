@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import warn_unconverged
+from ..kernels.dense import DenseKernel, following
+from ..options import SinkhornOptions
 from .annealing import Annealing, Behind
-from .checks import warn_unconverged
-from .dense import DenseKernel, following
-from .options import SinkhornOptions
 
 # Longest change of a potential of `newton_self` in the first round, in units of epsilon: far from
 # the optimum the quadratic model of an exponential holds no further.

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from .checks import warn_unconverged
-from .dense import DenseKernel
-from .exact import along, unsort
-from .line import LaplaceLine
-from .options import SinkhornOptions
-from .streamed import StreamedKernel
+from ..checks import warn_unconverged
+from ..exact import along, unsort
+from ..kernels.dense import DenseKernel
+from ..kernels.line import LaplaceLine
+from ..kernels.streamed import StreamedKernel
+from ..options import SinkhornOptions
 
 if TYPE_CHECKING:
-    from .triton_kernel import TritonKernel
+    from ..kernels.triton_kernel import TritonKernel
 
 LineKernel: TypeAlias = "DenseKernel | LaplaceLine | StreamedKernel | TritonKernel"
 

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ..checks import is_readable
+from ..kernels.dense import DenseKernel
+from ..kernels.streamed import StreamedKernel
+from ..options import SinkhornOptions
 from .anderson import Anderson
 from .annealing import Annealing, Behind
-from .checks import is_readable
-from .dense import DenseKernel
-from .options import SinkhornOptions
 from .progress import Progress
-from .streamed import StreamedKernel
 
 if TYPE_CHECKING:
-    from .triton_kernel import TritonKernel
+    from ..kernels.triton_kernel import TritonKernel
 
 SpaceKernel: TypeAlias = "DenseKernel | StreamedKernel | TritonKernel"
 

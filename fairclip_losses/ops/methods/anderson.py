@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import is_readable
+from ..checks import is_readable
 
 # Rounds that are remembered.
 _MEMORY = 20

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import is_readable
+from ..checks import is_readable
 from .costs import costs, rounding
 
 LOG2_E = math.log2(math.e)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import broadcast_shapes
-from .exact import along
+from ..checks import broadcast_shapes
+from ..exact import along
 
 
 class LaplaceLine:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..checks import warn_unconverged
+from ..kernels.dense import DenseKernel
+from ..options import SinkhornOptions
 from .alternate import SpaceKernel, alternate
-from .checks import warn_unconverged
-from .dense import DenseKernel
 from .newton import fits_newton, newton_pair_annealed
-from .options import SinkhornOptions
 
 # Most alternate updates, at all epsilons, before Newton's method where it may be used.
 _PATIENCE = 100

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from .checks import is_readable
-from .dense import DenseKernel
-from .options import SinkhornOptions
-from .streamed import StreamedKernel
+from ..checks import is_readable
+from ..kernels.dense import DenseKernel
+from ..kernels.streamed import StreamedKernel
+from ..options import SinkhornOptions
 
 if TYPE_CHECKING:
-    from .triton_kernel import TritonKernel
+    from ..kernels.triton_kernel import TritonKernel
 
 SpaceKernel: TypeAlias = "DenseKernel | StreamedKernel | TritonKernel"
 

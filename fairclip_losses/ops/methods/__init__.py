@@ -1,0 +1,1 @@
+"""Ways to the potentials, by the two operators of a kernel."""
