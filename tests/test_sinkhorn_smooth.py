@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from unittest import mock
 
 import numpy as np
@@ -177,6 +178,19 @@ def test_windows_and_all_entries_agree(layout, blur):
         parts = answer(x, b, blur=blur)
     for value, due in zip(parts, whole, strict=True):
         torch.testing.assert_close(value, due, rtol=1e-6, atol=1e-8 * float(due.abs().max()))
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("blur", [5e-4, 0.05, 2.0])
+def test_memory_of_many_points(p, blur):
+    """Eight groups of a batch of 16,384, where the costs of one alone would take 256 MiB."""
+    x, b = problem("normal", 16_384, 8, True, seed=5)
+    points = x.clone().requires_grad_()
+    tracemalloc.start()
+    sinkhorn_divergence(points, points, None, b, p=p, blur=blur).sum().backward()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 64 * 2**20
 
 
 ordered = st.lists(st.floats(-1, 1), min_size=1, max_size=60, unique=True).map(

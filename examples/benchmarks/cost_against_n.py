@@ -32,6 +32,7 @@ WAYS: dict[str, tuple[Callable[..., object], int, float, int]] = {
     "POT, exact, p = 2": (pot_exact, 2, 0.0, SIZES[-1]),
     "ours, blur 0.05, p = 1": (ours, 1, 0.05, SIZES[-1]),
     "ours, blur 0.05, p = 2": (ours, 2, 0.05, SIZES[-1]),
+    "ours, blur 0.001, p = 2": (ours, 2, 0.001, SIZES[-1]),
     "geomloss loop, blur 0.05, p = 2": (geomloss_loop, 2, 0.05, 4096),
     "geomloss batched, blur 0.05, p = 2": (geomloss_batched, 2, 0.05, 1024),
 }
