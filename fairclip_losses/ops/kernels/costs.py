@@ -12,11 +12,9 @@ from ..checks import is_readable
 DIFFERENCES = 8
 # The matrix product of oneDNN, of float32 only, where torch was built with it. On AMD's processors
 # it takes half of the time of MKL's.
-_ONEDNN = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if torch.backends.mkldnn.is_available()
-    else None
-)
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    _ONEDNN = None
 
 
 def costs(x: Tensor, y: Tensor, p: int) -> Tensor:
