@@ -87,7 +87,7 @@ class BandEntries:
         which the plan runs through them: a band.
         """
         plan = self._scaled.tocoo()
-        rows, columns = plan.coords
+        rows, columns = plan.row, plan.col
         values = plan.data * left[0, rows]
         values *= right[0, columns]
         kept = values > _NEGLIGIBLE
