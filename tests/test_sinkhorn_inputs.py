@@ -242,3 +242,24 @@ def test_no_rows_cost_nothing(p, blur):
     assert value.shape == (0,)
     value.sum().backward()
     assert not x.grad.any()
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("blur", [0.0, 0.1])
+def test_common_points_are_looked_at_for_both_measures(p, blur):
+    """A point that is absent from a alone is not absent."""
+    x = torch.tensor([[0.0], [1.0], [float("nan")]])
+    a, b = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 1.0])
+    with pytest.raises(ValueError, match="finite where it has weight"):
+        sinkhorn_divergence(x, x, a, b, p=p, blur=blur)
+
+
+@pytest.mark.parametrize("dimension", [1, 2])
+@pytest.mark.parametrize("p", [1, 2])
+def test_weights_whose_sum_is_no_number(p, dimension):
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 10, dimension, generator=draw, dtype=torch.float64)
+    huge = torch.full((10,), 1e308, dtype=torch.float64)
+    torch.testing.assert_close(
+        sinkhorn_divergence(x, y, huge, p=p), sinkhorn_divergence(x, y, p=p), rtol=1e-9, atol=0.0
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 from unittest import mock
 
@@ -12,9 +13,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.special import logsumexp
-from sinkhorn_cases import one_thread
+from sinkhorn_cases import float64, one_thread
 
-from fairclip_losses.ops import sinkhorn_divergence, sinkhorn_solve
+from fairclip_losses.ops import ConvergenceWarning, sinkhorn_divergence, sinkhorn_solve
 from fairclip_losses.ops.host.gauss.cells import Cells, divide
 from fairclip_losses.ops.host.gauss.chebyshev import Places
 from fairclip_losses.ops.host.gauss.quadrature import compress
@@ -312,3 +313,82 @@ def test_a_vanishing_blur_is_met_and_costs_what_transport_does(layout, n, expone
     # each coupling of n + m - 1 pairs costs its entropy besides
     torch.testing.assert_close(value, exact, rtol=1e-9, atol=20 * blur**2)
     assert torch.isfinite(slope).all() and torch.isfinite(slope_of_exact).all()
+
+
+@pytest.mark.parametrize("blur", [0.1, 1.0])
+@pytest.mark.parametrize("deviations", [(1.0, 1.0), (1.0, 0.5), (0.4, 1.5)])
+def test_tails_of_next_to_no_mass(blur, deviations):
+    """Normal densities on a grid, with weights down to 1e-300: Janati et al. 2020, theorem 1."""
+    grid = torch.linspace(-12, 12, 500, dtype=torch.float64)[:, None]
+    a, b = (
+        torch.exp(-0.5 * ((grid[:, 0] - mean) / deviation) ** 2)
+        for mean, deviation in zip((0.0, 1.0), deviations, strict=True)
+    )
+
+    def entropic(s, t):  # of the centred ones, up to what debiasing cancels
+        d = math.sqrt(4 * s**2 * t**2 + blur**4)
+        return 0.5 * (s**2 + t**2 - d + blur**2 * math.log(d + blur**2))
+
+    s, t = deviations
+    expected = 0.5 + entropic(s, t) - 0.5 * entropic(s, s) - 0.5 * entropic(t, t)
+    solved = sinkhorn_solve(grid, grid.clone(), a, b, blur=blur)
+    assert solved.converged
+    assert solved.cost.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_light_point_far_away_pulls_as_on_all_costs():
+    """Beyond the outermost of the points that stand for others its potential would be foretold."""
+    x = torch.linspace(0, 1, 400, dtype=torch.float64)[:, None]
+    y = torch.cat([float64([[-96.0]]), torch.linspace(0.1, 0.9, 200, dtype=torch.float64)[:, None]])
+    b = torch.ones(201, dtype=torch.float64)
+    b[0] = 1e-12
+
+    def slope(**options):
+        points = x.clone().requires_grad_()
+        sinkhorn_divergence(points, y, None, b, blur=0.01, **options).backward()
+        return points.grad
+
+    torch.testing.assert_close(slope(), slope(backend="dense", tol=1e-11), rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("wider", [1e6, 1e14, 1e16])
+def test_rows_of_other_scales_are_their_own(wider):
+    """Points of a row are parted as if it were alone, also where another's are far wider."""
+    x = torch.linspace(-1, 1, 600, dtype=torch.float64)[:, None].expand(2, 600, 1).clone()
+    x[0] *= wider
+    y = 0.7 * x + 0.1
+    together = sinkhorn_divergence(x, y, blur=0.2)
+    assert together.isfinite().all()
+    # about the common mean the narrow row loses the digits that the wide one takes
+    close = 1e-9 + 1e-15 * wider
+    if close < 1e-3:
+        alone = sinkhorn_divergence(x[1], y[1], blur=0.2)
+        torch.testing.assert_close(together[1], alone, rtol=close, atol=0.0)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_self_term_that_did_not_converge_is_told(p):
+    x, b = problem("normal", 200, 2, True, seed=6)
+    with pytest.warns(ConvergenceWarning, match="stopped after 1 rounds"):
+        solved = sinkhorn_solve(x, x, None, b, p=p, blur=0.3, max_iterations=1)
+    assert not solved.converged.any()
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_compiled_call_is_the_same_at_a_small_blur(p, weighted):
+    x, b = problem("uniform", 700, 2, True, seed=7)
+
+    def step(points, weights):
+        return sinkhorn_divergence(points, points, None, weights, p=p, blur=2e-3).sum()
+
+    answers = []
+    for way in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        points, weights = x.clone().requires_grad_(), b.clone().requires_grad_(weighted)
+        value = way(points, weights)
+        value.backward()
+        answers.append([value.detach(), points.grad, weights.grad if weighted else None])
+    for found, due in zip(*answers, strict=True):
+        assert (found is None) == (due is None)
+        if found is not None:
+            torch.testing.assert_close(found, due, rtol=0.0, atol=0.0)

@@ -82,13 +82,14 @@ def check_weights(weights: Tensor | None, name: str) -> None:
         )
 
 
-def check_finite(points: Tensor, weights: Tensor | None, name: str) -> Tensor:
-    """Refuse NaN and infinite points that any row gives weight; return the absent ones as 0."""
+def check_finite(points: Tensor, weights: Sequence[Tensor | None], name: str) -> Tensor:
+    """Refuse NaN and infinite points that a row of any weights uses; return the absent as 0."""
     if within(points, -math.inf):
         return points
     bad = ~torch.isfinite(points).all(-1)
-    weighted = torch.ones_like(bad) if weights is None else weights > 0
-    used = bad & weighted
+    used = torch.zeros_like(bad)
+    for some in weights:
+        used = used | (bad if some is None else bad & (some > 0))
     if bool(used.any()):
         raise ValueError(
             f"{name} must be finite where it has weight, got NaN or infinity at "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .host import solve_on_host, suits_host_solver
@@ -21,7 +22,7 @@ def solve_entropic(
     derivative in a is f, up to a constant that normalising the weights removes.
     """
     potentials = wanted[2] or wanted[3]
-    if suits_host_solver(x, y, options):
+    if suits_host_solver(x, y, options) and not torch.compiler.is_compiling():
         return solve_on_host(x, y, a, b, options, potentials)
     one, other = Measure(x, a), Measure(y, b)
     between = solve_between(one, other, options)

@@ -42,8 +42,8 @@ def prepare(
     if should_validate(x, validate):
         check_weights(a, "a")
         check_weights(b, "b")
-        x = check_finite(x, a, "x")
-        y = x if same_points else check_finite(y, b, "y")
+        x = check_finite(x, [a, b] if same_points else [a], "x")
+        y = x if same_points else check_finite(y, [b], "y")
     result = torch.promote_types(x.dtype, y.dtype)
     dtype = working_dtype(x.device)
     weights_a, has_a = _normalise(a, x, dtype)
@@ -160,6 +160,9 @@ def _normalise(weights: Tensor | None, points: Tensor, dtype: torch.dtype) -> tu
     uniform = torch.full((count,), 1.0 / count, dtype=dtype, device=points.device)
     if weights is None:
         return uniform, torch.ones((), dtype=torch.bool, device=points.device)
+    if weights.dtype == dtype:  # else their sum cannot overflow
+        largest = weights.detach().amax(-1, keepdim=True)
+        weights = weights / torch.where(largest > 0, largest, 1.0)
     weights = weights.to(dtype)
     total = weights.sum(-1, keepdim=True)
     has_mass = total > 0

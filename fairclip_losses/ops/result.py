@@ -29,7 +29,7 @@ class SinkhornResult:
     f_self: Tensor | None  # (*, N) potential of OT_eps(a, a), None without debiasing
     g_self: Tensor | None  # (*, M)
     marginal_error: Tensor  # (*,) L1 distance of the plan's marginals from a and b
-    converged: Tensor  # (*,) bool, marginal_error <= tol
+    converged: Tensor  # (*,) bool, marginal_error and those of the self-terms <= tol
     iterations: int  # rounds taken between a and b
 
 
@@ -67,8 +67,10 @@ def sinkhorn_solve(
     check_shapes(x, y, a, b, options)
     if options.blur == 0:
         raise ValueError("sinkhorn_solve needs blur > 0; use sinkhorn_divergence for blur = 0")
-    if x.shape[-2] == 0 or y.shape[-2] == 0:
-        raise ValueError(f"x and y need points, got {x.shape[-2]} and {y.shape[-2]}")
+    if any(0 in tensor.shape for tensor in (x, y, a, b) if tensor is not None):
+        raise ValueError(
+            f"sinkhorn_solve needs points and rows, got x {tuple(x.shape)} and y {tuple(y.shape)}"
+        )
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         problem = prepare(x, y, a, b, validate)
         other = problem.x if problem.y is None else problem.y
@@ -77,6 +79,13 @@ def sinkhorn_solve(
         )
         f, g = solved.f, solved.g
         error = _marginal_error(problem.x, other, problem.a, problem.b, f, g, options)
+        converged = error <= options.tol
+        for points, weights, own in (
+            (problem.x, problem.a, solved.f_self), (other, problem.b, solved.g_self),
+        ):  # fmt: skip
+            if own is not None:  # both marginals of a measure's plan with itself are the same
+                missed = _marginal_error(points, points, weights, weights, own, own, options)
+                converged = converged & (0.5 * missed <= options.tol)
         return SinkhornResult(
             cost=torch.where(problem.has_mass, solved.cost, 0.0),
             transport_cost=torch.where(problem.has_mass, solved.transport_cost, 0.0),
@@ -85,7 +94,7 @@ def sinkhorn_solve(
             f_self=solved.f_self,
             g_self=solved.g_self,
             marginal_error=error,
-            converged=error <= options.tol,
+            converged=converged,
             iterations=solved.rounds,
         )
 
@@ -94,7 +103,8 @@ def _marginal_error(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, options: SinkhornOptions
 ) -> Tensor:
     """Return the L1 error of the plan's marginals on all points, whatever stood for them."""
-    if options.p == 2 and suits_host_solver(x, y, options):
+    on_host = suits_host_solver(x, y, options) and not torch.compiler.is_compiling()
+    if options.p == 2 and on_host:
         return marginal_error_on_host(x, y, a, b, f, g, options.epsilon)
     kernel = choose_kernel(x, y, options)
     error = _miss(a, f, kernel.softmin(options.epsilon, b.log(), g), options)

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .compiled import solve_compiled
 from .entropic import solve_entropic
 from .exact import solve_exact
-from .host import solve_exact_on_host, suits_host, to_tensor
+from .host import solve_exact_on_host, suits_host, suits_host_solver, to_tensor
 from .options import Backend, SinkhornOptions
 from .prepare import check_options, check_shapes, prepare
 
@@ -81,9 +82,10 @@ def sinkhorn_divergence(
             may look at the convergence, and on a line. ``"streamed"``: costs a block at a time and
             alternate updates; ``"triton"``: a fused kernel of the GPU, for any D; ``"prefix"``:
             prefix sums, O(N) a round, for p = 1 on a line. ``"auto"``: on the CPU, on a line,
-            Newton's method in NumPy. For p = 1, where up to 64 rows have points of their own, at
-            O(N) a round (that is also ``"prefix"`` there); for p = 2 at O(N) once and then the cost
-            of at most about ``3 * diameter / blur`` points, each with those it is coupled with.
+            Newton's method in NumPy (one operator under torch.compile). For p = 1 at O(N) a round
+            (that is also ``"prefix"`` there; but more than 64 rows of at most 96 points of their
+            own are dense); for p = 2 at O(N) once and then the cost of the points that stand for
+            all, about ``5 * diameter / blur`` at most, each with those that it is coupled with.
             Elsewhere prefix sums for p = 1 on a line above 96 points a side; for D > 1 on a GPU
             triton, where the package is there; else dense up to 512 x 512 costs and streamed above.
         validate: look at the values for NaN, infinities and negative weights. None looks on the
@@ -213,8 +215,13 @@ class _Divergence(torch.autograd.Function):
             ] + [solution.f, solution.g]
         else:
             wanted = (wants_x, wants_x if y is None else wants_y, *wants_weights)
-            entropic = solve_entropic(x, x if y is None else y, a, b, options, wanted)
-            cost, slopes = entropic.cost, list(entropic.slopes)
+            other = x if y is None else y
+            if torch.compiler.is_compiling() and suits_host_solver(x, other, options):
+                cost, found = solve_compiled(x, other, a, b, options, any(wants_weights))
+                slopes = [s if want else None for s, want in zip(found, wanted, strict=True)]
+            else:
+                entropic = solve_entropic(x, other, a, b, options, wanted)
+                cost, slopes = entropic.cost, list(entropic.slopes)
         if y is None and slopes[0] is not None and slopes[1] is not None:
             slopes[:2] = [slopes[0] + slopes[1], None]
         ctx.shapes = [None if entry is None else entry.shape for entry in (x, y, a, b)]

@@ -19,18 +19,22 @@ from .gauss.solver import SmoothSolver, missed
 from .host_solver import Between, Within
 from .laplace.solver import LineSolver
 
-# Most rows with points of their own for p = 1: they are solved one after the other.
-_MOST_ROWS = 64
+# Most rows with points of their own for p = 1 that are solved one after the other where they have
+# so few points.
+_MOST_ROWS, _FEW = 64, 96
 
 
 def suits_host_solver(x: Tensor, y: Tensor, options: SinkhornOptions) -> bool:
-    """Whether `solve_on_host` takes the problem: a line, for p = 1 with few rows of own points."""
+    """Whether `solve_on_host` takes the problem: a line, but for p = 1 and many rows of few points.
+
+    Those are faster, and as sure, all at once with their costs in memory.
+    """
+    sizes = x.shape[-2], y.shape[-2]
     return (
         x.shape[-1] == 1
         and options.backend in ("auto", "prefix")
         and x.is_cpu
-        and not torch.compiler.is_compiling()
-        and (options.p == 2 or _rows_of_points(x, y) <= _MOST_ROWS)
+        and (options.p == 2 or _rows_of_points(x, y) <= _MOST_ROWS or max(sizes) > _FEW)
     )
 
 

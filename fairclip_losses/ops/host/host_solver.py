@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..checks import warn_unconverged
 from ..options import SinkhornOptions
 from .arrays import Array
-from .newton import HostKernel, Look, solve_pair, solve_self
+from .newton import HostKernel, Look, solve_pair
 
 # Most rounds of Newton's, and of the heavy ball of the self-terms, where no number is asked for.
 _ROUNDS, _SELF_ROUNDS = 40, 100
+
+
+SolveSelf = Callable[[Any, Array, float, int, bool], tuple[Array, Array]]
 
 
 class Between(NamedTuple):
@@ -57,14 +61,19 @@ class HostSolver:
     def _pair(self, kernel: HostKernel, a: Array, b: Array, f: Array) -> tuple[Look, int]:
         rounds = self.options.iterations or min(_ROUNDS, self.options.max_iterations)
         best, taken = solve_pair(kernel, a, b, f, self.options.tol, rounds, self.fixed)
-        error = float(best.error.max())
-        if error > self.options.tol and not self.fixed:
-            warn_unconverged(error, self.options, taken)
+        self._check(float(best.error.max()), taken)
         return best, taken
 
-    def _self(self, kernel: HostKernel, a: Array) -> tuple[Array, Array]:
-        return solve_self(kernel, a, self.options.tol, self._self_rounds, self.fixed)
+    def _self(self, kernel: HostKernel, a: Array, solve: SolveSelf) -> tuple[Array, Array]:
+        tol = self.options.tol
+        rounds = self.options.iterations or min(_SELF_ROUNDS, self.options.max_iterations)
+        before, after = solve(kernel, a, tol, rounds, self.fixed)
+        if not self.fixed:
+            apart = np.minimum((before - after) / kernel.epsilon, 700.0)
+            self._check(float((a * np.abs(np.expm1(apart))).sum(-1).max()), rounds)
+        return before, after
 
-    @property
-    def _self_rounds(self) -> int:
-        return self.options.iterations or min(_SELF_ROUNDS, self.options.max_iterations)
+    def _check(self, error: float, rounds: int) -> None:
+        """Warn of an error of the marginals above ``tol``; NaN is no convergence either."""
+        if not (error <= self.options.tol or self.fixed):
+            warn_unconverged(error, self.options, rounds)

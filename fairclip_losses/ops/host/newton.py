@@ -108,7 +108,9 @@ def solve_pair(
         step = kernel.steps(a, b, best)
         size = np.abs(np.where(there, step, 0.0))
         longest = np.maximum.reduce(size, -1, keepdims=True)
-        step *= epsilon * radius / np.maximum(longest, radius)
+        # entry by entry: points of next to no mass may have steps that dwarf all others
+        np.clip(step, -radius, radius, out=step)
+        step *= epsilon
         step += best.f
         new = look(step)
         better = new.value >= best.value - 1e-12 * np.abs(best.value)  # False for NaN

@@ -61,7 +61,7 @@ def read_points(
         return array, False
     used = _used(weights, line.shape[-2])
     if validate:
-        array = _to_array(check_finite(line, used, name))[..., 0].astype(np.float64, copy=False)
+        array = _to_array(check_finite(line, [used], name))[..., 0].astype(np.float64, copy=False)
     if used is not None:
         array = np.where(used.numpy() > 0, array, 0.0)
     return array, not _squares_fit(array)

@@ -45,8 +45,8 @@ def divide(own: Ragged, other: Ragged, epsilon: float, few: int, longest: float)
     jumps = np.append(np.diff(other.points), 0.0)
     jumps[other.ends - 1] = 0.0  # from one row to the next there is none
     last_of_row = other.ends - 1
-    todo, done = Cells(own.starts, own.ends - 1), []
-    line = _Line(own)
+    line, done = _Line(own), []
+    todo = _between_ends(own)
     while todo.first.size:
         first, last = todo
         length = own.points[last] - own.points[first]
@@ -73,9 +73,22 @@ def divide(own: Ragged, other: Ragged, epsilon: float, few: int, longest: float)
     return Cells(first[order], last[order])
 
 
+def _between_ends(own: Ragged) -> Cells:
+    """Return a cell a row, but for its first and last point.
+
+    Those stand for themselves, however light they are: a potential beyond the outermost of the
+    points that stand for others would be foretold.
+    """
+    first = np.unique(np.concatenate([own.starts, own.starts + 1, own.ends - 1]))
+    first = first[first < own.points.size]
+    return Cells(first, np.append(first[1:], own.points.size) - 1)
+
+
 def refine(own: Ragged, cells: Cells, ratio: Array) -> Cells:
     """Cut each cell into as many parts as its ratio to the longest one says."""
-    return _Line(own).cut(cells, np.ceil(np.maximum(ratio, 1.0)).astype(int))
+    first, last = _Line(own).cut(cells, np.ceil(np.maximum(ratio, 1.0)).astype(int))
+    order = first.argsort()
+    return Cells(first[order], last[order])
 
 
 class _Line:
@@ -83,12 +96,13 @@ class _Line:
 
     def __init__(self, own: Ragged) -> None:
         self.own = own
-        self.low, high = own.points.min(), own.points.max()
-        self.scale = 0.5 / (high - self.low) if high > self.low else 0.0
+        self.low = own.points[own.starts]
+        length = own.points[own.ends - 1] - self.low
+        self.scale = np.where(length > 0, 0.5 / np.where(length > 0, length, 1.0), 0.0)
         self.keys = self._key(own.row, own.points)
 
     def _key(self, row: Array, place: Array) -> Array:
-        keys: Array = row + np.clip((place - self.low) * self.scale, 0.0, 0.5)
+        keys: Array = row + np.clip((place - self.low[row]) * self.scale[row], 0.0, 0.5)
         return keys
 
     def between(self, row: Array, low: Array, high: Array) -> tuple[Array, Array]:
@@ -104,8 +118,18 @@ class _Line:
         low, high = self.own.points[first], self.own.points[last]
         place = low + (high - low) * (part / parts[which])
         begin = self.keys.searchsorted(self._key(self.own.row[first], place))
-        begin = np.where(part == 0, first, np.minimum(begin, last + 1))
+        begin = np.where(part == 0, first, np.clip(begin, first, last + 1))
         end = np.append(begin[1:], 0)
         end = np.where(part == parts[which] - 1, last + 1, end)
         there = end > begin
-        return Cells(begin[there], end[there] - 1)
+        found = Cells(begin[there], end[there] - 1)
+        whole = (np.bincount(which[there], minlength=parts.size) == 1) & (parts > 1)
+        if not whole.any():
+            return found
+        # points that lie nearer to each other than keys can tell are parted by their number
+        middle = (cells.first + cells.last + 1) // 2
+        kept = ~whole[which[there]]
+        return Cells(
+            np.concatenate([found.first[kept], cells.first[whole], middle[whole]]),
+            np.concatenate([found.last[kept], middle[whole] - 1, cells.last[whole]]),
+        )

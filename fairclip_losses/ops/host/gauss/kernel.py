@@ -17,6 +17,8 @@ from ..newton import LEVEL, Look, log_weights
 
 # The least part of a point's mass in the diagonal of Newton's matrix.
 _LEAST = 1e-3
+# Products below, and above its inverse, have lost what they were the sum of.
+_LEAST_NUMBER = 1e-200
 # Largest exponent of a number.
 _LARGEST = 700.0
 
@@ -72,10 +74,9 @@ class GaussKernel:
 
     def log_product(self, exponent: Array) -> Array:
         """See `HostKernel.log_product`."""
-        entries = self._entries(exponent)
-        product = entries.times(np.exp(exponent - entries.v)[:, :, None])[:, :, 0]
-        product = np.log(product)
-        product -= entries.u
+        sums, u = self._sums(exponent)
+        product = np.log(sums[..., 0])
+        product -= u
         return product
 
     def moments(self, g: Array, y: Array) -> tuple[Array, Array]:
@@ -83,10 +84,7 @@ class GaussKernel:
 
         ``x - mean`` is the gradient of the cost in x, per unit of its mass.
         """
-        exponent = self.log_b + g
-        entries = self._entries(exponent)
-        weight = np.exp(exponent - entries.v)
-        sums = entries.times(np.stack([weight, weight * y, weight * y * y], -1))
+        sums, _ = self._sums(self.log_b + g, y, y * y)
         mean = sums[..., 1] / sums[..., 0]
         square = sums[..., 2] / sums[..., 0]
         return mean, np.sqrt(np.maximum(square - mean * mean, 0.0))
@@ -116,10 +114,33 @@ class GaussKernel:
         """Return entries that serve for these exponents of y."""
         entries = self._shared[0].transposed if self._turned else self._shared[0]
         v = exponent - self.log_b
-        if not (entries.v.size and np.abs(v - entries.v).max() <= entries.farthest):
-            entries.scale(v, self.log_b)
-            self._shared[0] = entries.transposed if self._turned else entries
+        if entries.v.size and np.abs(v - entries.v).max() <= entries.farthest:
+            return entries
+        return self._rescaled(exponent)
+
+    def _rescaled(self, exponent: Array) -> Entries:
+        entries = self._shared[0].transposed if self._turned else self._shared[0]
+        entries.scale(exponent - self.log_b, self.log_b)
+        self._shared[0] = entries.transposed if self._turned else entries
         return entries
+
+    def _sums(self, exponent: Array, *values: Array) -> tuple[Array, Array]:
+        """Return products with ``exp(exponent)``, and that times the values, over ``exp(-u)``."""
+        entries = self._entries(exponent)
+        sums = _times(entries, exponent, values)
+        total = sums[..., 0]
+        least, most = np.minimum.reduce(total, None), np.maximum.reduce(total, None)
+        if not (least > _LEAST_NUMBER and most < 1.0 / _LEAST_NUMBER):  # or none is a number
+            entries = self._rescaled(exponent)
+            sums = _times(entries, exponent, values)
+        return sums, entries.u
+
+
+def _times(entries: Entries, exponent: Array, values: tuple[Array, ...]) -> Array:
+    weight = np.exp(np.minimum(exponent - entries.v, _LARGEST))
+    if not values:
+        return entries.times(weight[:, :, None])
+    return entries.times(np.stack([weight, *(weight * value for value in values)], -1))
 
 
 def crossings(x: Array, y: Array, a: Array, b: Array) -> Array:

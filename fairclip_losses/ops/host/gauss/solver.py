@@ -13,6 +13,7 @@ import numpy as np
 from ...options import SinkhornOptions
 from ..arrays import Array
 from ..host_solver import Between, HostSolver, Within
+from ..newton import HostKernel, solve_self
 from .fewer_points import FewerPoints
 from .problem import read, solve_between, solve_within
 from .ragged import Cloud, Ragged
@@ -43,6 +44,7 @@ class SmoothSolver(HostSolver):
             error_a, ratio_a = one.judge(plan.x.deviation)
             error_b, ratio_b = other.judge(plan.y.deviation)
             if error_a + error_b <= tol or self.fixed or not left:
+                self._check(error_a + error_b, rounds)
                 break
             one.refine(ratio_a)
             start, _ = read(one.light, other.light, plan.y.potential, epsilon)
@@ -58,14 +60,18 @@ class SmoothSolver(HostSolver):
             y.spread(pull_y), rounds,
         )  # fmt: skip
 
+    def _heavy_ball(self, kernel: HostKernel, a: Array) -> tuple[Array, Array]:
+        return self._self(kernel, a, solve_self)
+
     def within(self, clouds: list[Cloud]) -> list[Within]:
         """Solve ``OT_eps(a, a)`` of all rows of some clouds at once."""
         every = Ragged.join([cloud.present for cloud in clouds])
         fewer = FewerPoints(every, every, self.epsilon, self.options.tol)
         for left in range(_REFINEMENTS, -1, -1):
-            plan = solve_within(fewer.light, self.epsilon, self._self)
+            plan = solve_within(fewer.light, self.epsilon, self._heavy_ball)
             error, ratio = fewer.judge(plan.x.deviation)
             if 2.0 * error <= self.options.tol or self.fixed or not left:
+                self._check(2.0 * error, _REFINEMENTS)
                 break
             fewer.refine(ratio)
         f, pull = fewer.read(plan.x, fewer.light, plan.x.potential)
@@ -90,6 +96,6 @@ def missed(x: Cloud, y: Cloud, f: Array, g: Array, epsilon: float) -> Array:
     """Return the L1 error (R,) of x's marginal in the plan of potentials (R, N) and (R, M)."""
     one = x.present
     due, _ = read(one, y.present, y.take(g), epsilon)
-    miss = one.weights * np.abs(np.expm1((x.take(f) - due) / epsilon))
+    miss = one.weights * np.abs(np.expm1(np.minimum((x.take(f) - due) / epsilon, 700.0)))
     error: Array = np.add.reduceat(miss, one.starts)
     return error

@@ -24,6 +24,11 @@ def windows(x: Array, y: Array, g: Array, epsilon: float, depth: float) -> tuple
     Beyond, ``exp((g_j - C_ij) / eps)`` is less than ``exp(-depth)`` times the largest of the row.
     """
     psi = (g - 0.5 * y * y) / epsilon
+    distinct = np.flatnonzero(np.append(True, y[1:] > y[:-1]))
+    if distinct.size < y.size:
+        highest = epsilon * np.maximum.reduceat(psi, distinct) + 0.5 * y[distinct] ** 2
+        low, high = windows(x, y[distinct], highest, epsilon, depth)
+        return distinct[low], np.append(distinct[1:], y.size)[high] - 1
     corners = _hull(y, psi)
     place, height, t = y[corners], psi[corners], x / epsilon
     slopes = _slopes(place, height)

@@ -71,7 +71,7 @@ class LineSolver(HostSolver):
         return LaplaceKernel(self.z, self.epsilon)
 
     def _own(self, a: Array) -> Within:
-        kernel, tol = self._kernel, self.options.tol
-        before, after = solve_self_by_newton(kernel, a, tol, self._self_rounds, self.fixed)
+        kernel = self._kernel
+        before, after = self._self(kernel, a, solve_self_by_newton)
         pull = kernel.pull(log_weights(a) + before / self.epsilon)
         return Within((a * (before + after)).sum(-1), after, pull)
