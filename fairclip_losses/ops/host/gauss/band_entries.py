@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ _DEPTH = 45.0
 # Rounding of a potential in units of the largest cost: what keeps Newton's matrix regular is above
 # it, and between these bounds.
 _ROUNDING, _SHIFT = 5e-17, (1e-12, 1e-8)
+# Entries that are looked at at once.
+_BLOCK = 2**16
 # Part of the roots of both weights below which an entry is left out of Newton's equations.
 _NEGLIGIBLE = 1e-12
 
@@ -56,23 +59,31 @@ class BandEntries:
 
     def _fill(self, low: Array, high: Array, v: Array, log_b: Array) -> Array:
         """Take the entries in windows; return u (N,)."""
-        ends = np.add.accumulate(high - low + 1)
-        starts = np.concatenate([[0], ends])
-        columns = np.arange(ends[-1]) + np.repeat(low - starts[:-1], high - low + 1)
-        entries = np.repeat(self._x, high - low + 1) - self._y[columns]
+        from scipy.sparse import csr_array  # here, since it adds a filter to Python's warnings
+
+        self._scaled = None  # before there are others: the two are most of what is held
+        count = high - low + 1
+        ends = np.add.accumulate(count)
+        starts = ends - count
+        columns = np.arange(ends[-1], dtype=np.int32)
+        columns += np.repeat((low - starts).astype(np.int32), count)
+        entries = np.repeat(self._x, count)
+        entries -= self._y[columns]
         entries *= entries
         entries *= -0.5 / self._epsilon
         entries += v[columns]
-        weighted = entries + log_b[columns]
-        largest = np.maximum.reduceat(weighted, starts[:-1])
-        weighted -= np.repeat(largest, high - low + 1)
-        u: Array = -(np.log(np.add.reduceat(np.exp(weighted), starts[:-1])) + largest)
-        entries += np.repeat(u, high - low + 1)
+        weighted = log_b[columns]
+        weighted += entries
+        largest = np.maximum.reduceat(weighted, starts)
+        weighted -= np.repeat(largest, count)
+        np.exp(weighted, out=weighted)
+        u: Array = -(np.log(np.add.reduceat(weighted, starts)) + largest)
+        del weighted
+        entries += np.repeat(u, count)
         np.exp(np.minimum(entries, 700.0, out=entries), out=entries)
-        from scipy.sparse import csr_array  # here, since it adds a filter to Python's warnings
-
+        rows = np.append(starts, ends[-1]).astype(np.int32)
         shape = (self._x.size, self._y.size)
-        self._scaled = csr_array((entries, columns, starts), shape=shape)
+        self._scaled = csr_array((entries, columns, rows), shape=shape)
         return u
 
     def times(self, vectors: Array) -> Array:
@@ -86,31 +97,43 @@ class BandEntries:
         The equations are those of both sides' points, ``[[D_a, B], [B^T, D_b]]``, in the order in
         which the plan runs through them: a band.
         """
-        plan = self._scaled.tocoo()
-        rows, columns = plan.row, plan.col
-        values = plan.data * left[0, rows]
-        values *= right[0, columns]
-        kept = values > _NEGLIGIBLE
-        rows, columns, values = rows[kept], columns[kept], values[kept]
-        row_place, column_place = self._places()
-        row, column = row_place[rows], column_place[columns]
-        below, beside = np.maximum(row, column), np.minimum(row, column)
-        size = row_place.size + column_place.size
-        bands = np.zeros((size, int((below - beside).max()) + 1))
-        bands[beside, below - beside] = values
-        for place, own, other, index, opposite in (
-            (row_place, roots[0][0], roots[1][0], rows, columns),
-            (column_place, roots[1][0], roots[0][0], columns, rows),
-        ):
-            times = np.bincount(index, values * other[opposite], own.size)
-            bands[place, 0] = null_diagonal(times, own) + self._shift
+        places = self._places()
+        size = sum(place.size for place in places)
+        sums = [np.zeros(place.size) for place in places]
+        width = 0
+        for rows, columns, values in self._plan(left, right):
+            sums[0] += np.bincount(rows, values * roots[1][0, columns], sums[0].size)
+            sums[1] += np.bincount(columns, values * roots[0][0, rows], sums[1].size)
+            width = max(width, int(np.abs(places[0][rows] - places[1][columns]).max()))
+        bands = np.zeros((size, width + 1))
+        for rows, columns, values in self._plan(left, right):
+            row, column = places[0][rows], places[1][columns]
+            bands[np.minimum(row, column), np.abs(row - column)] = values
+        for place, own, total in zip(places, roots, sums, strict=True):
+            bands[place, 0] = null_diagonal(total, own[0]) + self._shift
         side = np.zeros(size)
-        side[row_place] = missed[0]
+        side[places[0]] = missed[0]
         solved = solveh_banded(
             bands.T, side, lower=True, overwrite_ab=True, overwrite_b=True, check_finite=False
         )
-        step: Array = solved[None, row_place]
+        step: Array = solved[None, places[0]]
         return step
+
+    def _plan(self, left: Array, right: Array) -> Iterator[tuple[Array, Array, Array]]:
+        """Yield some entries of the plan at a time, with their places, but negligible ones."""
+        scaled = self._scaled.tocsr()
+        ends = scaled.indptr
+        rows = np.arange(ends.size - 1)
+        for start in range(0, ends[-1], _BLOCK):
+            some = slice(start, min(start + _BLOCK, ends[-1]))
+            first, last = ends.searchsorted([some.start, some.stop - 1], "right") - 1
+            count = np.minimum(ends[first + 1 : last + 2], some.stop)
+            count -= np.maximum(ends[first : last + 1], some.start)
+            row, column = np.repeat(rows[first : last + 1], count), scaled.indices[some]
+            values = scaled.data[some] * left[0, row]
+            values *= right[0, column]
+            kept = values > _NEGLIGIBLE
+            yield row[kept], column[kept], values[kept]
 
     def _places(self) -> tuple[Array, Array]:
         """Return each point's place among those of both sides."""

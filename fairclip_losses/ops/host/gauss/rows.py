@@ -15,7 +15,7 @@ from .ragged import Cloud, Ordered
 from .solver import SmoothSolver
 
 # Points of all rows that are solved at once.
-_AT_ONCE = 2**18
+_AT_ONCE = 2**16
 
 
 class Rows(NamedTuple):
