@@ -33,7 +33,7 @@ _MEASURED_AFTER = frozenset({0, 1, 2, 4, 8, 16, 32, 64})
 _SHARE = 0.7
 # Longest change by it, in units of epsilon, between two neighbouring points and at all.
 _TRUST_BETWEEN, _TRUST = 3.0, 5.0
-_ROUNDS, _UNWATCHED_ROUNDS = 100, 40
+_ROUNDS, _UNWATCHED_ROUNDS = 100, 80
 
 
 def diffusion_rounds(
