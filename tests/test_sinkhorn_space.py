@@ -97,7 +97,7 @@ def test_streamed_is_dense_whatever_the_rows(p, dimension):
         torch.testing.assert_close(
             kernel.pull(epsilon, log_b, g), dense.pull(epsilon, log_b, g), rtol=1e-6, atol=1e-9
         )
-        near = kernel.rough(epsilon, 10**9)
+        near = kernel.rough(epsilon, (10**9, 1, 1))
         assert near is not kernel
         torch.testing.assert_close(near.softmin(epsilon, log_b, g), softmin, rtol=0, atol=1e-4)
         f, after = kernel.sweep(epsilon, log_a, log_b, g)

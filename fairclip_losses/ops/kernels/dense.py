@@ -140,8 +140,11 @@ class DenseKernel:
         old = self._gibbs
         if old is None or old.log_b is not log_b:
             return None
-        if old.epsilon is not epsilon and (isinstance(epsilon, Tensor) or old.epsilon != epsilon):
-            return None
+        if old.epsilon is not epsilon:
+            if isinstance(epsilon, Tensor) or isinstance(old.epsilon, Tensor):
+                return None  # one for each pair of clouds: the same only as the same tensor
+            if old.epsilon != epsilon:
+                return None
         change = (g - old.g) / epsilon
         return (old, change.exp_()) if bool((change.abs() <= _NEAR).all()) else None
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ..checks import is_readable
+from ..checks import broadcast_shapes, is_readable
 from ..kernels.dense import DenseKernel
 from ..kernels.streamed import StreamedKernel
 from ..options import SinkhornOptions
@@ -55,8 +55,9 @@ def alternate(
         most = options.iterations - down
     elif patience is not None:
         most = min(most, patience)
-    rows = max(log_a[..., 0].numel(), log_b[..., 0].numel())
-    quick = kernel.rough(target, rows) if isinstance(kernel, StreamedKernel) else kernel
+    quick: SpaceKernel = kernel
+    if isinstance(kernel, StreamedKernel):
+        quick = kernel.rough(target, broadcast_shapes(log_a.shape[:-1], log_b.shape[:-1]))
     at, taken, behind = _Station(None, torch.zeros_like(log_b), 0, None), 0, Behind()
     for k in range(down):
         epsilon = annealing(k)

@@ -40,7 +40,7 @@ def solve_symmetric(
     rounds = max(rounds - 1, 1)  # the start is one
     kernels = [kernel]
     if isinstance(kernel, StreamedKernel):
-        quick = kernel.rough(epsilon, log_a[..., 0].numel())
+        quick = kernel.rough(epsilon, log_a.shape[:-1])
         kernels = [kernel] if quick is kernel else [quick, kernel]
     progress = Progress(options.tol, kernel.spare * options.tol)
     f = before = 0.5 * _update(kernels[0])(epsilon, log_a, torch.zeros_like(log_a))
