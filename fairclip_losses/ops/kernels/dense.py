@@ -60,6 +60,11 @@ class DenseKernel:
         return rounding(self.x, self.y, self.p, self.cost.dtype)
 
     @property
+    def unit(self) -> float:
+        """The relative rounding of a number in the kernel."""
+        return torch.finfo(self.cost.dtype).eps
+
+    @property
     def transposed(self) -> DenseKernel:
         """The kernel from y to x, sharing the costs."""
         other = object.__new__(DenseKernel)

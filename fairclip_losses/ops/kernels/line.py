@@ -18,7 +18,7 @@ class LaplaceLine:
     """The kernel ``exp(-|x_i - y_j| / eps)`` between x (*, N, 1) and y (*, M, 1)."""
 
     p = 1
-    rounding, spare = 0.0, 1.0  # none to speak of, and `DenseKernel.spare`
+    rounding, unit, spare = 0.0, 0.0, 1.0  # none to speak of, and `DenseKernel.spare`
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self.x, self.y = x, y

@@ -63,6 +63,11 @@ class StreamedKernel:
         """See `DenseKernel.rounding`."""
         return rounding(self.x, self.y, self.p, self._dtype)
 
+    @property
+    def unit(self) -> float:
+        """See `DenseKernel.unit`."""
+        return torch.finfo(self._dtype).eps
+
     def rough(self, epsilon: float, lead: Sequence[int]) -> StreamedKernel | DenseKernel:
         """Return the kernel in float32 where its exponents keep two digits at epsilon, or itself.
 

@@ -90,7 +90,7 @@ def _reduce(  # type: ignore[no-untyped-def]
 class TritonKernel:
     """As `DenseKernel`, fused: one launch a soft minimum, no temporary."""
 
-    rounding, spare = 0.0, 1.0  # costs are those of differences
+    rounding, unit, spare = 0.0, 0.0, 1.0  # costs are those of differences
 
     def __init__(self, x: Tensor, y: Tensor, p: int) -> None:
         self.x, self.y, self.p = x, y, p

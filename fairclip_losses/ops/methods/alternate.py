@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
@@ -13,7 +14,7 @@ from ..kernels.streamed import StreamedKernel
 from ..options import SinkhornOptions
 from .anderson import Anderson
 from .annealing import Annealing, Behind
-from .progress import Progress
+from .progress import PATIENCE, Progress
 
 if TYPE_CHECKING:
     from ..kernels.triton_kernel import TritonKernel
@@ -73,8 +74,10 @@ def alternate(
             most = 1
             break
     progress = Progress(options.tol, kernel.spare * options.tol) if watched else None
-    if watched and quick is not kernel:
+    if progress is not None and quick is not kernel:
+        progress.patience = PATIENCE
         at = _settle(quick, at, log_a, log_b, target, progress, most)
+        progress.patience = math.inf
         taken += at.rounds
     f, g, rounds, error = _settle(kernel, at, log_a, log_b, target, progress, most)
     assert f is not None  # a round was taken
@@ -90,10 +93,9 @@ def _settle(
     progress: Progress | None, most: int,
 ) -> _Station:  # fmt: skip
     """Go round at one epsilon, until ``progress`` ends it, ``most`` times at most."""
-    rounding = kernel.rounding if progress is not None else 0.0
     if progress is not None:
-        progress.floor = rounding / epsilon if isinstance(epsilon, float) else 0.0
-    memory = Anderson(log_b, rounding)
+        progress.expect_rounding(kernel, epsilon)
+    memory = Anderson(log_b, kernel.rounding if progress is not None else 0.0)
     a, b = log_a.exp(), log_b.exp()
     f, g, *_ = at
     taken, error = 0, None

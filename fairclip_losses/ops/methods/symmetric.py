@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -13,7 +14,7 @@ from ..kernels.dense import DenseKernel
 from ..kernels.line import LaplaceLine
 from ..kernels.streamed import StreamedKernel
 from ..options import SinkhornOptions
-from .progress import Progress
+from .progress import PATIENCE, Progress
 
 if TYPE_CHECKING:
     from ..kernels.triton_kernel import TritonKernel
@@ -49,7 +50,8 @@ def solve_symmetric(
             del kernels[:-1]
         following = _update(kernels[0])(epsilon, log_a, f)
         if watched:
-            progress.floor = kernels[0].rounding / epsilon
+            progress.expect_rounding(kernels[0], epsilon)
+            progress.patience = PATIENCE if len(kernels) > 1 else math.inf
             miss = (a * torch.expm1((f - following) / epsilon).abs()).sum(-1)
             if progress.ends(float(miss.max()) if miss.numel() else 0.0):
                 if len(kernels) == 1:
