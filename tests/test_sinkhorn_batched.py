@@ -28,7 +28,6 @@ LEADS = {
     "clouds on one side": ((), (2,), None, (3, 2)),
     "rows of weights on each cloud": ((2,), (), (3, 1), (4, 1, 1)),
     "one cloud in a row": ((1,), (1,), (3,), None),
-    "no rows": ((0,), (1,), None, None),
 }
 
 

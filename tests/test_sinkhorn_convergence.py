@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
+import warnings
 
 import pytest
 import torch
 from sinkhorn_cases import POWERS, one_thread
 
-from fairclip_losses.ops import sinkhorn_solve
+from fairclip_losses.ops import ConvergenceWarning, sinkhorn_solve
 from fairclip_losses.ops.kernels.streamed import StreamedKernel
 from fairclip_losses.ops.methods.progress import PATIENCE, Progress
 from fairclip_losses.ops.methods.symmetric import solve_symmetric
 from fairclip_losses.ops.options import SinkhornOptions
+from fairclip_losses.ops.problem import choose_kernel
+from fairclip_losses.ops.reference import cost_matrix
+from fairclip_losses.ops.solve import solve_self
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -76,3 +82,81 @@ def test_rough_rounds_that_no_longer_improve_give_way(noise):
     rounds = [next((k for k, e in enumerate(errors) if ends(e)), None) for ends in ended]
     assert rounds[0] is not None and rounds[0] <= 2 * PATIENCE
     assert rounds[1] is None
+
+
+def told(run):
+    """Return what the run gives, and the rounds and the error of each warning it makes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = run()
+    found = []
+    for warning in caught:
+        assert issubclass(warning.category, ConvergenceWarning)
+        said = re.search(r"after (\d+) rounds .* of the marginals of (\S+),", str(warning.message))
+        found.append((int(said[1]), float(said[2])))
+    return result, found
+
+
+@pytest.mark.parametrize(
+    ("backend", "dimension", "p", "limit"),
+    [
+        ("dense", 3, 2, 2), ("streamed", 3, 2, 2), ("dense", 3, 1, 2), ("streamed", 3, 1, 2),
+        ("dense", 1, 2, 1), ("dense", 1, 1, 1), ("streamed", 1, 2, 2),
+    ],
+)  # fmt: skip
+def test_a_term_of_its_own_that_does_not_converge_says_so(backend, dimension, p, limit):
+    """Of the plan of x with itself, alone: that of the pair is met."""
+    x = uniform(60, dimension)
+    log_a = torch.full((60,), -math.log(60)).double()
+    options = SinkhornOptions(p, 0.1, True, 0.5, None, 1e-6, limit, backend)
+    kernel = choose_kernel(x, x, options)
+    (f, _), found = told(lambda: solve_self(kernel, log_a, options))
+    (_, error), = found  # fmt: skip
+    log_plan = (f[:, None] + f - cost_matrix(x, x, p)) / options.epsilon
+    missed = (log_plan.exp().sum(-1) / 60 - 1).abs().mean()
+    assert error == pytest.approx(missed.item(), rel=0.06)  # shown to two digits
+    assert error > options.tol
+    enough = dataclasses.replace(options, max_iterations=1000)
+    assert told(lambda: solve_self(kernel, log_a, enough))[1] == []
+
+
+@pytest.mark.parametrize("backend", ["dense", "streamed"])
+@pytest.mark.parametrize("p", POWERS)
+def test_a_divergence_whose_own_terms_do_not_converge_says_so(backend, p):
+    x, rows = uniform(80, 3), uniform(2, 80, seed=1)
+    with pytest.warns(ConvergenceWarning, match="stopped after .* above tol"):
+        result = sinkhorn_solve(x, x, None, rows, p=p, blur=0.2, max_iterations=2, backend=backend)
+    assert not result.converged.any()
+
+
+@pytest.mark.parametrize("backend", ["dense", "streamed"])
+@pytest.mark.parametrize("limit", [1, 2, 5])
+def test_the_warning_says_what_was_measured(backend, limit):
+    """All rounds, and an error that the last update only lowers; none where that is met."""
+    draw = torch.Generator().manual_seed(0)
+    centres = 3 * torch.randn(5, 2, generator=draw, dtype=torch.float64)
+    x, y = (
+        centres[torch.randint(0, 5, (60,), generator=draw)]
+        + 0.1 * torch.randn(60, 2, generator=draw, dtype=torch.float64)
+        for _ in range(2)
+    )
+    options = {"blur": 0.01, "debias": False, "tol": 1e-6, "backend": backend}
+    result, found = told(lambda: sinkhorn_solve(x, y, max_iterations=limit, **options))
+    assert len(found) == (0 if result.converged else 1)
+    for rounds, error in found:
+        assert rounds == result.iterations
+        assert options["tol"] < result.marginal_error.item() <= 1.05 * error
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("dimension", [1, 3])
+@pytest.mark.parametrize("limit", range(1, 7))
+def test_what_newton_converged_is_not_warned_of(p, dimension, limit):
+    """However far it was before its last step."""
+    x, y = uniform(60, dimension), uniform(50, dimension, seed=1) + 0.1
+    options = {"p": p, "blur": 0.3, "debias": False, "max_iterations": limit, "backend": "dense"}
+    result, found = told(lambda: sinkhorn_solve(x, y, **options))
+    if result.marginal_error.item() < 1e-8:  # far below tol
+        assert found == []
+    if not result.converged:
+        assert len(found) == 1

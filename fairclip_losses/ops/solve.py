@@ -12,7 +12,7 @@ from .kernels.dense import DenseKernel
 from .kernels.line import LaplaceLine
 from .kernels.streamed import StreamedKernel
 from .methods.diffusion import diffusion_rounds
-from .methods.newton import fits_newton, newton_pair, newton_self
+from .methods.newton import answer, fits_newton, newton_pair, newton_self
 from .methods.space import solve_in_space
 from .methods.symmetric import solve_symmetric
 from .options import SinkhornOptions
@@ -53,11 +53,9 @@ def solve_pair(
     g = _exact_potential(x, y, log_a.exp(), log_b.exp(), options.p).to(x.dtype)
     if not (isinstance(kernel, DenseKernel) and fits_newton(kernel)):
         return diffusion_rounds(kernel, g, log_a, log_b, options)
-    back = kernel.transposed
     f = kernel.softmin(options.epsilon, log_b, g)
     f, taken = newton_pair(kernel, f, log_a, log_b, options)
-    g = back.softmin(options.epsilon, log_a, f)
-    return kernel.softmin(options.epsilon, log_b, g), g, taken
+    return *answer(kernel, f, log_a, log_b, options, taken), taken
 
 
 def solve_self(kernel: Kernel, log_a: Tensor, options: SinkhornOptions) -> tuple[Tensor, Tensor]:
@@ -73,5 +71,4 @@ def solve_self(kernel: Kernel, log_a: Tensor, options: SinkhornOptions) -> tuple
         return solve_symmetric(kernel, log_a, options)
     assert isinstance(kernel, DenseKernel)
     f = 0.5 * kernel.softmin(epsilon, log_a, torch.zeros_like(log_a))
-    f, _ = newton_self(kernel, f, log_a, options)
-    return f, kernel.softmin(epsilon, log_a, f)
+    return newton_self(kernel, f, log_a, options)

@@ -90,7 +90,7 @@ class StreamedKernel:
         log2_sum = g.new_empty(math.prod(lead), self.x.shape[-2])
         for block in self._blocks(epsilon, log_b, g, None, lead):
             log2_sum[block.row, block.points] = block.total.log2() + block.power
-        return log2_sum.view(*lead, self.x.shape[-2]).mul(-epsilon / LOG2_E)
+        return log2_sum.view(*lead, -1).mul(-epsilon / LOG2_E)
 
     def sweep(
         self, epsilon: Tensor | float, log_a: Tensor, log_b: Tensor, g: Tensor,
@@ -111,9 +111,9 @@ class StreamedKernel:
             reached[block.row].addmv_(block.weight.T, share)
         if near is not None and not bool((log2_sum.abs() < _RANGE).all()):
             return self.sweep(epsilon, log_a, log_b, g)
-        f = log2_sum.view(*lead, self.x.shape[-2]).mul(-epsilon / LOG2_E)
+        f = log2_sum.view(*lead, -1).mul(-epsilon / LOG2_E)
         f = f if near is None else near + f
-        return f, following(epsilon, log_b, g, reached.view(*lead, self.y.shape[-2]).to(g.dtype))
+        return f, following(epsilon, log_b, g, reached.view(*lead, -1).to(g.dtype))
 
     def softmin_again(self, epsilon: float, log_a: Tensor, f: Tensor) -> Tensor:
         """``softmin(epsilon, log_a, f)``, where y is x for half of the time.
@@ -133,7 +133,7 @@ class StreamedKernel:
         for row, _, start, stop, kernel in self._above_diagonal(epsilon, height, lead):
             sums[row, start:stop].addmv_(kernel, a[row, start:])
             sums[row, stop:].addmv_(kernel[:, stop - start :].T, a[row, start:stop])
-        sums = sums.view(*lead, self.x.shape[-2]).to(f.dtype)
+        sums = sums.view(*lead, -1).to(f.dtype)
         if not bool(((sums > 0) & sums.isfinite() | ~there).all()):
             return self.softmin(epsilon, log_a, f)
         return torch.where(there, f - epsilon * sums.log(), f)
@@ -145,7 +145,7 @@ class StreamedKernel:
         mean = g.new_empty(values.shape[0], self.x.shape[-2])
         for block in self._blocks(epsilon, log_b, g, None, lead):
             mean[block.row, block.points] = block.weight.mv(values[block.row]) / block.total
-        return mean.view(*lead, self.x.shape[-2])
+        return mean.view(*lead, -1)
 
     def pull(self, epsilon: float, log_b: Tensor, g: Tensor, less: Tensor | None = None) -> Tensor:
         """See `DenseKernel.pull`; ``less`` is subtracted, and its memory used."""

@@ -14,7 +14,7 @@ from ..kernels.streamed import StreamedKernel
 from ..options import SinkhornOptions
 from .anderson import Anderson
 from .annealing import Annealing, Behind
-from .progress import PATIENCE, Progress
+from .progress import PATIENCE, Progress, marginal_error
 
 if TYPE_CHECKING:
     from ..kernels.triton_kernel import TritonKernel
@@ -103,9 +103,7 @@ def _settle(
         taken += 1
         f, following = kernel.sweep(epsilon, log_a, log_b, g, f)
         if progress is not None:
-            # (f, g) misses b's marginal by b_j |exp((g_j - following_j) / eps) - 1|
-            miss = (b * torch.expm1((g - following) / epsilon).abs()).sum(-1)
-            error = float(miss.max()) if miss.numel() else 0.0
+            error = marginal_error(b, g, following, epsilon)
             if progress.ends(error):
                 break
         g = memory.step(g, following, (a * f).sum(-1) + (b * g).sum(-1), epsilon)

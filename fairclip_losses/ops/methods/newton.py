@@ -18,6 +18,7 @@ from ..checks import warn_unconverged
 from ..kernels.dense import DenseKernel, following
 from ..options import SinkhornOptions
 from .annealing import Annealing, Behind
+from .progress import marginal_error
 
 # Longest change of a potential of `newton_self` in the first round, in units of epsilon: far from
 # the optimum the quadratic model of an exponential holds no further.
@@ -98,36 +99,54 @@ def newton_pair(
         damping = torch.where(better, damping / 10, damping * 10).clamp(_LEAST_DAMPING, 1e3)
         if done:
             return f, k + 1
-    if watched and not on_the_way:
-        warn_unconverged(float(miss.abs().sum(-1).max()), options, rounds)
     return f, rounds
 
 
+def answer(
+    kernel: DenseKernel, f: Tensor, log_a: Tensor, log_b: Tensor, options: SinkhornOptions,
+    rounds: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the f and g that answer each other where f led, after so many rounds in all."""
+    g = kernel.transposed.softmin(options.epsilon, log_a, f)
+    met = kernel.softmin(options.epsilon, log_b, g)
+    _check(log_a, f, met, options, kernel.x, rounds)
+    return met, g
+
+
+def _check(
+    log_a: Tensor, f: Tensor, due: Tensor, options: SinkhornOptions, points: Tensor, rounds: int
+) -> None:
+    """Warn where a's marginal is missed by more than ``tol`` under f, and that is watched."""
+    if options.is_watched(points):
+        error = marginal_error(log_a.exp(), f, due, options.epsilon)
+        if not error <= options.tol:
+            warn_unconverged(error, options, rounds)
+
+
 def newton_pair_annealed(
-    kernel: DenseKernel, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
+    kernel: DenseKernel, log_a: Tensor, log_b: Tensor, options: SinkhornOptions, taken: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Return the potentials f and g of ``OT_eps(a, b)`` in space and the rounds taken.
+    """Return the potentials f and g of ``OT_eps(a, b)`` in space and the rounds ``taken`` by then.
 
     Small epsilons are reached by stations of falling ones, each from where the last two point to.
     """
     watched, back = options.is_watched(kernel.x), kernel.transposed
     scaling = options.scaling ** (1 / options.p) if watched else options.scaling
     annealing = Annealing(kernel.x, kernel.y, options, scaling)
-    f, taken, behind = kernel.softmin(annealing(0), log_b, torch.zeros_like(log_b)), 0, Behind()
+    f, behind = kernel.softmin(annealing(0), log_b, torch.zeros_like(log_b)), Behind()
     for k in range(annealing.rounds + 1):
         epsilon, target = annealing(k), k == annealing.rounds
         f = behind.foreseen(back, f, log_b, log_a, epsilon)
         f, rounds = newton_pair(kernel, f, log_a, log_b, options, None if target else epsilon)
         behind.pass_by(f, epsilon, steep=True)
         taken += rounds
-    g = back.softmin(options.epsilon, log_a, f)
-    return kernel.softmin(options.epsilon, log_b, g), g, taken
+    return *answer(kernel, f, log_a, log_b, options, taken), taken
 
 
 def newton_self(
     kernel: DenseKernel, f: Tensor, log_a: Tensor, options: SinkhornOptions
-) -> tuple[Tensor, int]:
-    """Return the potential of ``OT_eps(a, a)``, from a near one.
+) -> tuple[Tensor, Tensor]:
+    """Return the potential of ``OT_eps(a, a)``, from a near one, and the next one after it.
 
     The symmetric plan has marginal ``a exp((f - softmin f) / eps)``; with the conditional plan Q,
     Newton's equation on its logarithm is ``(1 + Q) step = (softmin f - f) / eps``.
@@ -147,7 +166,10 @@ def newton_self(
         value = (a * (2.0 * f) - epsilon * reached).sum(-1)
         return _Look(step, (a - reached).abs().sum(-1), value)
 
-    return _iterate(look, f, options, kernel.x)
+    f, rounds = _iterate(look, f, options, kernel.x)
+    following = kernel.softmin(epsilon, log_a, f)
+    _check(log_a, f, following, options, kernel.x, rounds)
+    return f, following
 
 
 def _solve(matrix: Tensor, diagonal: Tensor, right: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 # Least part of its bound that the rounding of a pass takes as a rule.
@@ -16,6 +17,18 @@ _OF_SUMS = 8.0
 PATIENCE, _FALLEN = 10, 0.95
 # Part of an error that a round leaves at least where rounding stops it.
 _STALLED = 0.5
+
+
+def marginal_error(
+    weights: Tensor, potential: Tensor, due: Tensor, epsilon: Tensor | float
+) -> float:
+    """Return the L1 error of a plan's marginal, the worst row's, read back.
+
+    ``due`` is the potential that would meet the weights instead: under ``potential`` the plan gives
+    the points ``weights exp((potential - due) / eps)``.
+    """
+    miss = (weights * torch.expm1((potential - due) / epsilon).abs()).sum(-1)
+    return float(miss.max()) if miss.numel() else 0.0
 
 
 class _Rounds(Protocol):
@@ -58,7 +71,9 @@ class Progress:
         if self._rounds == 0:
             self._first = error
         self._rounds += 1
-        if error <= max(_TYPICAL * self.floor, self.floor if error > _STALLED * before else 0.0):
+        typical = _TYPICAL * self.floor  # a bound that is too high may be no reason to miss tol
+        typical = typical if self.patience < math.inf else min(typical, self.tol)
+        if error <= max(typical, self.floor if error > _STALLED * before else 0.0):
             return True
         self._since_least += 1
         if error < _FALLEN * self._least:

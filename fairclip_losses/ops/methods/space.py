@@ -24,7 +24,7 @@ def solve_in_space(
     """
     if not (isinstance(kernel, DenseKernel) and fits_newton(kernel) and options.iterations is None):
         f, g, rounds, error = alternate(kernel, log_a, log_b, options)
-        if error is not None and error > options.tol:
+        if error is not None and not error <= options.tol:
             warn_unconverged(error, options, rounds)
         return f, g, rounds
     rounds = 0
@@ -32,5 +32,4 @@ def solve_in_space(
         f, g, rounds, error = alternate(kernel, log_a, log_b, options, _PATIENCE)
         if error is not None and error <= options.tol:
             return f, g, rounds
-    f, g, more = newton_pair_annealed(kernel, log_a, log_b, options)
-    return f, g, rounds + more
+    return newton_pair_annealed(kernel, log_a, log_b, options, rounds)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from ..checks import is_readable
+from ..checks import is_readable, warn_unconverged
 from ..kernels.dense import DenseKernel
 from ..kernels.line import LaplaceLine
 from ..kernels.streamed import StreamedKernel
 from ..options import SinkhornOptions
-from .progress import PATIENCE, Progress
+from .progress import PATIENCE, Progress, marginal_error
 
 if TYPE_CHECKING:
     from ..kernels.triton_kernel import TritonKernel
@@ -43,7 +43,7 @@ def solve_symmetric(
     if isinstance(kernel, StreamedKernel):
         quick = kernel.rough(epsilon, log_a.shape[:-1])
         kernels = [kernel] if quick is kernel else [quick, kernel]
-    progress = Progress(options.tol, kernel.spare * options.tol)
+    progress, error = Progress(options.tol, kernel.spare * options.tol), 0.0
     f = before = 0.5 * _update(kernels[0])(epsilon, log_a, torch.zeros_like(log_a))
     for k in range(rounds):
         if k == rounds - 1:
@@ -52,13 +52,15 @@ def solve_symmetric(
         if watched:
             progress.expect_rounding(kernels[0], epsilon)
             progress.patience = PATIENCE if len(kernels) > 1 else math.inf
-            miss = (a * torch.expm1((f - following) / epsilon).abs()).sum(-1)
-            if progress.ends(float(miss.max()) if miss.numel() else 0.0):
+            error = marginal_error(a, f, following, epsilon)
+            if progress.ends(error):
                 if len(kernels) == 1:
                     break
                 del kernels[0]
         if k < rounds - 1:
             f, before = f + _BALL_STEP * (following - f) + _BALL_MEMORY * (f - before), f
+    if watched and not error <= options.tol:
+        warn_unconverged(error, options, k + 2)
     if isinstance(kernel, StreamedKernel) and is_readable(f) and bool((log_a == -torch.inf).any()):
         following = kernel.softmin(epsilon, log_a, f)  # rounds leave absent points out
     return f, following
