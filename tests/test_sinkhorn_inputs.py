@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from no_read_back import NoReadBack
 from sinkhorn_cases import BLURS, POWERS, one_thread, random_problem
 
-from fairclip_losses.ops import sinkhorn_divergence
+from fairclip_losses.ops import sinkhorn_divergence, sinkhorn_solve
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -102,11 +103,32 @@ def test_no_points_are_no_measure():
         ({"iterations": 0}, "iterations must be None or an integer >= 1, got 0"),
         ({"tol": 0.0}, "tol must be > 0, got 0.0"),
         ({"max_iterations": 0}, "max_iterations must be an integer >= 1, got 0"),
+        ({"iterations": 2.0}, "iterations must be None or an integer >= 1, got 2.0"),
+        ({"iterations": True}, "iterations must be None or an integer >= 1, got True"),
+        ({"iterations": "5"}, "iterations must be None or an integer >= 1, got '5'"),
+        ({"max_iterations": 1e3}, "max_iterations must be an integer >= 1, got 1000.0"),
+        ({"p": True}, "p must be 1 or 2, got True"),
+        ({"blur": True}, "blur must be a finite number >= 0, got True"),
+        ({"tol": True}, "tol must be > 0, got True"),
+        ({"debias": "no"}, "debias must be True or False, got 'no'"),
+        ({"debias": None}, "debias must be True or False, got None"),
+        ({"validate": "x"}, "validate must be None, True or False, got 'x'"),
     ],
 )
 def test_bad_options(arguments, message):
     with pytest.raises(ValueError, match=message):
         sinkhorn_divergence(scores(), scores(), **arguments)
+    with pytest.raises(ValueError, match=message):
+        sinkhorn_solve(scores(), scores(), **arguments)
+
+
+@pytest.mark.parametrize("dimension", [1, 2])
+def test_numbers_of_other_types_are_numbers(dimension):
+    """NumPy's counts, and a whole power."""
+    x, y = torch.split(torch.randn(20, dimension), 10)
+    options = {"p": 2.0, "blur": np.float32(0.5), "iterations": np.int64(20)}
+    found = sinkhorn_divergence(x, y, **options)
+    assert found == sinkhorn_divergence(x, y, p=2, blur=0.5, iterations=20)
 
 
 def test_exact_transport_needs_a_line():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,10 +57,14 @@ def prepare(
 
 
 def check_options(
-    p: int, blur: float, debias: bool, scaling: float,
-    iterations: int | None, tol: float, max_iterations: int, backend: Backend,
+    p: int, blur: float, debias: bool, scaling: float, iterations: int | None, tol: float,
+    max_iterations: int, backend: Backend, validate: bool | None,
 ) -> SinkhornOptions:  # fmt: skip
     """Return the options as one value, or say which of them is wrong."""
+    if not isinstance(debias, bool):
+        raise ValueError(f"debias must be True or False, got {debias!r}")
+    if validate is not None and not isinstance(validate, bool):
+        raise ValueError(f"validate must be None, True or False, got {validate!r}")
     try:
         return _checked(p, blur, debias, scaling, iterations, tol, max_iterations, backend)
     except TypeError:  # what is no number
@@ -73,17 +78,17 @@ def _checked(
     p: int, blur: float, debias: bool, scaling: float,
     iterations: int | None, tol: float, max_iterations: int, backend: Backend,
 ) -> SinkhornOptions:  # fmt: skip
-    if p not in (1, 2):
+    if isinstance(p, bool) or p not in (1, 2):  # True is 1
         raise ValueError(f"p must be 1 or 2, got {p!r}")
-    if not 0 <= blur < math.inf:
+    if isinstance(blur, bool) or not 0 <= blur < math.inf:
         raise ValueError(f"blur must be a finite number >= 0, got {blur!r}")
-    if blur != 0 and not 1e-100 <= blur <= 1e100:  # blur^p must be a number too
+    if blur != 0 and not 1e-100 <= float(blur) <= 1e100:  # blur^p must be a number too
         raise ValueError(f"blur must be 0 or from 1e-100 to 1e100, got {blur!r}")
     if not 0 < scaling < 1:
         raise ValueError(f"scaling must lie strictly between 0 and 1, got {scaling!r}")
     if iterations is not None and not _is_count(iterations):
         raise ValueError(f"iterations must be None or an integer >= 1, got {iterations!r}")
-    if not tol > 0:
+    if isinstance(tol, bool) or not tol > 0:
         raise ValueError(f"tol must be > 0, got {tol!r}")
     if not _is_count(max_iterations):
         raise ValueError(f"max_iterations must be an integer >= 1, got {max_iterations!r}")
@@ -92,12 +97,13 @@ def _checked(
     if backend == "prefix" and p != 1:
         raise ValueError(f"backend 'prefix' is for p = 1, got p = {p}")
     return SinkhornOptions(
-        p, float(blur), debias, scaling, iterations, tol, max_iterations, backend
+        int(p), float(blur), debias, scaling, iterations, tol, max_iterations, backend
     )
 
 
 def _is_count(value: int) -> bool:
-    return value >= 1 and int(value) == value
+    """Whether it counts rounds for `range`: 2.0 does not, and True is meant otherwise."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
 
 
 def check_shapes(

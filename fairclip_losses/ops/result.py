@@ -63,7 +63,9 @@ def sinkhorn_solve(
     Raises:
         ValueError: as `sinkhorn_divergence`; blur = 0; no points.
     """
-    options = check_options(p, blur, debias, scaling, iterations, tol, max_iterations, backend)
+    options = check_options(
+        p, blur, debias, scaling, iterations, tol, max_iterations, backend, validate
+    )
     check_shapes(x, y, a, b, options)
     if options.blur == 0:
         raise ValueError("sinkhorn_solve needs blur > 0; use sinkhorn_divergence for blur = 0")

@@ -105,12 +105,15 @@ def sinkhorn_divergence(
             NaN or infinite points, negative or non-finite weights.
 
     Warns:
-        ConvergenceWarning: ``max_iterations`` rounds did not reach ``tol``, where that is watched.
+        ConvergenceWarning: ``max_iterations`` rounds did not reach ``tol``, between the measures or
+            from one of them to itself, where that is watched.
 
     Sources: Cuturi 2013 (arXiv:1306.0895); Feydy et al. 2019 (arXiv:1810.08278), eq. 3 for the
     divergence; Peyre and Cuturi 2019 (arXiv:1803.00567), eq. 2.28-2.30 for the line.
     """
-    options = check_options(p, blur, debias, scaling, iterations, tol, max_iterations, backend)
+    options = check_options(
+        p, blur, debias, scaling, iterations, tol, max_iterations, backend, validate
+    )
     check_shapes(x, y, a, b, options)
     if any(0 in tensor.shape for tensor in (x, y, a, b) if tensor is not None):
         return _no_measure(x, y, a, b)
