@@ -196,9 +196,9 @@ def _iterate(
     for k in range(rounds):
         longest = best.step.abs().amax(-1, keepdim=True)
         candidate = f + epsilon * best.step * (radius / torch.maximum(longest, radius))
-        if watched and not bool((best.error > options.tol).any()):
-            return candidate, k + 1
         new = look(candidate)
+        if watched and not bool((best.error > options.tol).any()):
+            return torch.where((new.error <= best.error)[..., None], candidate, f), k + 1
         slack = 1e-12 * (best.value.abs() + new.value.abs())
         better = (new.value >= best.value - slack)[..., None]
         radius = torch.where(better, 4.0 * radius, torch.minimum(radius, longest) / 4.0)

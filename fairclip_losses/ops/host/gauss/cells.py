@@ -98,7 +98,8 @@ class _Line:
         self.own = own
         self.low = own.points[own.starts]
         length = own.points[own.ends - 1] - self.low
-        self.scale = np.where(length > 0, 0.5 / np.where(length > 0, length, 1.0), 0.0)
+        some = length > 1e-300  # else its inverse is no number
+        self.scale = np.where(some, 0.5 / np.where(some, length, 1.0), 0.0)
         self.keys = self._key(own.row, own.points)
 
     def _key(self, row: Array, place: Array) -> Array:
