@@ -14,7 +14,7 @@ from .ragged import Ragged
 # Points that stand for a cell.
 _ORDER = 8
 # Part of the error allowed that cells are laid out for.
-_PART = 0.25
+_PART = 0.1
 # Points a row up to which dividing them costs more than it saves.
 _FEW = 64
 
