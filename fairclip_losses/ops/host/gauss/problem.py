@@ -15,7 +15,7 @@ from .ragged import Ragged, Table
 from .windows import read_windows
 
 # Most entries of a row that are all kept in memory, and of the rows that are solved at once.
-_DENSE, _AT_ONCE = 2**15, 2**18
+_DENSE, _AT_ONCE = 2**15, 2**16
 # Largest cost, in units of epsilon, whose rounding the potentials stand; beyond, the costs are
 # reduced, which takes all entries, up to so many.
 _ROUNDED, _REDUCED = 1e10, 2**20
