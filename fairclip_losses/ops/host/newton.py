@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from ..heavy_ball import MEMORY, STEP
 from .arrays import Array
 
 # The log of weight 0: finite, so that differences are numbers, and nothing beside any other.
@@ -27,8 +28,6 @@ _TRUST = 5.0
 _FAR_BELOW, _STALLED, _NEXT_STEP = 1e-3, 3, 0.1
 # Part of ``tol`` that the rounds for a measure against itself reach.
 SELF_BELOW = 1e-2
-# Step and memory of the heavy ball for a linear map with eigenvalues in [1, 2].
-_BALL_STEP, _BALL_MEMORY = 0.686, 0.0294
 
 
 class HostKernel(Protocol):
@@ -140,7 +139,7 @@ def solve_self(
     following, before = softmin(f), f
     for k in range(rounds):
         # two rounds of plain averaging first: the range of eigenvalues is that of the optimum
-        step, memory = (_BALL_STEP, _BALL_MEMORY) if k > 1 else (0.5, 0.0)
+        step, memory = (STEP, MEMORY) if k > 1 else (0.5, 0.0)
         f, before = f + step * (following - f) + memory * (f - before), f
         following = softmin(f)
         if not fixed:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import is_readable, warn_unconverged
+from ..heavy_ball import MEMORY, STEP
 from ..kernels.dense import DenseKernel
 from ..kernels.line import LaplaceLine
 from ..kernels.streamed import StreamedKernel
@@ -23,8 +24,6 @@ Kernel: TypeAlias = "DenseKernel | LaplaceLine | StreamedKernel | TritonKernel"
 
 # Rounds where nothing may be read back from the device.
 _UNWATCHED_ROUNDS = 40
-# Step and memory of the heavy ball for a linear map with eigenvalues in [1, 2].
-_BALL_STEP, _BALL_MEMORY = 0.686, 0.0294
 
 
 def solve_symmetric(
@@ -58,7 +57,7 @@ def solve_symmetric(
                     break
                 del kernels[0]
         if k < rounds - 1:
-            f, before = f + _BALL_STEP * (following - f) + _BALL_MEMORY * (f - before), f
+            f, before = f + STEP * (following - f) + MEMORY * (f - before), f
     if watched and not error <= options.tol:
         warn_unconverged(error, options, k + 2)
     if isinstance(kernel, StreamedKernel) and is_readable(f) and bool((log_a == -torch.inf).any()):
