@@ -114,7 +114,7 @@ class GaussKernel:
         """Return entries that serve for these exponents of y."""
         entries = self._shared[0].transposed if self._turned else self._shared[0]
         v = exponent - self.log_b
-        if entries.v.size and np.abs(v - entries.v).max() <= entries.farthest:
+        if entries.v.size and np.maximum.reduce(np.abs(v - entries.v), None) <= entries.farthest:
             return entries
         return self._rescaled(exponent)
 

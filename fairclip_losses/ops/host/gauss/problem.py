@@ -140,8 +140,9 @@ def _batches(one: Ragged, other: Ragged, epsilon: float) -> Iterator[tuple[Array
     entries = one.count * other.count
     if not entries.any():  # nothing to be read at absent points, where there are none
         return
-    length = max(own.points.max() - far.points.min() for own, far in ((one, other), (other, one)))
-    small = entries <= (_REDUCED if length**2 > _ROUNDED * epsilon else _DENSE)
+    small = entries <= _DENSE
+    if not small.all() and _farthest(one, other) ** 2 > _ROUNDED * epsilon:
+        small = entries <= _REDUCED
     for row in np.flatnonzero(~small):
         yield np.array([row]), False
     rows = np.flatnonzero(small & (entries > 0))
@@ -150,3 +151,9 @@ def _batches(one: Ragged, other: Ragged, epsilon: float) -> Iterator[tuple[Array
         size = max(_AT_ONCE // most, 1)
         for start in range(0, rows.size, size):
             yield rows[start : start + size], True
+
+
+def _farthest(one: Ragged, other: Ragged) -> float:
+    """Return the longest distance between points of either side, of any row."""
+    ends = [(side.points.min(), side.points.max()) for side in (one, other)]
+    return float(max(ends[0][1] - ends[1][0], ends[1][1] - ends[0][0]))

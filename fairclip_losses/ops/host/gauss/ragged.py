@@ -44,10 +44,11 @@ class Ragged:
 
     def table(self, rows: Array) -> Table:
         """Return some rows as a table."""
-        count = self.count[rows]
-        place = np.minimum(np.arange(count.max()), count[:, None] - 1)
+        count = self.count[rows][:, None]
+        columns = np.arange(int(np.maximum.reduce(count, None)))
+        there = columns < count
+        place = np.minimum(columns, count - 1)
         place += self.starts[rows, None]
-        there = np.arange(count.max()) < count[:, None]
         weights = np.where(there, self.weights[place], 0.0)
         return Table(self.points[place], weights, place, there)
 
