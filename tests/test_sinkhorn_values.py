@@ -189,7 +189,7 @@ def test_the_reference_is_a_dual_value():
 
 @pytest.mark.parametrize("p", POWERS)
 def test_blur_runs_from_transport_to_the_distance_of_moments(p):
-    """S is near the exact cost at small blur; for p = 2 it is the means' distance at large."""
+    """S is near the exact cost at small blur; at large, the means' distance, for p = 1 energy's."""
     x, y, a, b = random_problem(12, 10, rows=1)
     exact = sinkhorn_divergence(x, y, a, b[0], p=p, blur=0)
     small = sinkhorn_divergence(x, y, a, b[0], p=p, blur=0.003)
@@ -198,3 +198,11 @@ def test_blur_runs_from_transport_to_the_distance_of_moments(p):
         means = (normalised(a) @ x.numpy() - normalised(b[0]) @ y.numpy())[0]
         large = sinkhorn_divergence(x, y, a, b[0], blur=1e3)
         assert large.item() == pytest.approx(0.5 * means**2, rel=1e-4)
+    else:
+        one, other = normalised(a), normalised(b[0])
+        between, within_x, within_y = (
+            cost_matrix(*pair, 1).numpy() for pair in ((x, y), (x, x), (y, y))
+        )
+        energy = one @ between @ other - 0.5 * (one @ within_x @ one + other @ within_y @ other)
+        large = sinkhorn_divergence(x, y, a, b[0], p=1, blur=1e5)
+        assert large.item() == pytest.approx(energy, rel=1e-4)
