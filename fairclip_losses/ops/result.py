@@ -56,9 +56,10 @@ def sinkhorn_solve(
     potentials are those of uniform weights and mean nothing.
 
     ``marginal_error`` is measured on all points, also where fewer stood for them in the solution.
-    It may stay above ``tol`` where clusters lie many blurs apart and their masses agree to less
+    It does not fall below the rounding of the potentials, some ``1e-16 (diameter / blur)^p``. It
+    may also stay above ``tol`` where clusters lie many blurs apart and their masses agree to less
     than that: hardly any plan then couples the levels of their potentials, and neither the cost nor
-    the gradient depends on them.
+    its gradient in the points depends on them.
 
     Raises:
         ValueError: as `sinkhorn_divergence`; blur = 0; no points.

@@ -105,7 +105,7 @@ class GaussKernel:
         try:
             solved = entries.solve(left, right, roots, roots[0] * (1.0 - rho))
         except np.linalg.LinAlgError:  # not a number: a plain update instead
-            plain: Array = 1.0 / rho - 1.0
+            plain: Array = 1.0 / np.maximum(rho, _LEAST_NUMBER) - 1.0
             return plain
         step: Array = np.where(a > 0, solved / np.where(a > 0, roots[0], 1.0), 0.0)
         return step
