@@ -167,6 +167,23 @@ def test_register_errors():
     assert list(registry) == [callback]
 
 
+def test_a_misspelt_event_method_is_refused():
+    """It would never be called, and nobody would know."""
+
+    class Misspelt(Callback):
+        def on_epoch_ended(self, state):
+            pass
+
+    class Strange(Callback):
+        def on_coffee(self, state):
+            pass
+
+    with pytest.raises(ValueError, match=r"on_epoch_ended, .* did you mean on_epoch_end"):
+        CallbackRegistry([Misspelt()])
+    with pytest.raises(ValueError, match="on_coffee, which no event calls"):
+        CallbackRegistry([Strange()])
+
+
 def test_a_callback_may_leave_while_it_is_called():
     heard = []
 

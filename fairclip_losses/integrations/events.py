@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -194,6 +195,16 @@ def _call(callback: Callback, method: str, *arguments: Any) -> Any:
         ) from error
 
 
+def _check_event_methods(callback: Callback) -> None:
+    """Refuse a method that looks like an event's and is none's, as a misspelt one is."""
+    known = [f"on_{event.value}" for event in Event]
+    for name in dir(type(callback)):
+        if name.startswith("on_") and name not in known and callable(getattr(callback, name)):
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f", did you mean {near[0]}?" if near else f"; events call {', '.join(known)}"
+            raise ValueError(f"callback {callback.name} has {name}, which no event calls{hint}")
+
+
 class CallbackRegistry:
     """An ordered collection of callbacks to which events are delivered.
 
@@ -224,13 +235,15 @@ class CallbackRegistry:
         Raises:
             ValueError: it is no `Callback`, is registered already, keeps state under the name of
                 another, or overrides one alone of ``state_dict`` and ``load_state_dict``, or of
-                ``part_state_dict`` and ``load_part_state_dicts``, or the latter two alone.
+                ``part_state_dict`` and ``load_part_state_dicts``, or the latter two alone; or it
+                has a method ``on_...`` of no event, which would never be called.
         """
         if not isinstance(callback, Callback):
             hint = "; register an instance, not the class" if isinstance(callback, type) else ""
             raise ValueError(f"expected a Callback, got {callback!r}{hint}")
         if any(known is callback for known in self._callbacks):
             raise ValueError(f"callback {callback.name} is registered already")
+        _check_event_methods(callback)
         for one, other in _TOGETHER:
             if _overrides(callback, one) != _overrides(callback, other):
                 raise ValueError(
