@@ -12,10 +12,11 @@ from torch import Tensor
 
 from .checks import runs_triton
 from .kernels.dense import DenseKernel
+from .kernels.kinds import Kernel
 from .kernels.line import LaplaceLine
 from .kernels.streamed import StreamedKernel
 from .options import SinkhornOptions
-from .solve import Kernel, solve_pair, solve_self
+from .solve import solve_pair, solve_self
 
 # Points a side up to which costs in memory and Newton are the fastest and the surest.
 _SMALL = 96

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .entropic import solve_entropic
 from .host import marginal_error_on_host, suits_host_solver
+from .methods.progress import missed
 from .options import Backend, SinkhornOptions
 from .prepare import check_options, check_shapes, prepare
 from .problem import choose_kernel
@@ -87,8 +88,8 @@ def sinkhorn_solve(
             (problem.x, problem.a, solved.f_self), (other, problem.b, solved.g_self),
         ):  # fmt: skip
             if own is not None:  # both marginals of a measure's plan with itself are the same
-                missed = _marginal_error(points, points, weights, weights, own, own, options)
-                converged = converged & (0.5 * missed <= options.tol)
+                twice = _marginal_error(points, points, weights, weights, own, own, options)
+                converged = converged & (0.5 * twice <= options.tol)
         return SinkhornResult(
             cost=torch.where(problem.has_mass, solved.cost, 0.0),
             transport_cost=torch.where(problem.has_mass, solved.transport_cost, 0.0),
@@ -110,11 +111,6 @@ def _marginal_error(
     if options.p == 2 and on_host:
         return marginal_error_on_host(x, y, a, b, f, g, options.epsilon)
     kernel = choose_kernel(x, y, options)
-    error = _miss(a, f, kernel.softmin(options.epsilon, b.log(), g), options)
+    error = missed(a, f, kernel.softmin(options.epsilon, b.log(), g), options.epsilon)
     back = kernel.transposed.softmin(options.epsilon, a.log(), f)
-    return error + _miss(b, g, back, options)
-
-
-def _miss(weights: Tensor, potential: Tensor, due: Tensor, options: SinkhornOptions) -> Tensor:
-    """Return the L1 error of a marginal of the plan, ``due`` the potential that would meet it."""
-    return (weights * torch.expm1((potential - due) / options.epsilon).abs()).sum(-1)
+    return error + missed(b, g, back, options.epsilon)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
-
 import torch
 from torch import Tensor
 
 from .exact import solve_exact
 from .kernels.dense import DenseKernel
+from .kernels.kinds import Kernel
 from .kernels.line import LaplaceLine
-from .kernels.streamed import StreamedKernel
 from .methods.diffusion import diffusion_rounds
 from .methods.newton import answer, fits_newton, newton_pair, newton_self
 from .methods.space import solve_in_space
 from .methods.symmetric import solve_symmetric
 from .options import SinkhornOptions
-
-if TYPE_CHECKING:
-    from .kernels.triton_kernel import TritonKernel
-
-Kernel: TypeAlias = "DenseKernel | LaplaceLine | StreamedKernel | TritonKernel"
 
 
 def _exact_potential(x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: int) -> Tensor:

@@ -13,6 +13,8 @@ Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 # Takes the gradient of the costs (*,), returns those of the points x (*, N) and y (*, M).
 Gradients = Callable[[Array], tuple[Array, Array]]
+# Largest exponent of a number, beyond which exponents are cut off.
+LARGEST = 700.0
 # Points times rows from which on what is absent is left out before anything is read in order.
 FEW = 2**16
 # Points of both measures times rows up to which p = 2 looks at all of them, where some are absent.

@@ -15,7 +15,7 @@ from ..options import SinkhornOptions
 from ..solution import EntropicSolution, Slopes
 from .arrays import Array, Shape, stretch
 from .gauss.rows import Rows, clouds, within_blocks
-from .gauss.solver import SmoothSolver, missed
+from .gauss.solver import SmoothSolver, marginal_error
 from .host_solver import Between, Within
 from .laplace.solver import LineSolver
 
@@ -62,8 +62,8 @@ def marginal_error_on_host(
     one, other = Rows.of(x, a, lead), Rows.of(y, b, lead)
     rows_f, rows_g = f.reshape(-1, f.shape[-1]).numpy(), g.reshape(-1, g.shape[-1]).numpy()
     error = [
-        missed(ones, others, rows_f[rows], rows_g[rows], epsilon)
-        + missed(others, ones, rows_g[rows], rows_f[rows], epsilon)
+        marginal_error(ones, others, rows_f[rows], rows_g[rows], epsilon)
+        + marginal_error(others, ones, rows_g[rows], rows_f[rows], epsilon)
         for rows, ones, others in clouds(one, other)
     ]
     return torch.from_numpy(np.concatenate(error)).view(lead)

@@ -10,7 +10,7 @@ import numpy as np
 from ..checks import warn_unconverged
 from ..options import SinkhornOptions
 from .arrays import Array
-from .newton import HostKernel, Look, solve_pair
+from .newton import HostKernel, Look, missed, solve_pair
 
 # Most rounds of Newton's, and of the heavy ball of the self-terms, where no number is asked for.
 _ROUNDS, _SELF_ROUNDS = 40, 100
@@ -69,8 +69,8 @@ class HostSolver:
         rounds = self.options.iterations or min(_SELF_ROUNDS, self.options.max_iterations)
         before, after = solve(kernel, a, tol, rounds, self.fixed)
         if not self.fixed:
-            apart = np.minimum((before - after) / kernel.epsilon, 700.0)
-            self._check(float((a * np.abs(np.expm1(apart))).sum(-1).max()), rounds)
+            error = missed(a, before, after, kernel.epsilon).sum(-1)
+            self._check(float(error.max()), rounds)
         return before, after
 
     def _check(self, error: float, rounds: int) -> None:

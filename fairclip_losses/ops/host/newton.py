@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from ..heavy_ball import MEMORY, STEP
-from .arrays import Array
+from .arrays import LARGEST, Array
 
 # The log of weight 0: finite, so that differences are numbers, and nothing beside any other.
 LOG_ZERO = -1e12
@@ -69,6 +69,19 @@ def log_weights(weights: Array) -> Array:
     return logs
 
 
+def missed(weights: Array, potential: Array, due: Array, epsilon: float) -> Array:
+    """Return the mass by which a plan's marginal is off at each point.
+
+    ``due`` is the potential that would meet the weights instead: under ``potential`` the plan gives
+    the points ``weights exp((potential - due) / eps)``.
+    """
+    mass: Array = (potential - due) / epsilon
+    np.minimum(mass, LARGEST, out=mass)
+    np.abs(np.expm1(mass, out=mass), out=mass)
+    mass *= weights
+    return mass
+
+
 def solve_pair(
     kernel: HostKernel, a: Array, b: Array, f: Array, tol: float, rounds: int, fixed: bool
 ) -> tuple[Look, int]:
@@ -88,9 +101,9 @@ def solve_pair(
         g *= -epsilon
         due = kernel.log_product(log_b + g / epsilon)
         due *= -epsilon
-        miss = a * np.abs(np.expm1(np.minimum((f - due) / epsilon, 700.0)))
+        error = np.add.reduce(missed(a, f, due, epsilon), -1)
         value = np.add.reduce(a * f, -1) + np.add.reduce(b * g, -1)
-        return Look(f, g, due, np.add.reduce(miss, -1), value)
+        return Look(f, g, due, error, value)
 
     best = look(look(f).due)
     radius = np.full((f.shape[0], 1), _TRUST)
@@ -143,7 +156,7 @@ def solve_self(
         f, before = f + step * (following - f) + memory * (f - before), f
         following = softmin(f)
         if not fixed:
-            miss = a * np.abs(np.expm1(np.minimum((f - following) / epsilon, 700.0)))
+            miss = missed(a, f, following, epsilon)
             if (miss.sum(-1) <= SELF_BELOW * tol).all():
                 break
     return f, following

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import broadcast_shapes, is_readable
-from ..kernels.dense import DenseKernel
+from ..kernels.kinds import SpaceKernel
 from ..kernels.streamed import StreamedKernel
 from ..options import SinkhornOptions
 from .anderson import Anderson
 from .annealing import Annealing, Behind
 from .progress import PATIENCE, Progress, marginal_error
-
-if TYPE_CHECKING:
-    from ..kernels.triton_kernel import TritonKernel
-
-SpaceKernel: TypeAlias = "DenseKernel | StreamedKernel | TritonKernel"
 
 # Rounds where nothing may be read back from the device, so that no test can end them.
 _UNWATCHED_ROUNDS = 100

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..checks import is_readable
-from ..kernels.dense import DenseKernel
-from ..kernels.streamed import StreamedKernel
+from ..kernels.kinds import SpaceKernel
 from ..options import SinkhornOptions
-
-if TYPE_CHECKING:
-    from ..kernels.triton_kernel import TritonKernel
-
-SpaceKernel: TypeAlias = "DenseKernel | StreamedKernel | TritonKernel"
 
 # Diameters over blurs that annealing then goes through; surplus rounds run at the target.
 _UNWATCHED_RANGE = 1e4

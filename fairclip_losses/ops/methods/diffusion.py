@@ -10,22 +10,13 @@ blur, and a round stays O(N).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
-
 import torch
 from torch import Tensor
 
 from ..checks import warn_unconverged
 from ..exact import along, unsort
-from ..kernels.dense import DenseKernel
-from ..kernels.line import LaplaceLine
-from ..kernels.streamed import StreamedKernel
+from ..kernels.kinds import Kernel
 from ..options import SinkhornOptions
-
-if TYPE_CHECKING:
-    from ..kernels.triton_kernel import TritonKernel
-
-LineKernel: TypeAlias = "DenseKernel | LaplaceLine | StreamedKernel | TritonKernel"
 
 # Rounds after which the diffusion is measured anew: it changes with the plan.
 _MEASURED_AFTER = frozenset({0, 1, 2, 4, 8, 16, 32, 64})
@@ -37,7 +28,7 @@ _ROUNDS, _UNWATCHED_ROUNDS = 100, 80
 
 
 def diffusion_rounds(
-    kernel: LineKernel, g: Tensor, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
+    kernel: Kernel, g: Tensor, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
 ) -> tuple[Tensor, Tensor, int]:
     """Return the potentials f and g of ``OT_eps(a, b)``, from a near g, and the rounds taken."""
     epsilon, back = options.epsilon, kernel.transposed
@@ -71,7 +62,7 @@ def diffusion_rounds(
 
 
 def _conductance(
-    kernel: LineKernel, f: Tensor, g: Tensor, log_a: Tensor, log_b: Tensor, epsilon: float
+    kernel: Kernel, f: Tensor, g: Tensor, log_a: Tensor, log_b: Tensor, epsilon: float
 ) -> Tensor:
     """Return the diffusion's conductance in the gaps between sorted points, (*, N - 1).
 

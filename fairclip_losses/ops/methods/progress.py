@@ -19,15 +19,20 @@ PATIENCE, _FALLEN = 10, 0.95
 _STALLED = 0.5
 
 
-def marginal_error(
-    weights: Tensor, potential: Tensor, due: Tensor, epsilon: Tensor | float
-) -> float:
-    """Return the L1 error of a plan's marginal, the worst row's, read back.
+def missed(weights: Tensor, potential: Tensor, due: Tensor, epsilon: Tensor | float) -> Tensor:
+    """Return the L1 error (*,) of a plan's marginal.
 
     ``due`` is the potential that would meet the weights instead: under ``potential`` the plan gives
     the points ``weights exp((potential - due) / eps)``.
     """
-    miss = (weights * torch.expm1((potential - due) / epsilon).abs()).sum(-1)
+    return (weights * torch.expm1((potential - due) / epsilon).abs()).sum(-1)
+
+
+def marginal_error(
+    weights: Tensor, potential: Tensor, due: Tensor, epsilon: Tensor | float
+) -> float:
+    """Return the error of `missed`, the worst row's, read back."""
+    miss = missed(weights, potential, due, epsilon)
     return float(miss.max()) if miss.numel() else 0.0
 
 

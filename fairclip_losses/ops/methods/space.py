@@ -6,8 +6,9 @@ from torch import Tensor
 
 from ..checks import warn_unconverged
 from ..kernels.dense import DenseKernel
+from ..kernels.kinds import SpaceKernel
 from ..options import SinkhornOptions
-from .alternate import SpaceKernel, alternate
+from .alternate import alternate
 from .newton import fits_newton, newton_pair_annealed
 
 # Most alternate updates, at all epsilons, before Newton's method where it may be used.

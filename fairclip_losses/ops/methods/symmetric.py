@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,15 +11,10 @@ from torch import Tensor
 from ..checks import is_readable, warn_unconverged
 from ..heavy_ball import MEMORY, STEP
 from ..kernels.dense import DenseKernel
-from ..kernels.line import LaplaceLine
+from ..kernels.kinds import Kernel
 from ..kernels.streamed import StreamedKernel
 from ..options import SinkhornOptions
 from .progress import PATIENCE, Progress, marginal_error
-
-if TYPE_CHECKING:
-    from ..kernels.triton_kernel import TritonKernel
-
-Kernel: TypeAlias = "DenseKernel | LaplaceLine | StreamedKernel | TritonKernel"
 
 # Rounds where nothing may be read back from the device.
 _UNWATCHED_ROUNDS = 40

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import solveh_banded
 
-from ..arrays import Array
+from ..arrays import LARGEST, Array
 from .kernel import null_diagonal
 from .windows import windows
 
@@ -80,7 +80,7 @@ class BandEntries:
         u: Array = -(np.log(np.add.reduceat(weighted, starts)) + largest)
         del weighted
         entries += np.repeat(u, count)
-        np.exp(np.minimum(entries, 700.0, out=entries), out=entries)
+        np.exp(np.minimum(entries, LARGEST, out=entries), out=entries)
         rows = np.append(starts, ends[-1]).astype(np.int32)
         shape = (self._x.size, self._y.size)
         self._scaled = csr_array((entries, columns, rows), shape=shape)
@@ -97,16 +97,17 @@ class BandEntries:
         The equations are those of both sides' points, ``[[D_a, B], [B^T, D_b]]``, in the order in
         which the plan runs through them: a band.
         """
-        places = self._places()
+        scaled = self._scaled.tocsr()
+        places = _places(scaled)
         size = sum(place.size for place in places)
         sums = [np.zeros(place.size) for place in places]
         width = 0
-        for rows, columns, values in self._plan(left, right):
+        for rows, columns, values in _plan(scaled, left, right):
             sums[0] += np.bincount(rows, values * roots[1][0, columns], sums[0].size)
             sums[1] += np.bincount(columns, values * roots[0][0, rows], sums[1].size)
             width = max(width, int(np.abs(places[0][rows] - places[1][columns]).max()))
         bands = np.zeros((size, width + 1))
-        for rows, columns, values in self._plan(left, right):
+        for rows, columns, values in _plan(scaled, left, right):
             row, column = places[0][rows], places[1][columns]
             bands[np.minimum(row, column), np.abs(row - column)] = values
         for place, own, total in zip(places, roots, sums, strict=True):
@@ -119,26 +120,26 @@ class BandEntries:
         step: Array = solved[None, places[0]]
         return step
 
-    def _plan(self, left: Array, right: Array) -> Iterator[tuple[Array, Array, Array]]:
-        """Yield some entries of the plan at a time, with their places, but negligible ones."""
-        scaled = self._scaled.tocsr()
-        ends = scaled.indptr
-        rows = np.arange(ends.size - 1)
-        for start in range(0, ends[-1], _BLOCK):
-            some = slice(start, min(start + _BLOCK, ends[-1]))
-            first, last = ends.searchsorted([some.start, some.stop - 1], "right") - 1
-            count = np.minimum(ends[first + 1 : last + 2], some.stop)
-            count -= np.maximum(ends[first : last + 1], some.start)
-            row, column = np.repeat(rows[first : last + 1], count), scaled.indices[some]
-            values = scaled.data[some] * left[0, row]
-            values *= right[0, column]
-            kept = values > _NEGLIGIBLE
-            yield row[kept], column[kept], values[kept]
 
-    def _places(self) -> tuple[Array, Array]:
-        """Return each point's place among those of both sides."""
-        scaled = self._scaled.tocsr()
-        middle = 0.5 * (scaled.indices[scaled.indptr[:-1]] + scaled.indices[scaled.indptr[1:] - 1])
-        middle = np.maximum.accumulate(middle)
-        rows, columns = np.arange(middle.size), np.arange(self._y.size)
-        return rows + middle.astype(int) + 1, columns + middle.searchsorted(columns)
+def _plan(scaled: Any, left: Array, right: Array) -> Iterator[tuple[Array, Array, Array]]:
+    """Yield some entries of the plan at a time, with their places, but negligible ones."""
+    ends = scaled.indptr
+    rows = np.arange(ends.size - 1)
+    for start in range(0, ends[-1], _BLOCK):
+        some = slice(start, min(start + _BLOCK, ends[-1]))
+        first, last = ends.searchsorted([some.start, some.stop - 1], "right") - 1
+        count = np.minimum(ends[first + 1 : last + 2], some.stop)
+        count -= np.maximum(ends[first : last + 1], some.start)
+        row, column = np.repeat(rows[first : last + 1], count), scaled.indices[some]
+        values = scaled.data[some] * left[0, row]
+        values *= right[0, column]
+        kept = values > _NEGLIGIBLE
+        yield row[kept], column[kept], values[kept]
+
+
+def _places(scaled: Any) -> tuple[Array, Array]:
+    """Return each point's place among those of both sides."""
+    middle = 0.5 * (scaled.indices[scaled.indptr[:-1]] + scaled.indices[scaled.indptr[1:] - 1])
+    middle = np.maximum.accumulate(middle)
+    rows, columns = np.arange(middle.size), np.arange(scaled.shape[1])
+    return rows + middle.astype(int) + 1, columns + middle.searchsorted(columns)

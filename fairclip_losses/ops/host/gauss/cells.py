@@ -36,6 +36,11 @@ class Cells(NamedTuple):
         """Number of points of each cell, (C,)."""
         return self.last - self.first + 1
 
+    def in_order(self) -> Cells:
+        """Return the same cells from left to right, row by row."""
+        order = self.first.argsort()
+        return Cells(self.first[order], self.last[order])
+
 
 def divide(own: Ragged, other: Ragged, epsilon: float, few: int, longest: float) -> Cells:
     """Return cells of ``own`` no longer than ``longest * eps / sd``, by the transport map.
@@ -68,9 +73,7 @@ def divide(own: Ragged, other: Ragged, epsilon: float, few: int, longest: float)
         done.append((first[short], last[short]))
         parts = np.clip(np.ceil(smooth), 2, _MOST_PARTS).astype(int)
         todo = line.cut(Cells(first[~short], last[~short]), parts[~short])
-    first, last = (np.concatenate(part) for part in zip(*done, strict=True))
-    order = first.argsort()
-    return Cells(first[order], last[order])
+    return Cells(*(np.concatenate(part) for part in zip(*done, strict=True))).in_order()
 
 
 def _between_ends(own: Ragged) -> Cells:
@@ -86,9 +89,7 @@ def _between_ends(own: Ragged) -> Cells:
 
 def refine(own: Ragged, cells: Cells, ratio: Array) -> Cells:
     """Cut each cell into as many parts as its ratio to the longest one says."""
-    first, last = _Line(own).cut(cells, np.ceil(np.maximum(ratio, 1.0)).astype(int))
-    order = first.argsort()
-    return Cells(first[order], last[order])
+    return _Line(own).cut(cells, np.ceil(np.maximum(ratio, 1.0)).astype(int)).in_order()
 
 
 class _Line:

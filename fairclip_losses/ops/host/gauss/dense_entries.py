@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..arrays import Array
+from ..arrays import LARGEST, Array
 from .kernel import null_diagonal
 
 # What keeps Newton's matrix regular.
@@ -40,7 +40,7 @@ class DenseEntries:
         np.exp(entries, out=entries)
         self.u = -(np.log(np.add.reduce(entries, -1)) + largest[..., 0])
         scaled += self.u[:, :, None]
-        self._scaled = np.exp(np.minimum(scaled, 700.0, out=scaled), out=scaled)
+        self._scaled = np.exp(np.minimum(scaled, LARGEST, out=scaled), out=scaled)
 
     def times(self, vectors: Array) -> Array:
         """See `Entries`."""

@@ -12,15 +12,13 @@ from typing import Protocol
 
 import numpy as np
 
-from ..arrays import Array
+from ..arrays import LARGEST, Array
 from ..newton import LEVEL, Look, log_weights
 
 # The least part of a point's mass in the diagonal of Newton's matrix.
 _LEAST = 1e-3
 # Products below, and above its inverse, have lost what they were the sum of.
 _LEAST_NUMBER = 1e-200
-# Largest exponent of a number.
-_LARGEST = 700.0
 
 
 class Entries(Protocol):
@@ -92,11 +90,11 @@ class GaussKernel:
     def steps(self, a: Array, b: Array, at: Look) -> Array:
         """See `HostKernel.steps`; equations scaled by the weights, so that they are symmetric."""
         roots = np.sqrt(a), np.sqrt(b)
-        rho = np.exp(np.minimum(at.f - at.due, _LARGEST))
+        rho = np.exp(np.minimum(at.f - at.due, LARGEST))
         # sqrt(a_i b_j) exp(f_i + g_j - C_ij): of absent points nothing is left
         entries = self._entries(self.log_b + at.g)
         left, right = (
-            np.exp(np.minimum(potential + 0.5 * logs - scale, _LARGEST))
+            np.exp(np.minimum(potential + 0.5 * logs - scale, LARGEST))
             for potential, logs, scale in (
                 (at.f, self.log_a, entries.u),
                 (at.g, self.log_b, entries.v),
@@ -137,7 +135,7 @@ class GaussKernel:
 
 
 def _times(entries: Entries, exponent: Array, values: tuple[Array, ...]) -> Array:
-    weight = np.exp(np.minimum(exponent - entries.v, _LARGEST))
+    weight = np.exp(np.minimum(exponent - entries.v, LARGEST))
     if not values:
         return entries.times(weight[:, :, None])
     return entries.times(np.stack([weight, *(weight * value for value in values)], -1))

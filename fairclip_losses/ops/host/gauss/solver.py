@@ -13,7 +13,7 @@ import numpy as np
 from ...options import SinkhornOptions
 from ..arrays import Array
 from ..host_solver import Between, HostSolver, Within
-from ..newton import HostKernel, solve_self
+from ..newton import HostKernel, missed, solve_self
 from .fewer_points import FewerPoints
 from .problem import read, solve_between, solve_within
 from .ragged import Cloud, Ragged
@@ -92,10 +92,9 @@ class SmoothSolver(HostSolver):
         ]  # fmt: skip
 
 
-def missed(x: Cloud, y: Cloud, f: Array, g: Array, epsilon: float) -> Array:
+def marginal_error(x: Cloud, y: Cloud, f: Array, g: Array, epsilon: float) -> Array:
     """Return the L1 error (R,) of x's marginal in the plan of potentials (R, N) and (R, M)."""
     one = x.present
     due, _ = read(one, y.present, y.take(g), epsilon)
-    miss = one.weights * np.abs(np.expm1(np.minimum((x.take(f) - due) / epsilon, 700.0)))
-    error: Array = np.add.reduceat(miss, one.starts)
+    error: Array = np.add.reduceat(missed(one.weights, x.take(f), due, epsilon), one.starts)
     return error

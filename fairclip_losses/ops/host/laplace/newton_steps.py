@@ -16,15 +16,13 @@ from __future__ import annotations
 import numpy as np
 from scipy.linalg.lapack import dgbsv
 
-from ..arrays import Array
+from ..arrays import LARGEST, Array
 from ..newton import Look
 from .nodes import Nodes
 from .tridiagonal import solve_tridiagonal
 
 # Largest log of an entry beside the diagonal: one larger is of a potential that no round leaves.
 _CAP = 30.0
-# Largest log of any other factor.
-_LARGEST = 700.0
 # Less the part of h in d. At 1 all rows sum to 0, and where the plan couples clusters by less than
 # rounding, each cluster's do: steps that change nothing would be any number.
 _REGULAR = -1.0 + 1e-10
@@ -39,7 +37,7 @@ def newton_steps(nodes: Nodes, a: Array, b: Array, at: Look, epsilon: float) -> 
     np.divide(at.g, epsilon, out=both[0])
     np.divide(at.due, epsilon, out=both[1])
     g, due = both
-    step: Array = np.expm1(np.minimum(due - f, _LARGEST))
+    step: Array = np.expm1(np.minimum(due - f, LARGEST))
     f += g
     weight_a, weight_b = _weighted(a, f), _weighted(b, due + g)
     right = np.zeros((len(step), nodes.size, 2))
@@ -72,7 +70,7 @@ def newton_steps(nodes: Nodes, a: Array, b: Array, at: Look, epsilon: float) -> 
 
 def _weighted(weights: Array, exponent: Array) -> Array:
     """Return ``weights exp(exponent)``, in the place of the exponent."""
-    np.exp(np.minimum(exponent, _LARGEST, out=exponent), out=exponent)
+    np.exp(np.minimum(exponent, LARGEST, out=exponent), out=exponent)
     exponent *= weights
     return exponent
 

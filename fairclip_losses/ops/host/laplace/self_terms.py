@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..arrays import Array
-from ..newton import SELF_BELOW, log_weights
+from ..newton import SELF_BELOW, log_weights, missed
 from .kernel import LaplaceKernel
 
 
@@ -26,9 +26,7 @@ def solve_self_by_newton(
         return due
 
     def miss(f: Array, due: Array) -> Array:
-        errors: Array = np.abs(np.expm1(np.minimum((f - due) / epsilon, 700.0)))
-        errors *= a
-        total: Array = np.add.reduce(errors, -1)
+        total: Array = np.add.reduce(missed(a, f, due, epsilon), -1)
         return total
 
     f = 0.5 * softmin(np.zeros_like(a))
