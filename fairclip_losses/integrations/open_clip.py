@@ -17,7 +17,7 @@ from . import open_clip_tasks
 from .command_line import parse_arguments
 from .events import Event
 from .patching import Hook, HostCall, HostPatch
-from .runs import HookedLoader, HookedLoss, begin, close_block, open_block, run_of
+from .runs import HookedLoader, HookedLoss, Run, begin, close_block, of_a_run, open_block, run_of
 
 HOST = "open_clip_train.main"
 KNOWN_VERSIONS = "open_clip_torch 2.26.1 to 3.3.0"
@@ -50,32 +50,26 @@ def _parse_args(call: HostCall) -> Any:
     return args
 
 
-def _get_data(call: HostCall) -> Any:
+@of_a_run
+def _get_data(call: HostCall, run: Run) -> Any:
     data = call.proceed()
-    run = run_of(call["args"])
-    if run is None:
-        return data
     run.take_data(data, call["preprocess_fns"], call["tokenizer"], call["epoch"])
     if "train" in data:
         data["train"].dataloader = HookedLoader(data["train"].dataloader, run)
     return data
 
 
-def _create_loss(call: HostCall) -> Any:
+@of_a_run
+def _create_loss(call: HostCall, run: Run) -> Any:
     loss = call.proceed()
-    run = run_of(call["args"])
-    if run is None:
-        return loss
     run.state.loss = loss
     run.fire(Event.LOSS_READY)
     run.restore()
     return HookedLoss(run)
 
 
-def _train_one_epoch(call: HostCall) -> Any:
-    run = run_of(call["args"])
-    if run is None:
-        return call.proceed()
+@of_a_run
+def _train_one_epoch(call: HostCall, run: Run) -> Any:
     state = run.state
     state.model, state.optimizer, state.scaler = call["model"], call["optimizer"], call["scaler"]
     state.tb_writer, state.epoch = call["tb_writer"], call["epoch"]
@@ -83,10 +77,8 @@ def _train_one_epoch(call: HostCall) -> Any:
         return call.proceed()
 
 
-def _evaluate(call: HostCall) -> Any:
-    run = run_of(call["args"])
-    if run is None:
-        return call.proceed()
+@of_a_run
+def _evaluate(call: HostCall, run: Run) -> Any:
     state = run.state
     state.model, state.epoch, state.tb_writer = call["model"], call["epoch"], call["tb_writer"]
     with run.evaluation():

@@ -20,7 +20,7 @@ from torch._compile import _disable_dynamo
 from ..errors import UsageError
 from .events import Event
 from .patching import Hook, HostCall
-from .runs import HookedLoader, HookedLoss, Run, run_of
+from .runs import HookedLoader, HookedLoss, Run, of_a_run
 from .samples import as_dict, as_tuple
 
 KNOWN_VERSIONS = "open_clip_torch 4.2.0.dev0"
@@ -77,24 +77,21 @@ class TaskLoader(HookedLoader):
             yield as_dict(values, self._keys, self._tuples.batch)
 
 
-def _create_task(call: HostCall) -> Any:
+@of_a_run
+def _create_task(call: HostCall, run: Run) -> Any:
     task = call.proceed()
-    run = run_of(call["args"])
-    if run is not None:
-        if getattr(task, "loss", None) is None and vars(call["args"]).get("fair_loss"):
-            raise UsageError(
-                f"--fair-loss needs a model that is trained by a contrastive loss; "
-                f"{type(task).__name__}, of --model {call['args'].model}, has none"
-            )
-        run.state.task = task
+    if getattr(task, "loss", None) is None and vars(call["args"]).get("fair_loss"):
+        raise UsageError(
+            f"--fair-loss needs a model that is trained by a contrastive loss; "
+            f"{type(task).__name__}, of --model {call['args'].model}, has none"
+        )
+    run.state.task = task
     return task
 
 
-def _get_data(call: HostCall) -> Any:
+@of_a_run
+def _get_data(call: HostCall, run: Run) -> Any:
     data = call.proceed()
-    run = run_of(call["args"])
-    if run is None:
-        return data
     run.take_data(data, call["preprocess_fns"], call["tokenizer"], call["epoch"])
     if "train" in data:
         state, task = run.state, run.state.task
@@ -108,10 +105,8 @@ def _get_data(call: HostCall) -> Any:
     return data
 
 
-def _train_one_epoch(call: HostCall) -> Any:
-    run = run_of(call["args"])
-    if run is None:
-        return call.proceed()
+@of_a_run
+def _train_one_epoch(call: HostCall, run: Run) -> Any:
     state, host_state = run.state, call["state"]
     state.model = host_state.task.trainable_module
     state.optimizer, state.scaler = host_state.optimizer, host_state.scaler
@@ -120,10 +115,8 @@ def _train_one_epoch(call: HostCall) -> Any:
         return call.proceed()
 
 
-def _evaluate(call: HostCall) -> Any:
-    run = run_of(call["args"])
-    if run is None:
-        return call.proceed()
+@of_a_run
+def _evaluate(call: HostCall, run: Run) -> Any:
     state = run.state
     state.model, state.epoch = call["task"].trainable_module, call["epoch"]
     state.tb_writer = call["tb_writer"]

@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -24,6 +24,7 @@ from .events import CallbackRegistry, Event, TrainState, default_registry
 from .fair_evaluation import FairEvaluationCallback
 from .fair_training import FairTrainingCallback
 from .flags import FairOptions, load_callback
+from .patching import HostCall
 from .saved_state import (
     SavedStates,
     StateFolder,
@@ -236,6 +237,17 @@ class HookedArgs(argparse.Namespace):
 def run_of(args: Any) -> Run | None:
     """Return the run that these arguments belong to, if anything was asked of it."""
     return args.run if isinstance(args, HookedArgs) else None
+
+
+def of_a_run(hook: Callable[[HostCall, Run], Any]) -> Callable[[HostCall], Any]:
+    """Return a hook of a function that takes the host's ``args``: calls of no run pass through."""
+
+    @functools.wraps(hook)
+    def called(call: HostCall) -> Any:
+        run = run_of(call["args"])
+        return call.proceed() if run is None else hook(call, run)
+
+    return called
 
 
 class HookedLoader:
