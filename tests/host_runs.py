@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 
 import torch
 from tiny_clip import HAS_LOCAL_DIR
 
+from fairclip_losses.integrations import events
 from fairclip_losses.integrations.events import Callback
 
 BATCH, EPOCHS = 8, 3
+
+
+@contextlib.contextmanager
+def registered(callback):
+    """Have a callback in every run of the block."""
+    events.register(callback)
+    yield callback
+    events.default_registry.unregister(callback)
+
+
+def saved_loss(logs, name, epoch=EPOCHS):
+    """Return the state of the loss that lies beside a run's checkpoint."""
+    path = logs / name / "checkpoints" / f"epoch_{epoch}.fair"
+    return torch.load(path, weights_only=True)["callbacks"]["FairTrainingCallback"]["loss"]
 
 
 class SeedEpochs(Callback):

@@ -19,7 +19,9 @@ from host_runs import (
     assert_same_state,
     assert_same_weights,
     one_line,
+    registered,
     rows_of,
+    saved_loss,
 )
 from tiny_clip import HAS_LOCAL_DIR, as_process, write_model, write_pairs
 
@@ -52,10 +54,6 @@ def weights(logs, name, epoch=EPOCHS):
     return load_weights(logs / name / "checkpoints" / f"epoch_{epoch}.pt")
 
 
-def saved_loss(path):
-    return torch.load(path, weights_only=True)["callbacks"]["FairTrainingCallback"]["loss"]
-
-
 class StepRecorder(Callback):
     """The loss terms of every step, and the raw losses by pair id as a plain double loop."""
 
@@ -76,9 +74,8 @@ class StepRecorder(Callback):
 
 @pytest.fixture
 def record():
-    callback = events.register(StepRecorder())
-    yield callback
-    events.default_registry.unregister(callback)
+    with registered(StepRecorder()) as callback:
+        yield callback
 
 
 FAIR = ("--fair-loss", "--fair-attributes", "sex", "site")
@@ -294,9 +291,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path, registered, 
     stop.epoch = None
     assert train.main(arguments(data, tmp_path, "cut", *flags, "--resume", "latest")) == 0
     assert_same_weights(weights(tmp_path, "whole"), weights(tmp_path, "cut"))
-    whole, cut = (
-        saved_loss(tmp_path / name / "checkpoints" / "epoch_3.fair") for name in ("whole", "cut")
-    )
+    whole, cut = (saved_loss(tmp_path, name) for name in ("whole", "cut"))
     assert_same_state(whole, cut)
     for name in ("whole", "cut"):
         assert rows_of(tmp_path / name / "checkpoints" / "flagged_epoch_3.csv")

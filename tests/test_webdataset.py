@@ -10,7 +10,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from host_runs import (
     BATCH,
     EPOCHS,
@@ -20,7 +19,9 @@ from host_runs import (
     assert_same_state,
     assert_same_weights,
     one_line,
+    registered,
     rows_of,
+    saved_loss,
 )
 from tiny_clip import as_process, write_model
 from tiny_shards import RACES, attributes_of, hashed, number_in, read_shards, write_shards
@@ -92,9 +93,8 @@ class Recorder(Callback):
 
 @pytest.fixture
 def record():
-    callback = events.register(Recorder())
-    yield callback
-    events.default_registry.unregister(callback)
+    with registered(Recorder()) as callback:
+        yield callback
 
 
 def warnings_of(run):
@@ -326,12 +326,6 @@ def test_a_label_that_was_not_given_is_unknown(data, tmp_path, record):
 # ------------------------------ resume
 
 
-def saved_loss(logs, name, epoch):
-    path = logs / name / "checkpoints" / f"epoch_{epoch}.fair"
-    content = torch.load(path, weights_only=True)
-    return content["callbacks"]["FairTrainingCallback"]["loss"]
-
-
 def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path, registered, monkeypatch):
     # The host shuffles samples by the clock; without that its order follows from the seed.
     monkeypatch.setattr(host_data.wds, "shuffle", lambda **options: None)
@@ -342,7 +336,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path, registered, 
     assert train.main(streamed(data, tmp_path, "cut", *flags)) == 130
     stop.epoch = None
     assert train.main(streamed(data, tmp_path, "cut", *flags, "--resume", "latest")) == 0
-    whole, cut = (saved_loss(tmp_path, name, EPOCHS) for name in ("whole", "cut"))
+    whole, cut = (saved_loss(tmp_path, name) for name in ("whole", "cut"))
     assert "miner.table_ids" in whole
     assert_same_state(whole, cut)
     weights = (
