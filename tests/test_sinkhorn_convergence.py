@@ -18,7 +18,6 @@ from fairclip_losses.ops.methods.symmetric import solve_symmetric
 from fairclip_losses.ops.options import SinkhornOptions
 from fairclip_losses.ops.problem import choose_kernel
 from fairclip_losses.ops.reference import cost_matrix
-from fairclip_losses.ops.solve import solve_self
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -110,14 +109,14 @@ def test_a_term_of_its_own_that_does_not_converge_says_so(backend, dimension, p,
     log_a = torch.full((60,), -math.log(60)).double()
     options = SinkhornOptions(p, 0.1, True, 0.5, None, 1e-6, limit, backend)
     kernel = choose_kernel(x, x, options)
-    (f, _), found = told(lambda: solve_self(kernel, log_a, options))
+    (f, _), found = told(lambda: solve_symmetric(kernel, log_a, options))
     (_, error), = found  # fmt: skip
     log_plan = (f[:, None] + f - cost_matrix(x, x, p)) / options.epsilon
     missed = (log_plan.exp().sum(-1) / 60 - 1).abs().mean()
     assert error == pytest.approx(missed.item(), rel=0.06)  # shown to two digits
     assert error > options.tol
     enough = dataclasses.replace(options, max_iterations=1000)
-    assert told(lambda: solve_self(kernel, log_a, enough))[1] == []
+    assert told(lambda: solve_symmetric(kernel, log_a, enough))[1] == []
 
 
 @pytest.mark.parametrize("backend", ["dense", "streamed"])

@@ -15,8 +15,9 @@ from .kernels.dense import DenseKernel
 from .kernels.kinds import Kernel
 from .kernels.line import LaplaceLine
 from .kernels.streamed import StreamedKernel
+from .methods.symmetric import solve_symmetric
 from .options import SinkhornOptions
-from .solve import solve_pair, solve_self
+from .solve import solve_pair
 
 # Points a side up to which costs in memory and Newton are the fastest and the surest.
 _SMALL = 96
@@ -85,6 +86,6 @@ def solve_between(a: Measure, b: Measure, options: SinkhornOptions) -> Between:
 def solve_within(a: Measure, options: SinkhornOptions) -> tuple[Side, Tensor]:
     """Solve ``OT_eps(a, a)``; return the one side that there is and the cost."""
     kernel = choose_kernel(a.points, a.points, options)
-    f, following = solve_self(kernel, a.log_weights, options)
+    f, following = solve_symmetric(kernel, a.log_weights, options)
     cost = (a.weights * (f + following)).sum(-1)
     return Side(following, kernel, a.log_weights, f), cost

@@ -10,9 +10,8 @@ from .kernels.dense import DenseKernel
 from .kernels.kinds import Kernel
 from .kernels.line import LaplaceLine
 from .methods.diffusion import diffusion_rounds
-from .methods.newton import answer, fits_newton, newton_pair, newton_self
+from .methods.newton import answer, fits_newton, newton_pair
 from .methods.space import solve_in_space
-from .methods.symmetric import solve_symmetric
 from .options import SinkhornOptions
 
 
@@ -49,19 +48,3 @@ def solve_pair(
     f = kernel.softmin(options.epsilon, log_b, g)
     f, taken = newton_pair(kernel, f, log_a, log_b, options)
     return *answer(kernel, f, log_a, log_b, options, taken), taken
-
-
-def solve_self(kernel: Kernel, log_a: Tensor, options: SinkhornOptions) -> tuple[Tensor, Tensor]:
-    """Return two neighbouring iterates of the potential of ``OT_eps(a, a)``.
-
-    ``<a, f + f'>`` is a value of the dual. Newton's method goes where nobody may look at the
-    convergence, and on a line.
-    """
-    epsilon = options.epsilon
-    blind = options.iterations is None and not options.is_watched(kernel.x)
-    newton = isinstance(kernel, DenseKernel) and fits_newton(kernel)
-    if not (newton and (blind or kernel.x.shape[-1] == 1)):
-        return solve_symmetric(kernel, log_a, options)
-    assert isinstance(kernel, DenseKernel)
-    f = 0.5 * kernel.softmin(epsilon, log_a, torch.zeros_like(log_a))
-    return newton_self(kernel, f, log_a, options)

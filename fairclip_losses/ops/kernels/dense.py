@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -119,10 +120,22 @@ class DenseKernel:
         reached = change * _product(gibbs.share.transpose(-1, -2), log_a.exp() / total)
         return gibbs.f - epsilon * total.log(), following(epsilon, log_b, g, reached)
 
-    def softmin_again(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
-        """``softmin``, faster where it was found at a near g before."""
-        gibbs, change = self._formed(epsilon, log_b, g)
-        return gibbs.f - epsilon * _product(gibbs.share, change).log()
+    def softmin_within(
+        self, epsilon: float, log_a: Tensor
+    ) -> Callable[[Tensor], Tensor]:
+        """Return ``softmin`` of x's potential towards x itself, by a kernel formed once for all.
+
+        The plan gives x_i at least ``a_i^2 exp(2 f_i / eps)`` to itself, so no potential is above
+        ``-eps log(a_i) / 2``, and no term that matters vanishes. Right where a has mass.
+        """
+        gibbs = self.cost.mul(-LOG2_E / epsilon).exp2_()
+        least = torch.finfo(gibbs.dtype).tiny
+
+        def softmin(f: Tensor) -> Tensor:
+            total = _product(gibbs, torch.add(log_a, f, alpha=1.0 / epsilon).exp_())
+            return total.clamp_(min=least).log_().mul_(-epsilon)
+
+        return softmin
 
     def _formed(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> tuple[_Gibbs, Tensor]:
         """Return the kernel as it was formed near g, and by what its columns have changed, (*, M).
@@ -168,4 +181,6 @@ class DenseKernel:
 
 def _product(matrix: Tensor, vector: Tensor) -> Tensor:
     """Return ``matrix @ vector``, (*, N), in the vector's dtype."""
+    if matrix.dim() == 2:  # one for all rows: one product of matrices
+        return (vector.to(matrix.dtype) @ matrix.T).to(vector.dtype)
     return (matrix @ vector.to(matrix.dtype)[..., None])[..., 0].to(vector.dtype)

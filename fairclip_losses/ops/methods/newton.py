@@ -8,9 +8,6 @@ which none waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -20,10 +17,7 @@ from ..options import SinkhornOptions
 from .annealing import Annealing, Behind
 from .progress import marginal_error
 
-# Longest change of a potential of `newton_self` in the first round, in units of epsilon: far from
-# the optimum the quadratic model of an exponential holds no further.
-_TRUST = 5.0
-# Longest change of one entry of a potential of `newton_pair`, likewise, and the damping of its
+# Longest change of one entry of a potential in a round, in units of epsilon, and the damping of its
 # modes: in the first round and the least.
 _LONGEST = 30.0
 _DAMPING, _LEAST_DAMPING = 1e-4, 1e-12
@@ -33,14 +27,6 @@ MAX_POINTS = 512
 # is near enough; and their numbers where nothing may be read back from the device.
 _ROUNDS, _ROUNDS_ON_THE_WAY, _TOL_ON_THE_WAY = 200, 60, 1e-3
 _UNWATCHED_ROUNDS, _UNWATCHED_ROUNDS_ON_THE_WAY = 16, 4
-
-
-class _Look(NamedTuple):
-    """What Newton sees at one potential."""
-
-    step: Tensor  # (*, N) in units of epsilon
-    error: Tensor  # (*,) L1 error of the marginal
-    value: Tensor  # (*,) of the dual
 
 
 def fits_newton(kernel: DenseKernel) -> bool:
@@ -143,35 +129,6 @@ def newton_pair_annealed(
     return *answer(kernel, f, log_a, log_b, options, taken), taken
 
 
-def newton_self(
-    kernel: DenseKernel, f: Tensor, log_a: Tensor, options: SinkhornOptions
-) -> tuple[Tensor, Tensor]:
-    """Return the potential of ``OT_eps(a, a)``, from a near one, and the next one after it.
-
-    The symmetric plan has marginal ``a exp((f - softmin f) / eps)``; with the conditional plan Q,
-    Newton's equation on its logarithm is ``(1 + Q) step = (softmin f - f) / eps``.
-    """
-    epsilon = options.epsilon
-    a = log_a.exp()
-    there = a > 0
-
-    def look(f: Tensor) -> _Look:
-        due, share = kernel.softmin_and_conditional(epsilon, log_a, f)
-        excess = torch.where(there, f - due, 0.0) / epsilon
-        reached = a * excess.exp()
-        root = torch.where(there, reached, 1.0).sqrt()
-        left = torch.where(there, root, 0.0)[..., :, None]
-        scaled = share.mul_(left).div_(root[..., None, :])  # symmetric
-        step = _solve(scaled, torch.ones_like(root), -excess * root) / root
-        value = (a * (2.0 * f) - epsilon * reached).sum(-1)
-        return _Look(step, (a - reached).abs().sum(-1), value)
-
-    f, rounds = _iterate(look, f, options, kernel.x)
-    following = kernel.softmin(epsilon, log_a, f)
-    _check(log_a, f, following, options, kernel.x, rounds)
-    return f, following
-
-
 def _solve(matrix: Tensor, diagonal: Tensor, right: Tensor) -> Tensor:
     """Solve ``(matrix + diag(diagonal)) u = right``; where it cannot be factored, ignore matrix."""
     jitter = 1e-12 if matrix.dtype == torch.float64 else 1e-6
@@ -179,36 +136,6 @@ def _solve(matrix: Tensor, diagonal: Tensor, right: Tensor) -> Tensor:
     factor, _ = torch.linalg.cholesky_ex(matrix)
     solution = torch.cholesky_solve(right[..., None], factor)[..., 0]
     return torch.where(solution.isfinite(), solution, right / diagonal)
-
-
-def _iterate(
-    look: Callable[[Tensor], _Look], f: Tensor, options: SinkhornOptions, points: Tensor
-) -> tuple[Tensor, int]:
-    """Take steps until the marginals were met to ``tol`` before the last one; count them too.
-
-    The error is squared by a step near the optimum, so the last step goes far below ``tol``.
-    Each row has a trust region: a step that lowers its dual value is taken back and shortened.
-    """
-    watched, epsilon = options.is_watched(points), options.epsilon
-    rounds = _rounds(options, watched, False)
-    best = look(f)
-    radius = torch.full_like(best.value, _TRUST)[..., None]
-    for k in range(rounds):
-        longest = best.step.abs().amax(-1, keepdim=True)
-        candidate = f + epsilon * best.step * (radius / torch.maximum(longest, radius))
-        new = look(candidate)
-        if watched and not bool((best.error > options.tol).any()):
-            return torch.where((new.error <= best.error)[..., None], candidate, f), k + 1
-        slack = 1e-12 * (best.value.abs() + new.value.abs())
-        better = (new.value >= best.value - slack)[..., None]
-        radius = torch.where(better, 4.0 * radius, torch.minimum(radius, longest) / 4.0)
-        f = torch.where(better, candidate, f)
-        best = _Look(
-            torch.where(better, new.step, best.step),
-            torch.where(better[..., 0], new.error, best.error),
-            torch.where(better[..., 0], new.value, best.value),
-        )
-    return f, rounds
 
 
 def _rounds(options: SinkhornOptions, watched: bool, on_the_way: bool) -> int:
