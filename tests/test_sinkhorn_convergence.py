@@ -108,7 +108,7 @@ def test_a_term_of_its_own_that_does_not_converge_says_so(backend, dimension, p,
     x = uniform(60, dimension)
     log_a = torch.full((60,), -math.log(60)).double()
     options = SinkhornOptions(p, 0.1, True, 0.5, None, 1e-6, limit, backend)
-    kernel = choose_kernel(x, x, options)
+    kernel = choose_kernel(x, x, options, 1)
     (f, _), found = told(lambda: solve_symmetric(kernel, log_a, options))
     (_, error), = found  # fmt: skip
     log_plan = (f[:, None] + f - cost_matrix(x, x, p)) / options.epsilon

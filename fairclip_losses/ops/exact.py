@@ -52,7 +52,9 @@ def solve_exact(
     if p == 1 and same_points:
         solution = _solve_by_distribution_functions(x_sorted, a_sorted, b_sorted, potentials)
     else:
-        solution = _solve_by_quantiles(x_sorted, y_sorted, a_sorted, b_sorted, p, potentials)
+        solution = _solve_by_quantiles(
+            x_sorted, y_sorted, a_sorted, b_sorted, p, same_points, potentials
+        )
     return ExactSolution(
         solution.cost,
         unsort(solution.grad_x, x_order),
@@ -73,9 +75,7 @@ def along(values: Tensor, order: Tensor) -> Tensor:
 def unsort(values: Tensor, order: Tensor) -> Tensor:
     """Undo the permutation ``order`` along the last dimension."""
     if order.dim() == 1:
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.numel(), device=order.device)
-        return values.index_select(-1, inverse)
+        return torch.empty_like(values).index_copy_(-1, order, values)
     shape = broadcast_shapes(values.shape, order.shape)
     return values.new_empty(shape).scatter_(-1, order.expand(shape), values.expand(shape))
 
@@ -93,11 +93,12 @@ def _solve_by_distribution_functions(
     gap = z.diff(dim=-1)
     excess = levels[..., 1:-1]
     cost = (excess.abs() * gap).sum(-1)
-    before, after = _ends_of_ties(gap)
-    left, right = along(levels, before), along(levels, after + 1)
-    rise = right - left
-    ratio = (left.abs() - right.abs()) / torch.where(rise == 0, 1.0, rise)
-    grad = surplus * torch.where(rise == 0, -left.sign(), ratio)
+    ladder = z.contiguous()
+    left = along(levels, torch.searchsorted(ladder, ladder))  # of its run of coinciding points
+    right = along(levels, torch.searchsorted(ladder, ladder, right=True))
+    # (|left| - |right|) / (right - left), and -sign(left) where they are the same
+    total = (left.abs() + right.abs()).clamp_(min=torch.finfo(z.dtype).tiny)
+    grad = surplus * (left + right).neg_().div_(total)
     if not potentials:
         return ExactSolution(cost, grad, None, None, None)
     slope = excess.sign() * gap
@@ -106,68 +107,64 @@ def _solve_by_distribution_functions(
     return ExactSolution(cost, grad, None, f, -f)
 
 
-def _ends_of_ties(gap: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first and the last place of each sorted point's run of coinciding points."""
-    places = torch.arange(gap.shape[-1] + 1, device=gap.device)
-    apart = gap > 0
-    first = torch.where(torch.nn.functional.pad(apart, (1, 0), value=True), places, 0)
-    last = torch.where(torch.nn.functional.pad(apart, (0, 1), value=True), places, places[-1])
-    return first.cummax(-1).values, last.flip(-1).cummin(-1).values.flip(-1)
-
-
 def _solve_by_quantiles(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: int, potentials: bool
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: int, same_points: bool, potentials: bool
 ) -> ExactSolution:
     """Any p: couple equal quantiles, walking the merged cumulative weights from 0 to 1.
 
-    The merge has N + M steps; step k carries the mass ``du_k`` from point i(k) to point j(k).
+    The merge has N + M steps; step k carries the mass ``du_k`` from point i(k) to point j(k) and
+    ends at the level k, of which level 0 is 0.
     """
     n, m = a.shape[-1], b.shape[-1]
     lead = broadcast_shapes(x.shape[:-1], y.shape[:-1], a.shape[:-1], b.shape[:-1])
-    upper_a = a.cumsum(-1).expand(*lead, n).contiguous()
-    upper_b = b.cumsum(-1).expand(*lead, m).contiguous()
-    # Both end at 1 up to rounding: ending them at the same number leaves no mass uncoupled.
-    top = torch.maximum(upper_a[..., -1:], upper_b[..., -1:])
-    upper_a = torch.cat([upper_a[..., :-1].clamp(max=top), top], -1)
-    upper_b = torch.cat([upper_b[..., :-1].clamp(max=top), top], -1)
-
+    steps = torch.arange(n + m + 1, device=x.device)
+    upper_a, upper_b = _upper_levels(a).expand(*lead, n), _upper_levels(b).expand(*lead, m)
+    upper_a, upper_b = upper_a.contiguous(), upper_b.contiguous()
     # place of each point's upper level in the merge; at ties a's level comes first
-    place_a = torch.searchsorted(upper_b, upper_a, right=False)
-    place_a += torch.arange(n, device=x.device)
-    levels = upper_a.new_empty(*lead, n + m)
-    from_a = torch.zeros(*lead, n + m, dtype=torch.bool, device=x.device)
-    from_a.scatter_(-1, place_a, True)
-    place_b = torch.searchsorted(upper_a, upper_b, right=True)
-    place_b += torch.arange(m, device=x.device)
+    place_a = torch.searchsorted(upper_b, upper_a, right=False).add_(steps[1 : n + 1])
+    place_b = torch.searchsorted(upper_a, upper_b, right=True).add_(steps[1 : m + 1])
+    levels = upper_a.new_zeros(*lead, n + m + 1)
     levels.scatter_(-1, place_a, upper_a).scatter_(-1, place_b, upper_b)
-    mass = levels.diff(dim=-1, prepend=torch.zeros_like(levels[..., :1]))
+    mass = levels.diff(dim=-1)
 
-    passed_a = from_a.cumsum(-1)
-    at_a = (passed_a - from_a.long()).clamp_(max=n - 1)
-    at_b = torch.arange(n + m, device=x.device) - passed_a + from_a.long()
-    at_b = at_b.clamp_(max=m - 1)
+    from_a = torch.zeros_like(levels, dtype=place_a.dtype).scatter_(-1, place_a, 1)
+    passed_a = from_a.cumsum(-1)[..., :-1]  # before the step
+    at_b = (steps[:-1] - passed_a).clamp_(max=m - 1)
+    at_a = passed_a.clamp_(max=n - 1)
     point_x = x.expand(*lead, n).gather(-1, at_a)
     point_y = y.expand(*lead, m).gather(-1, at_b)
     shift = point_x - point_y
     cost = (mass * _ground_cost(shift, p)).sum(-1)
 
     pull = mass * (shift.sign() if p == 1 else shift)
-    total = pull.cumsum(-1)
-    grad_x = total.gather(-1, place_a).diff(dim=-1, prepend=torch.zeros_like(total[..., :1]))
-    grad_y = -total.gather(-1, place_b).diff(dim=-1, prepend=torch.zeros_like(total[..., :1]))
+    total = torch.nn.functional.pad(pull.cumsum(-1), (1, 0))
+    pulled_a, pulled_b = total.gather(-1, place_a), total.gather(-1, place_b)
+    grad_x = _increments(pulled_a - pulled_b if same_points else pulled_a)
+    grad_y = None if same_points else _increments(pulled_b).neg_()
     if not potentials:
         return ExactSolution(cost, grad_x, grad_y, None, None)
 
     # Complementary slackness along the walk, f_i(k) + g_j(k) = c(x_i(k), y_j(k)): where the walk
     # leaves i, f changes by what the cost changes against the point of b that it stands on.
-    partner = at_b.gather(-1, place_a)[..., :-1]
+    ends_a, ends_b = place_a - 1, place_b - 1  # the last step of each point
+    partner = at_b.gather(-1, ends_a)[..., :-1]
     anchor = y.expand(*lead, m).gather(-1, partner)
     points = x.expand(*lead, n)
     change = _ground_cost(points[..., 1:] - anchor, p) - _ground_cost(points[..., :-1] - anchor, p)
     f = torch.nn.functional.pad(change.cumsum(-1), (1, 0))
-    start = place_b  # the last step of each j is where its upper level lies
-    g = _ground_cost(shift.gather(-1, start), p) - f.gather(-1, at_a.gather(-1, start))
+    g = _ground_cost(shift.gather(-1, ends_b), p) - f.gather(-1, at_a.gather(-1, ends_b))
     return ExactSolution(cost, grad_x, grad_y, f, g)
+
+
+def _upper_levels(weights: Tensor) -> Tensor:
+    """Return the cumulative weights, ending at 1 exactly, which leaves no mass uncoupled."""
+    levels = weights.cumsum(-1)
+    return levels / levels[..., -1:]
+
+
+def _increments(values: Tensor) -> Tensor:
+    """Return what each entry adds to the one before, the first to 0."""
+    return torch.nn.functional.pad(values, (1, 0)).diff(dim=-1)
 
 
 def _ground_cost(shift: Tensor, p: int) -> Tensor:

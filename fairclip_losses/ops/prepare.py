@@ -31,8 +31,12 @@ class Prepared(NamedTuple):
     y: Tensor | None  # (*, M, D), None: the same tensor as x
     a: Tensor  # (*, N)
     b: Tensor  # (*, M)
-    has_mass: Tensor  # (*,) whether both measures have any
+    has_mass: Tensor | None  # (*,) whether both measures have any; None: all have
     result: torch.dtype
+
+    def of_measures(self, costs: Tensor) -> Tensor:
+        """Return the costs (*,), 0 where there is no measure."""
+        return costs if self.has_mass is None else torch.where(self.has_mass, costs, 0.0)
 
 
 def prepare(
@@ -51,7 +55,7 @@ def prepare(
     weights_b, has_b = _normalise(b, y, dtype)
     points_x, points_y = _centred(x, y, a, b, dtype)
     return Prepared(
-        points_x, None if same_points else points_y, weights_a, weights_b, has_a & has_b,
+        points_x, None if same_points else points_y, weights_a, weights_b, _both(has_a, has_b),
         result if result == torch.float64 else torch.float32,
     )  # fmt: skip
 
@@ -160,20 +164,27 @@ def _check_weights(weights: Tensor | None, name: str, count: int) -> Sequence[in
     return weights.shape[:-1]
 
 
-def _normalise(weights: Tensor | None, points: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _normalise(
+    weights: Tensor | None, points: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     """Return rows of sum one and which rows had mass; a row without becomes uniform, unused."""
     count = points.shape[-2]
-    uniform = torch.full((count,), 1.0 / count, dtype=dtype, device=points.device)
     if weights is None:
-        return uniform, torch.ones((), dtype=torch.bool, device=points.device)
+        return torch.full((count,), 1.0 / count, dtype=dtype, device=points.device), None
     if weights.dtype == dtype:  # else their sum cannot overflow
         largest = weights.detach().amax(-1, keepdim=True)
         weights = weights / torch.where(largest > 0, largest, 1.0)
     weights = weights.to(dtype)
     total = weights.sum(-1, keepdim=True)
     has_mass = total > 0
-    normalised = torch.where(has_mass, weights / torch.where(has_mass, total, 1.0), uniform)
-    return normalised, has_mass[..., 0]
+    empty = ~has_mass
+    return (weights + empty) / torch.add(total, empty, alpha=count), has_mass[..., 0]
+
+
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one & other
 
 
 def _centred(

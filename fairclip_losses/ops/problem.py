@@ -6,21 +6,25 @@ faster geometry takes the place of a slower one and nothing else changes.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
 
-from .checks import runs_triton
+from .checks import broadcast_shapes, runs_triton
 from .kernels.dense import DenseKernel
 from .kernels.kinds import Kernel
 from .kernels.line import LaplaceLine
 from .kernels.streamed import StreamedKernel
+from .methods.newton import fits_newton
 from .methods.symmetric import solve_symmetric
-from .options import SinkhornOptions
+from .options import Backend, SinkhornOptions
 from .solve import solve_pair
 
-# Points a side up to which costs in memory and Newton are the fastest and the surest.
-_SMALL = 96
+# On a line, for either p: costs of one row up to which they are kept in memory for Newton's method,
+# whatever the rows, and of all rows. For p = 1 prefix sums follow sooner, though not as surely.
+_COSTS_OF_A_ROW = {1: 96**2, 2: 512**2}
+_COSTS_OF_ALL = {1: 2**21, 2: 2**23}
 
 
 class Measure:
@@ -28,6 +32,7 @@ class Measure:
 
     def __init__(self, points: Tensor, weights: Tensor) -> None:
         self.points, self.weights, self.log_weights = points, weights, weights.log()
+        self.lead = broadcast_shapes(points.shape[:-2], weights.shape[:-1])
 
 
 class Side(NamedTuple):
@@ -55,28 +60,41 @@ class Between(NamedTuple):
     rounds: int
 
 
-def choose_kernel(x: Tensor, y: Tensor, options: SinkhornOptions) -> Kernel:
+def choose_kernel(x: Tensor, y: Tensor, options: SinkhornOptions, rows: int) -> Kernel:
     """Return the geometry of ``options.backend``; the rule of "auto" stands in the public entry."""
-    n, m, p, backend = x.shape[-2], y.shape[-2], options.p, options.backend
+    backend = options.backend
     if backend == "auto":
-        if p == 1 and x.shape[-1] == 1 and n * m > _SMALL**2:
-            backend = "prefix"
-        elif x.shape[-1] > 1 and x.is_cuda and runs_triton(x):
-            backend = "triton"
-        else:
-            backend = "dense" if DenseKernel.fits(n, m) else "streamed"
+        line = x.shape[-1] == 1
+        backend = _on_a_line(x, y, options.p, rows) if line else _in_space(x, y)
     if backend == "prefix":
         return LaplaceLine(x, y)
     if backend == "triton":
         from .kernels.triton_kernel import TritonKernel  # here, since Triton is not everywhere
 
-        return TritonKernel(x, y, p)
-    return DenseKernel(x, y, p) if backend == "dense" else StreamedKernel(x, y, p)
+        return TritonKernel(x, y, options.p)
+    return (DenseKernel if backend == "dense" else StreamedKernel)(x, y, options.p)
+
+
+def _on_a_line(x: Tensor, y: Tensor, p: int, rows: int) -> Backend:
+    n, m = x.shape[-2], y.shape[-2]
+    few = n * m <= _COSTS_OF_A_ROW[p] or rows * n * m <= _COSTS_OF_ALL[p]
+    if few and fits_newton(x, y):
+        return "dense"
+    if p == 1:
+        return "prefix"
+    return "triton" if x.is_cuda and runs_triton(x) else "streamed"
+
+
+def _in_space(x: Tensor, y: Tensor) -> Backend:
+    if x.is_cuda and runs_triton(x):
+        return "triton"
+    return "dense" if DenseKernel.fits(x.shape[-2], y.shape[-2]) else "streamed"
 
 
 def solve_between(a: Measure, b: Measure, options: SinkhornOptions) -> Between:
     """Solve ``OT_eps(a, b)``."""
-    kernel = choose_kernel(a.points, b.points, options)
+    rows = math.prod(broadcast_shapes(a.lead, b.lead))
+    kernel = choose_kernel(a.points, b.points, options, rows)
     f, g, taken = solve_pair(kernel, a.log_weights, b.log_weights, options)
     cost = (a.weights * f).sum(-1) + (b.weights * g).sum(-1)
     side_a = Side(f, kernel, b.log_weights, g)
@@ -85,7 +103,7 @@ def solve_between(a: Measure, b: Measure, options: SinkhornOptions) -> Between:
 
 def solve_within(a: Measure, options: SinkhornOptions) -> tuple[Side, Tensor]:
     """Solve ``OT_eps(a, a)``; return the one side that there is and the cost."""
-    kernel = choose_kernel(a.points, a.points, options)
+    kernel = choose_kernel(a.points, a.points, options, math.prod(a.lead))
     f, following = solve_symmetric(kernel, a.log_weights, options)
     cost = (a.weights * (f + following)).sum(-1)
     return Side(following, kernel, a.log_weights, f), cost

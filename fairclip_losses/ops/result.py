@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -91,8 +92,8 @@ def sinkhorn_solve(
                 twice = _marginal_error(points, points, weights, weights, own, own, options)
                 converged = converged & (0.5 * twice <= options.tol)
         return SinkhornResult(
-            cost=torch.where(problem.has_mass, solved.cost, 0.0),
-            transport_cost=torch.where(problem.has_mass, solved.transport_cost, 0.0),
+            cost=problem.of_measures(solved.cost),
+            transport_cost=problem.of_measures(solved.transport_cost),
             f=f,
             g=g,
             f_self=solved.f_self,
@@ -110,7 +111,7 @@ def _marginal_error(
     on_host = suits_host_solver(x, y, options) and not torch.compiler.is_compiling()
     if options.p == 2 and on_host:
         return marginal_error_on_host(x, y, a, b, f, g, options.epsilon)
-    kernel = choose_kernel(x, y, options)
+    kernel = choose_kernel(x, y, options, math.prod(f.shape[:-1]))
     error = missed(a, f, kernel.softmin(options.epsilon, b.log(), g), options.epsilon)
     back = kernel.transposed.softmin(options.epsilon, a.log(), f)
     return error + missed(b, g, back, options.epsilon)

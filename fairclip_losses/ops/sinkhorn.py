@@ -128,7 +128,7 @@ def sinkhorn_divergence(
             *(_graph_of(entry) for entry in (problem.x, problem.y, problem.a, problem.b)),
         )  # fmt: skip
         assert isinstance(cost, Tensor)
-        return torch.where(problem.has_mass, cost, 0.0).to(problem.result)
+        return problem.of_measures(cost).to(problem.result)
 
 
 def _no_measure(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:

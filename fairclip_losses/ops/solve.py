@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .exact import solve_exact
@@ -43,7 +42,7 @@ def solve_pair(
         assert not isinstance(kernel, LaplaceLine)
         return solve_in_space(kernel, log_a, log_b, options)
     g = _exact_potential(x, y, log_a.exp(), log_b.exp(), options.p).to(x.dtype)
-    if not (isinstance(kernel, DenseKernel) and fits_newton(kernel)):
+    if not (isinstance(kernel, DenseKernel) and fits_newton(kernel.x, kernel.y)):
         return diffusion_rounds(kernel, g, log_a, log_b, options)
     f = kernel.softmin(options.epsilon, log_b, g)
     f, taken = newton_pair(kernel, f, log_a, log_b, options)

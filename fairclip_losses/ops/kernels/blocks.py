@@ -17,8 +17,8 @@ from torch import Tensor
 from .costs import DIFFERENCES, inner_products, squares_of_differences, uses_onednn
 
 # Bytes of a block, which the caches of most processors hold; more where a launch costs more than a
-# pass.
-_BLOCK, _BLOCK_OF_ACCELERATOR = 2**20, 2**23
+# pass: some microseconds, in which an accelerator goes through megabytes.
+_BLOCK, _BLOCK_OF_ACCELERATOR = 2**20, 2**26
 # Largest D at which points in float64 are copied to be joined by their heights.
 _JOINED = 16
 

@@ -120,9 +120,7 @@ class DenseKernel:
         reached = change * _product(gibbs.share.transpose(-1, -2), log_a.exp() / total)
         return gibbs.f - epsilon * total.log(), following(epsilon, log_b, g, reached)
 
-    def softmin_within(
-        self, epsilon: float, log_a: Tensor
-    ) -> Callable[[Tensor], Tensor]:
+    def softmin_within(self, epsilon: float, log_a: Tensor) -> Callable[[Tensor], Tensor]:
         """Return ``softmin`` of x's potential towards x itself, by a kernel formed once for all.
 
         The plan gives x_i at least ``a_i^2 exp(2 f_i / eps)`` to itself, so no potential is above

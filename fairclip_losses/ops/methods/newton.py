@@ -21,18 +21,20 @@ from .progress import marginal_error
 # modes: in the first round and the least.
 _LONGEST = 30.0
 _DAMPING, _LEAST_DAMPING = 1e-4, 1e-12
-# Most points on the smaller side of a problem that Newton is used for.
-MAX_POINTS = 512
+# Most points on the smaller side of a problem that Newton's method is used for, and most on a line,
+# where nothing else is as sure.
+_MOST_POINTS, _MOST_POINTS_ON_A_LINE = 512, 1024
 # Most rounds at the target, and at a larger epsilon on the way down to it, where `_TOL_ON_THE_WAY`
 # is near enough; and their numbers where nothing may be read back from the device.
 _ROUNDS, _ROUNDS_ON_THE_WAY, _TOL_ON_THE_WAY = 200, 60, 1e-3
 _UNWATCHED_ROUNDS, _UNWATCHED_ROUNDS_ON_THE_WAY = 16, 4
 
 
-def fits_newton(kernel: DenseKernel) -> bool:
-    """Whether the plan is small enough to be factored."""
-    n, m = kernel.x.shape[-2], kernel.y.shape[-2]
-    return min(n, m) <= MAX_POINTS and n * m <= MAX_POINTS**2
+def fits_newton(x: Tensor, y: Tensor) -> bool:
+    """Whether the plan between x (*, N, D) and y (*, M, D) is small enough to be factored."""
+    n, m = x.shape[-2], y.shape[-2]
+    most = _MOST_POINTS_ON_A_LINE if x.shape[-1] == 1 else _MOST_POINTS
+    return min(n, m) <= most and n * m <= most**2
 
 
 def newton_pair(

@@ -23,7 +23,11 @@ def solve_in_space(
     Alternate updates are the fastest at most blurs, Newton's method at the smallest ones, for
     plans that fit in memory. It also is the surer where nobody may look at the convergence.
     """
-    if not (isinstance(kernel, DenseKernel) and fits_newton(kernel) and options.iterations is None):
+    if not (
+        isinstance(kernel, DenseKernel)
+        and fits_newton(kernel.x, kernel.y)
+        and options.iterations is None
+    ):
         f, g, rounds, error = alternate(kernel, log_a, log_b, options)
         if error is not None and not error <= options.tol:
             warn_unconverged(error, options, rounds)
