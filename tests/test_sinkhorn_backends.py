@@ -257,11 +257,18 @@ def test_rows_with_points_of_their_own(p, debias):
     assert result.f.shape == (3, 12) and result.g.shape == (3, 9) and result.converged.all()
 
 
-@pytest.mark.parametrize(("p", "blur"), [(1, 2e-3), (1, 0.02), (2, 0.01), (2, 0.1)])
-def test_rounds_that_nobody_watches_are_enough(p, blur):
+@pytest.mark.parametrize(
+    ("p", "n", "blur", "within"),
+    [
+        (1, 300, 2e-4, 2e-6), (1, 600, 2e-3, 2e-6), (1, 600, 2.0, 2e-6), (2, 300, 2e-4, 2e-6),
+        (2, 600, 2e-3, 2e-6), (2, 600, 0.1, 2e-6),  # Newton's method
+        (1, 1100, 2e-3, 2e-5), (1, 1100, 0.02, 2e-5), (2, 1100, 0.01, 2e-5), (2, 1100, 0.1, 2e-5),
+    ],
+)  # fmt: skip
+def test_rounds_that_nobody_watches_are_enough(p, n, blur, within):
     """As on an accelerator, down to what docs/kernel.md says: held to the solvers on the CPU."""
-    x = 2 * torch.rand(600, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 1
-    codes = torch.arange(600) % 2
+    x = 2 * torch.rand(n, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 1
+    codes = torch.arange(n) % 2
     x[codes == 1] = 0.8 * x[codes == 1] + 0.2
     weights = (codes == torch.arange(2)[:, None]).double()
 
@@ -276,4 +283,4 @@ def test_rounds_that_nobody_watches_are_enough(p, blur):
         mock.patch.object(SinkhornOptions, "is_watched", lambda *_: False),
     ):
         found = slope()
-    assert float((found - due).norm()) <= 2e-5 * float(due.norm())
+    assert float((found - due).norm()) <= within * float(due.norm())

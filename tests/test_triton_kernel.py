@@ -107,8 +107,9 @@ def test_operators_are_those_of_the_dense_kernel(p, dimension, dtype):
 
 @interpreted
 @pytest.mark.parametrize("p", POWERS)
-def test_the_whole_divergence(p):
-    x, y, a, b = random_problem(20, 17, rows=2, dimension=2)
+@pytest.mark.parametrize("dimension", [1, 2])
+def test_the_whole_divergence(p, dimension):
+    x, y, a, b = random_problem(20, 17, rows=2, dimension=dimension)
     b[0, 3] = 0
     inputs, truth = ([t.clone().requires_grad_() for t in (x, y, a, b)] for _ in range(2))
     value = sinkhorn_divergence(*inputs, p=p, blur=1.0, backend="triton")

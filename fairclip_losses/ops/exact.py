@@ -17,6 +17,9 @@ from torch import Tensor
 
 from .checks import broadcast_shapes
 
+# Cumulative weights nearer to each other are the same.
+_LEVEL = 1e-14
+
 
 class ExactSolution(NamedTuple):
     """Costs, their gradients in the points, and Kantorovich potentials, in the callers' order."""
@@ -120,12 +123,16 @@ def _solve_by_quantiles(
     steps = torch.arange(n + m + 1, device=x.device)
     upper_a, upper_b = _upper_levels(a).expand(*lead, n), _upper_levels(b).expand(*lead, m)
     upper_a, upper_b = upper_a.contiguous(), upper_b.contiguous()
-    # place of each point's upper level in the merge; at ties a's level comes first
-    place_a = torch.searchsorted(upper_b, upper_a, right=False).add_(steps[1 : n + 1])
-    place_b = torch.searchsorted(upper_a, upper_b, right=True).add_(steps[1 : m + 1])
+    # Place of each point's upper level in the merge; at ties a's level comes first. Potentials, but
+    # nothing else, depend on what is a tie: there rounding may not decide.
+    merged_a = upper_a - _LEVEL if potentials else upper_a
+    place_a = torch.searchsorted(upper_b, merged_a, right=False).add_(steps[1 : n + 1])
+    place_b = torch.searchsorted(merged_a, upper_b, right=True).add_(steps[1 : m + 1])
     levels = upper_a.new_zeros(*lead, n + m + 1)
     levels.scatter_(-1, place_a, upper_a).scatter_(-1, place_b, upper_b)
     mass = levels.diff(dim=-1)
+    if potentials:
+        mass = mass.clamp_(min=0.0)  # of ties in the other order
 
     from_a = torch.zeros_like(levels, dtype=place_a.dtype).scatter_(-1, place_a, 1)
     passed_a = from_a.cumsum(-1)[..., :-1]  # before the step

@@ -78,16 +78,19 @@ def sinkhorn_divergence(
             bounds by how much the fewer points that stand for all raise the marginals' L1 error.
         max_iterations: see ``iterations``.
         backend: what holds the kernel when blur > 0. ``"dense"``: all costs; accelerated alternate
-            updates, and up to 512 points Newton's method: after 100 of them, at once where nobody
-            may look at the convergence, and on a line. ``"streamed"``: costs a block at a time and
-            alternate updates; ``"triton"``: a fused kernel of the GPU, for any D; ``"prefix"``:
-            prefix sums, O(N) a round, for p = 1 on a line. ``"auto"``: on the CPU, on a line,
+            updates, and up to 512 points (1,024 on a line) Newton's method: after 100 of them, at
+            once where nobody may look at the convergence, and on a line. ``"streamed"``: costs a
+            block at a time and alternate updates; ``"triton"``: a fused kernel of the GPU, for any
+            D; ``"prefix"``: prefix sums, O(N) a round, for p = 1 on a line. ``"auto"``: on the CPU,
+            on a line,
             Newton's method in NumPy (one operator under torch.compile). For p = 1 at O(N) a round
             (that is also ``"prefix"`` there; but more than 64 rows of at most 96 points of their
             own are dense); for p = 2 at O(N) once and then the cost of the points that stand for
             all, about ``5 * diameter / blur`` at most, each with those that it is coupled with.
-            Elsewhere prefix sums for p = 1 on a line above 96 points a side; for D > 1 on a GPU
-            triton, where the package is there; else dense up to 512 x 512 costs and streamed above.
+            Elsewhere, on a line, dense as far as Newton's method goes and all rows have at most
+            2^21 costs (p = 1) or 2^23 (p = 2); above, prefix sums for p = 1. Else, on a GPU,
+            triton, where the package is there; without it dense up to 512 x 512 costs (D > 1) and
+            streamed above.
         validate: look at the values for NaN, infinities and negative weights. None looks on the
             CPU only, since on an accelerator it waits for the device; there absent points must be
             finite too.

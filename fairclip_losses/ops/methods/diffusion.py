@@ -37,21 +37,21 @@ def diffusion_rounds(
     f = kernel.softmin(epsilon, log_b, g)
     plain, value = f, torch.full_like((a * f).sum(-1), -torch.inf)
     share = torch.full_like(value, _SHARE)[..., None]
-    conductance, taken = None, _rounds(options, watched)
+    ladder, conductance, taken = _Ladder(kernel.x[..., 0], a), None, _rounds(options, watched)
     for k in range(taken):
         g = back.softmin(epsilon, log_a, f)
         following = kernel.softmin(epsilon, log_b, g)
         reached = (a * f).sum(-1) + (b * g).sum(-1)
-        better = (reached >= value - 1e-12 * reached.abs())[..., None]
+        better = (reached >= torch.sub(value, reached.abs(), alpha=1e-12))[..., None]
         # a round of its own never lowers the dual value: where the diffusion did, take it back
-        miss = a * -torch.expm1((f - following) / epsilon)
+        miss = torch.expm1((f - following).div_(epsilon)).mul_(a).neg_()
         if watched and not bool((miss.abs().sum(-1) > options.tol).any()):
             f, taken = following, k + 1
             break
         if conductance is None or k in _MEASURED_AFTER:
-            conductance = _conductance(kernel, f, g, log_a, log_b, epsilon)
-        answer = share * _answer(kernel.x[..., 0], a, miss, conductance)
-        f = torch.where(better, following + epsilon * answer, plain)
+            conductance = ladder.conductance(_drift(kernel, f, g, log_a, log_b, epsilon))
+        answer = share * ladder.answer(miss, conductance)
+        f = torch.where(better, torch.add(following, answer, alpha=epsilon), plain)
         plain = torch.where(better, following, plain)
         share = torch.where(better, (1.2 * share).clamp(max=_SHARE), 0.5 * share)
         value = torch.maximum(value, reached)
@@ -61,32 +61,43 @@ def diffusion_rounds(
     return f, back.softmin(epsilon, log_a, f), taken
 
 
-def _conductance(
+def _drift(
     kernel: Kernel, f: Tensor, g: Tensor, log_a: Tensor, log_b: Tensor, epsilon: float
 ) -> Tensor:
-    """Return the diffusion's conductance in the gaps between sorted points, (*, N - 1).
-
-    With W the flow of mass from x_i to x_j of one round, it is the sum of ``W_ij (x_j - x_i)`` over
-    the flows across a gap. From gap to gap that grows by ``a_i`` times the mean move from x_i.
-    """
+    """Return what one round moves the mass of each point by, (*, N): mass times mean move."""
     points = kernel.x[..., 0]
     home = kernel.transposed.average(epsilon, log_a, f, points)  # E[x' | y]
-    drift = log_a.exp() * (kernel.average(epsilon, log_b, g, home) - points)
-    return along(drift, points.argsort(-1)).cumsum(-1)[..., :-1]
+    return log_a.exp() * (kernel.average(epsilon, log_b, g, home) - points)
 
 
-def _answer(points: Tensor, a: Tensor, miss: Tensor, conductance: Tensor) -> Tensor:
-    """Return the stationary answer of the diffusion to sources ``miss``, in units of epsilon."""
-    ordered, order = points.sort(-1)
-    balanced = miss - a * miss.sum(-1, keepdim=True)
-    flow = along(balanced, order).cumsum(-1)[..., :-1]
-    conducting = conductance > 0
-    slope = -flow * ordered.diff(dim=-1) / torch.where(conducting, conductance, 1.0)
-    slope = torch.where(conducting, slope, 0.0).clamp(-_TRUST_BETWEEN, _TRUST_BETWEEN)
-    answer = unsort(torch.nn.functional.pad(slope.cumsum(-1), (1, 0)), order)
-    answer = answer - (a * answer).sum(-1, keepdim=True)
-    longest = answer.abs().amax(-1, keepdim=True)
-    return answer * (_TRUST / longest.clamp(min=_TRUST))
+class _Ladder:
+    """The points of a measure in order, and the diffusion between neighbours."""
+
+    def __init__(self, points: Tensor, weights: Tensor) -> None:
+        """Points (*, N) and weights (*, N)."""
+        ordered, self._order = points.sort(-1)
+        self._gaps, self._weights = ordered.diff(dim=-1), weights
+
+    def conductance(self, drift: Tensor) -> Tensor:
+        """Return that of the gaps, (*, N - 1), and where there is none a negative number.
+
+        With W the flow of mass from x_i to x_j of one round, it is the sum of ``W_ij (x_j - x_i)``
+        over the flows across a gap. From gap to gap that grows by the drift.
+        """
+        found = along(drift, self._order).cumsum(-1)[..., :-1]
+        return torch.where(found > 0, found, -torch.inf)
+
+    def answer(self, miss: Tensor, conductance: Tensor) -> Tensor:
+        """Return the stationary answer to sources ``miss`` (*, N), in units of epsilon."""
+        a = self._weights
+        balanced = miss - a * miss.sum(-1, keepdim=True)
+        flow = along(balanced, self._order).cumsum(-1)[..., :-1]
+        slope = (flow * self._gaps).div_(conductance).neg_()
+        slope = slope.clamp_(-_TRUST_BETWEEN, _TRUST_BETWEEN)
+        answer = unsort(torch.nn.functional.pad(slope.cumsum(-1), (1, 0)), self._order)
+        answer = answer - (a * answer).sum(-1, keepdim=True)
+        longest = answer.abs().amax(-1, keepdim=True)
+        return answer * (_TRUST / longest.clamp_(min=_TRUST))
 
 
 def _rounds(options: SinkhornOptions, watched: bool) -> int:
