@@ -99,6 +99,24 @@ def test_clusters_that_hardly_couple_do_not_stall(share):
     assert result.converged.all() and result.iterations < 15
 
 
+@pytest.mark.parametrize("share", [3e-4, 1e-3, 3e-3])
+def test_a_tight_cluster_among_lonely_points_does_not_stall(share):
+    """Nine scores of ten within some blurs, the others many blurs from each other."""
+    draw = torch.Generator().manual_seed(3)
+    near, far = torch.rand(256, generator=draw) < 0.9, 2 * torch.rand(256, generator=draw) - 1
+    scores = torch.where(near, 1e-3 * torch.randn(256, generator=draw), far).double()[:, None]
+    groups = (torch.arange(256) % 4 == torch.arange(4)[:, None]).double()
+    blur = share * float(scores.max() - scores.min())
+    result = sinkhorn_solve(scores, scores, None, groups, p=1, blur=blur)
+    assert result.converged.all() and result.iterations < 25
+    slopes = []
+    for options in ({}, {"backend": "dense", "tol": 1e-10}):
+        x = scores.clone().requires_grad_()
+        sinkhorn_divergence(x, x, None, groups, p=1, blur=blur, **options).sum().backward()
+        slopes.append(x.grad)
+    assert (slopes[0] - slopes[1]).norm() < 2e-7 * slopes[1].norm()
+
+
 @pytest.mark.parametrize("blur", [0.02, 0.3, 5.0])
 @pytest.mark.parametrize("clustered", [True, False])
 def test_fewer_nodes_reach_the_same_optimum(blur, clustered):

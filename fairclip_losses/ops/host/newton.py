@@ -20,8 +20,10 @@ LOG_ZERO = -1e12
 LEVEL = 1e-14
 
 # Longest change of a potential in the first round, in units of epsilon: far from the optimum the
-# quadratic model of an exponential holds no further.
-_TRUST = 5.0
+# quadratic model of an exponential holds no further. And the damping then (Levenberg, Marquardt),
+# which falls with the square of that length: clusters coupled by next to nothing would be moved by
+# any number, at a wrong balance of masses, and leave no part of a step for the others.
+_TRUST, _DAMPING = 5.0, 1e-5
 # Part of ``tol`` that Newton's last round reaches, unless rounding ends that before: then so many
 # rounds in a row do not halve the error. Or part of it, in units of epsilon, that a further step
 # would have, if it were shorter than the last one as the error is smaller.
@@ -42,8 +44,11 @@ class HostKernel(Protocol):
     def log_product(self, exponent: Array) -> Array:
         """``log sum_j exp(exponent_j - C_ij / eps)``, (R, N) from (R, M)."""
 
-    def steps(self, a: Array, b: Array, at: Look) -> Array:
-        """Newton's steps (R, N) in units of epsilon, for weights (1 or R, N) and (1 or R, M)."""
+    def steps(self, a: Array, b: Array, at: Look, damping: Array) -> Array:
+        """Newton's steps (R, N) in units of epsilon, for weights (1 or R, N) and (1 or R, M).
+
+        ``damping`` (R, 1) is added to the eigenvalues of each row's equations.
+        """
 
 
 class Look(NamedTuple):
@@ -117,7 +122,7 @@ def solve_pair(
         done = stalled == _STALLED or next_step <= _NEXT_STEP * tol
         if not fixed and (error <= _FAR_BELOW * tol or (error <= tol and done)):
             break
-        step = kernel.steps(a, b, best)
+        step = kernel.steps(a, b, best, _DAMPING * (_TRUST / radius) ** 2)
         size = np.abs(np.where(there, step, 0.0))
         longest = np.maximum.reduce(size, -1, keepdims=True)
         # entry by entry: points of next to no mass may have steps that dwarf all others

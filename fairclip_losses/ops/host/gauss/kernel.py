@@ -87,7 +87,7 @@ class GaussKernel:
         square = sums[..., 2] / sums[..., 0]
         return mean, np.sqrt(np.maximum(square - mean * mean, 0.0))
 
-    def steps(self, a: Array, b: Array, at: Look) -> Array:
+    def steps(self, a: Array, b: Array, at: Look, damping: Array) -> Array:
         """See `HostKernel.steps`; equations scaled by the weights, so that they are symmetric."""
         roots = np.sqrt(a), np.sqrt(b)
         rho = np.exp(np.minimum(at.f - at.due, LARGEST))

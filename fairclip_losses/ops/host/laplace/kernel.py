@@ -65,9 +65,9 @@ class LaplaceKernel:
         left /= np.maximum(whole, _LEAST, out=whole)
         return left
 
-    def steps(self, a: Array, b: Array, at: Look) -> Array:
+    def steps(self, a: Array, b: Array, at: Look, damping: Array) -> Array:
         """See `HostKernel.steps`: banded equations."""
-        return newton_steps(self.nodes, a, b, at, self.epsilon)
+        return newton_steps(self.nodes, a, b, at, damping, self.epsilon)
 
     def self_update(self, a: Array, f: Array, due: Array) -> Array:
         """Return Newton's next potential of ``OT_eps(a, a)`` from f and its softmin."""

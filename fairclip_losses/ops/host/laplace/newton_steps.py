@@ -8,7 +8,8 @@ With the plan P between a and b, the unknowns are means over it, ``q = P^T d / b
 
 Where q, d and h are 1 the left sides are the weights on the right: the rows of T so scaled sum to
 these. That gives the diagonal, no entry depends on more than the differences of the potentials
-between neighbours, and constants are the null space also on fewer points (`Nodes`).
+between neighbours, and constants are the null space also on fewer points (`Nodes`). A damping takes
+its part from the h in d.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from .tridiagonal import solve_tridiagonal
 
 # Largest log of an entry beside the diagonal: one larger is of a potential that no round leaves.
 _CAP = 30.0
-# Less the part of h in d. At 1 all rows sum to 0, and where the plan couples clusters by less than
+# Least damping. Without any all rows sum to 0, and where the plan couples clusters by less than
 # rounding, each cluster's do: steps that change nothing would be any number.
-_REGULAR = -1.0 + 1e-10
+_LEAST_DAMPING = 1e-10
 # Bands on either side of the diagonal, and rows of LAPACK's band storage for them.
 _BANDS, _STORED = 2, 7
 
 
-def newton_steps(nodes: Nodes, a: Array, b: Array, at: Look, epsilon: float) -> Array:
+def newton_steps(
+    nodes: Nodes, a: Array, b: Array, at: Look, damping: Array, epsilon: float
+) -> Array:
     """Return Newton's steps (R, K) in units of epsilon."""
     f = at.f / epsilon
     both = np.empty((2, *at.g.shape))
@@ -56,7 +59,7 @@ def newton_steps(nodes: Nodes, a: Array, b: Array, at: Look, epsilon: float) -> 
     of_either[..., 1:, middle - 2] = -after[..., :-1]
     of_either[..., :-1, middle + 2] = -before[..., :-1]
     bands[..., 0, middle + 1] = -on_nodes[1]
-    bands[..., 1, middle - 1] = _REGULAR * on_nodes[0]
+    bands[..., 1, middle - 1] = (np.maximum(damping, _LEAST_DAMPING) - 1.0) * on_nodes[0]
     solved = dgbsv(
         _BANDS, _BANDS, bands.reshape(-1, _STORED).T, right.reshape(-1, 1),
         overwrite_ab=True, overwrite_b=True,
