@@ -271,6 +271,26 @@ def test_rounds_that_nobody_watches_are_enough(p, n, blur, within):
     codes = torch.arange(n) % 2
     x[codes == 1] = 0.8 * x[codes == 1] + 0.2
     weights = (codes == torch.arange(2)[:, None]).double()
+    due, found = _slopes_watched_or_not(x, weights, p, blur)
+    assert float((found - due).norm()) <= within * float(due.norm())
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("share", [1e-4, 1e-3, 1e-2, 0.1])
+@pytest.mark.parametrize("kind", ["even", "uneven"])
+def test_they_are_enough_for_clusters_and_lonely_points(p, share, kind):
+    """Most scores within some blurs of each other, the others many blurs apart."""
+    draw = torch.Generator().manual_seed(3)
+    near, far = torch.rand(200, generator=draw) < 0.8, 2 * torch.rand(200, generator=draw) - 1
+    x = torch.where(near, 1e-3 * torch.randn(200, generator=draw), far).double()[:, None]
+    even = torch.arange(200) % 3 == torch.arange(3)[:, None]
+    weights = (even if kind == "even" else torch.rand(3, 200, generator=draw) < 0.4).double()
+    due, found = _slopes_watched_or_not(x, weights, p, share * float(x.max() - x.min()))
+    assert float((found - due).norm()) <= 2e-6 * float(due.norm())
+
+
+def _slopes_watched_or_not(x, weights, p, blur):
+    """Return the gradient as on the CPU and as on an accelerator."""
 
     def slope():
         points = x.clone().requires_grad_()
@@ -282,5 +302,4 @@ def test_rounds_that_nobody_watches_are_enough(p, n, blur, within):
         mock.patch("fairclip_losses.ops.entropic.suits_host_solver", lambda *_: False),
         mock.patch.object(SinkhornOptions, "is_watched", lambda *_: False),
     ):
-        found = slope()
-    assert float((found - due).norm()) <= within * float(due.norm())
+        return due, slope()

@@ -19,8 +19,8 @@ from .progress import marginal_error
 
 # Longest change of one entry of a potential in a round, in units of epsilon, and the damping of its
 # modes: in the first round and the least.
-_LONGEST = 30.0
-_DAMPING, _LEAST_DAMPING = 1e-4, 1e-12
+_LONGEST = 5.0
+_DAMPING, _LEAST_DAMPING = 1e-3, 1e-12
 # Most points on the smaller side of a problem that Newton's method is used for, and most on a line,
 # where nothing else is as sure.
 _MOST_POINTS, _MOST_POINTS_ON_A_LINE = 512, 1024
