@@ -12,7 +12,7 @@ from ..errors import UsageError, usage_errors
 from ..report import FairnessReport
 from ..zero_shot import ZeroShotTask, evaluate_task
 from .events import Callback, TrainState
-from .flags import FairOptions
+from .fair_options import FairOptions
 from .logs import log_scalars
 from .pair_files import is_table, read_pairs
 

@@ -18,7 +18,7 @@ from ..losses import FairLoss
 from ..miners import BadPairMiner, EpochSummary, MinerReport
 from ..presets import build_fair_loss
 from .events import Callback, TrainState
-from .flags import FairOptions
+from .fair_options import FairOptions
 from .logs import log_scalars
 from .pair_files import FlagRates, is_table, read_pairs, write_pairs
 from .pair_sources import PairBatch, PairSource, pair_source

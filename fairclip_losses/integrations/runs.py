@@ -22,8 +22,9 @@ from ..distributed import Processes
 from ..errors import CallbackError, UsageError, one_line, usage_errors
 from .events import CallbackRegistry, Event, TrainState, default_registry
 from .fair_evaluation import FairEvaluationCallback
+from .fair_options import FairOptions
 from .fair_training import FairTrainingCallback
-from .flags import FairOptions, load_callback
+from .flags import load_callback
 from .patching import HostCall
 from .saved_state import (
     SavedStates,

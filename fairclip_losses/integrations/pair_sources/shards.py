@@ -16,7 +16,7 @@ from ...data import CodeBook
 from ...data.groups import IntArray, attribute_labels, label_code, shortened
 from ...errors import UsageError, usage_errors
 from ...miners import MinerReport
-from ..flags import FairOptions
+from ..fair_options import FairOptions
 from ..pair_files import FlagRates, attribute_column
 from .base import PairBatch, PairSource, count_flagged, flag_rates
 from .exchange import of_all_processes, of_first_process, place

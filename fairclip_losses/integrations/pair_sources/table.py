@@ -16,7 +16,7 @@ from ...data import CodeBook, encode_attributes, pair_ids
 from ...data.groups import IntArray
 from ...errors import UsageError, usage_errors
 from ...miners import MinerReport
-from ..flags import FairOptions
+from ..fair_options import FairOptions
 from ..pair_files import FlagRates, attribute_column, read_pairs
 from ..samples import with_beside
 from .base import PairBatch, PairSource, count_flagged, flag_rates

@@ -1,0 +1,102 @@
+"""What the ``--fair-*`` flags say, and which of them go together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from ..errors import UsageError
+from .events import default_registry
+
+PARTS = ("dbpm", "sinkhorn")
+
+
+@dataclass(frozen=True)
+class FairOptions:
+    """The parsed ``--fair-*`` flags; None is "as the preset says"."""
+
+    fair_loss: tuple[str, ...]
+    fair_preset: str | None
+    fair_attributes: tuple[str, ...]
+    fair_weight: float | None
+    fair_blur: float | None
+    fair_p: int | None
+    fair_score: str | None
+    fair_warmup_epochs: int | None
+    fair_noisy_sigma: float | None
+    fair_faulty_sigma: float | None
+    fair_queue: int | None
+    fair_id_key: str | None
+    fair_shard_memory: bool
+    fair_eval_label: str | None
+    fair_eval_prompts: tuple[str, ...]
+    fair_callback: tuple[str, ...]
+    fair_save_pairs: bool
+    fair_fresh_state: tuple[str, ...] | None  # () = of all
+    fair_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def active(self) -> bool:
+        """Whether anything at all was asked for beyond upstream's training."""
+        return bool(self.fair_loss or self.fair_callback or self.fair_eval_label)
+
+
+def check_options(options: FairOptions) -> None:
+    """Refuse values out of range, and flags that contradict each other.
+
+    Raises:
+        UsageError: the message names the flag and says what to change.
+    """
+    _check_values(options)
+    _check_combination(options)
+
+
+def _check_values(options: FairOptions) -> None:
+    for name in ("fair_weight", "fair_blur", "fair_noisy_sigma", "fair_faulty_sigma",
+                 "fair_warmup_epochs", "fair_queue"):  # fmt: skip
+        value = getattr(options, name)
+        finite = not name.endswith("sigma")  # an infinite sigma flags no pair
+        if value is not None and not (value >= 0 and (value < math.inf or not finite)):
+            kind = "a finite number" if finite else "a number"
+            raise UsageError(f"{_flag(name)} must be {kind} >= 0, got {value}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_combination(options: FairOptions) -> None:
+    if not options.fair_loss:
+        with_loss_only = {
+            "fair_preset",
+            "fair_weight", "fair_blur", "fair_p", "fair_score", "fair_warmup_epochs",
+            "fair_noisy_sigma", "fair_faulty_sigma", "fair_queue", "fair_id_key",
+            "fair_save_pairs", "fair_shard_memory",
+        }  # fmt: skip
+        for option in fields(options):
+            if option.name in with_loss_only and getattr(options, option.name) not in (None, False):
+                flag = _flag(option.name)
+                raise UsageError(f"{flag} has no effect without --fair-loss; add it or drop {flag}")
+    keepers = options.fair_loss or options.fair_callback or len(default_registry)
+    if options.fair_fresh_state is not None and not keepers:
+        raise UsageError("--fair-fresh-state has no effect without --fair-loss or --fair-callback")
+    if options.fair_shard_memory and options.fair_loss and "dbpm" not in options.fair_loss:
+        raise UsageError("--fair-shard-memory needs --fair-loss dbpm: there is no memory to spread")
+    readers = options.fair_loss or options.fair_eval_label or options.fair_callback
+    if options.fair_attributes and not readers:
+        raise UsageError(
+            "--fair-attributes has no effect without --fair-loss, --fair-eval-label or "
+            "--fair-callback; add one"
+        )
+    if "sinkhorn" in options.fair_loss and not options.fair_attributes:
+        raise UsageError(
+            "--fair-loss sinkhorn needs --fair-attributes NAME... (columns of the training CSV, or "
+            "keys of the json member); --fair-loss dbpm goes without"
+        )
+    if len(set(options.fair_attributes)) != len(options.fair_attributes):
+        raise UsageError(f"--fair-attributes names an attribute twice: {options.fair_attributes}")
+    if bool(options.fair_eval_label) != bool(options.fair_eval_prompts):
+        raise UsageError("--fair-eval-label and --fair-eval-prompts go together")
+    if options.fair_eval_label and not options.fair_attributes:
+        raise UsageError("--fair-eval-label needs --fair-attributes NAME...")
