@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from ..errors import UsageError
+from ..presets import PRESETS
 from .events import default_registry
 
 PARTS = ("dbpm", "sinkhorn")
+
+_OPTIONS_OF = {
+    "dbpm": ("fair_warmup_epochs", "fair_noisy_sigma", "fair_faulty_sigma",
+             "fair_shard_memory", "fair_save_pairs"),
+    "sinkhorn": ("fair_weight", "fair_blur", "fair_p", "fair_score", "fair_queue"),
+}  # fmt: skip
+_OPTIONS_OF_BOTH = ("fair_preset", "fair_id_key")
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ def check_options(options: FairOptions) -> None:
         UsageError: the message names the flag and says what to change.
     """
     _check_values(options)
+    _check_parts(options)
     _check_combination(options)
 
 
@@ -66,23 +76,37 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _check_combination(options: FairOptions) -> None:
+def _is_given(options: FairOptions, name: str) -> bool:
+    value = getattr(options, name)
+    return value is not None and value is not False
+
+
+def _check_parts(options: FairOptions) -> None:
+    """Refuse an option of a part that does not train: it would be without effect."""
     if not options.fair_loss:
-        with_loss_only = {
-            "fair_preset",
-            "fair_weight", "fair_blur", "fair_p", "fair_score", "fair_warmup_epochs",
-            "fair_noisy_sigma", "fair_faulty_sigma", "fair_queue", "fair_id_key",
-            "fair_save_pairs", "fair_shard_memory",
-        }  # fmt: skip
-        for option in fields(options):
-            if option.name in with_loss_only and getattr(options, option.name) not in (None, False):
-                flag = _flag(option.name)
+        for name in (*_OPTIONS_OF_BOTH, *itertools.chain(*_OPTIONS_OF.values())):
+            if _is_given(options, name):
+                flag = _flag(name)
                 raise UsageError(f"{flag} has no effect without --fair-loss; add it or drop {flag}")
+        return
+    for part, names in _OPTIONS_OF.items():
+        for name in names:
+            if part not in options.fair_loss and _is_given(options, name):
+                raise UsageError(
+                    f"{_flag(name)} needs --fair-loss {part}, whose option it is, got --fair-loss "
+                    f"{' '.join(options.fair_loss)}; add {part} or drop {_flag(name)}"
+                )
+    if options.fair_save_pairs and PRESETS[options.fair_preset or "aligned"].mining_unit != "pair":
+        raise UsageError(
+            "--fair-save-pairs needs a history of each pair, and --fair-preset "
+            f"{options.fair_preset} keeps none; drop one of the two"
+        )
+
+
+def _check_combination(options: FairOptions) -> None:
     keepers = options.fair_loss or options.fair_callback or len(default_registry)
     if options.fair_fresh_state is not None and not keepers:
         raise UsageError("--fair-fresh-state has no effect without --fair-loss or --fair-callback")
-    if options.fair_shard_memory and options.fair_loss and "dbpm" not in options.fair_loss:
-        raise UsageError("--fair-shard-memory needs --fair-loss dbpm: there is no memory to spread")
     readers = options.fair_loss or options.fair_eval_label or options.fair_callback
     if options.fair_attributes and not readers:
         raise UsageError(
