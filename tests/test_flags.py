@@ -69,6 +69,10 @@ def test_evaluation_alone_is_active_without_the_loss():
         (["--fair-loss", "--fair-attributes", "a", "a"], "twice"),
         (["--fair-eval-label", "y"], "go together"),
         (["--fair-eval-prompts", "y"], "go together"),
+        (["--fair-eval-label", ""], "go together"),
+        (["--fair-eval-label", "", "--fair-eval-prompts", "a"], "needs --fair-attributes"),
+        (["--fair-attributes", "a"], "--fair-attributes has no effect without --fair-loss"),
+        (["--fair-fresh-state"], "--fair-fresh-state has no effect without --fair-loss"),
         (["--fair-eval-label", "y", "--fair-eval-prompts", "a"], "needs --fair-attributes"),
     ],
 )

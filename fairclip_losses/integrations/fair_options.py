@@ -48,7 +48,8 @@ class FairOptions:
     @property
     def active(self) -> bool:
         """Whether anything at all was asked for beyond upstream's training."""
-        return bool(self.fair_loss or self.fair_callback or self.fair_eval_label)
+        evaluated = self.fair_eval_label is not None
+        return bool(self.fair_loss or self.fair_callback or evaluated)
 
 
 def check_options(options: FairOptions) -> None:
@@ -107,8 +108,7 @@ def _check_combination(options: FairOptions) -> None:
     keepers = options.fair_loss or options.fair_callback or len(default_registry)
     if options.fair_fresh_state is not None and not keepers:
         raise UsageError("--fair-fresh-state has no effect without --fair-loss or --fair-callback")
-    readers = options.fair_loss or options.fair_eval_label or options.fair_callback
-    if options.fair_attributes and not readers:
+    if options.fair_attributes and not options.active:
         raise UsageError(
             "--fair-attributes has no effect without --fair-loss, --fair-eval-label or "
             "--fair-callback; add one"
@@ -120,7 +120,7 @@ def _check_combination(options: FairOptions) -> None:
         )
     if len(set(options.fair_attributes)) != len(options.fair_attributes):
         raise UsageError(f"--fair-attributes names an attribute twice: {options.fair_attributes}")
-    if bool(options.fair_eval_label) != bool(options.fair_eval_prompts):
+    if (options.fair_eval_label is None) != (not options.fair_eval_prompts):
         raise UsageError("--fair-eval-label and --fair-eval-prompts go together")
-    if options.fair_eval_label and not options.fair_attributes:
+    if options.fair_eval_label is not None and not options.fair_attributes:
         raise UsageError("--fair-eval-label needs --fair-attributes NAME...")

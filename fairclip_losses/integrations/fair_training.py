@@ -70,7 +70,7 @@ class FairTrainingCallback(Callback):
         if local and not Path(args.resume).is_file():
             raise UsageError(f"--resume: no checkpoint file {args.resume!r}")
         # The evaluation of fairness, where there is one, reads the validation table itself.
-        if not self.options.fair_eval_label and is_table(args.val_data, args):
+        if self.options.fair_eval_label is None and is_table(args.val_data, args):
             read_pairs(args.val_data, args)
         self.source = pair_source(args, self.options)
         with usage_errors():

@@ -49,18 +49,17 @@ class Run:
 
     def __init__(self, options: FairOptions, args: argparse.Namespace) -> None:
         callbacks = [*default_registry, *(load_callback(spec) for spec in options.fair_callback)]
-        if options.fair_eval_label:
+        if options.fair_eval_label is not None:
             callbacks.append(FairEvaluationCallback(options))
         if options.fair_loss:
             callbacks.append(FairTrainingCallback(options))
         with usage_errors():
             self.registry = CallbackRegistry(callbacks)
+        resume = getattr(args, "resume", None)
+        if options.fair_fresh_state is not None and not resume:
+            raise UsageError("--fair-fresh-state has no effect without --resume; add it or drop it")
         self.fresh = fresh_names(options.fair_fresh_state, self.registry.stateful)
-        if (
-            self.registry.stateful
-            and getattr(args, "resume", None) == "latest"
-            and getattr(args, "remote_sync", None)
-        ):
+        if self.registry.stateful and resume == "latest" and getattr(args, "remote_sync", None):
             raise UsageError(
                 "--resume latest with --remote-sync takes the last of all files of the remote "
                 "folder, which may be one of ours; name the checkpoint: --resume URL"
