@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fairclip_losses.errors import UsageError
@@ -42,6 +44,31 @@ def test_one_part_alone():
 def test_the_order_of_the_parts_is_all_the_same(parts):
     options, _ = split_flags(["--fair-attributes", "sex", "--fair-loss", *parts])
     assert options.fair_loss == ("dbpm", "sinkhorn")
+
+
+def test_labels_may_follow_an_attribute():
+    options, _ = split_flags(["--fair-loss", "--fair-attributes", "race= b,a , *", "sex=01,2", "x"])
+    assert options.fair_attributes == ("race", "sex", "x")
+    assert options.fair_labels == {"race": ("b", "a"), "sex": ("1", "2")}
+    assert options.fair_others_unknown == ("race",)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("", "got '', which stands for an unknown value"),
+        ("a,-1", "got '-1', which stands for an unknown value"),
+        ("1,01", "expected each label once"),
+        ("*", r"expected labels separated by commas, and \* \(any other value is unknown\) after"),
+        ("*,a", r"expected labels separated by commas, and \*"),
+        ("a,*,*", r"expected labels separated by commas, and \*"),
+    ],
+)
+def test_wrong_labels_are_one_line(labels, message):
+    with pytest.raises(
+        UsageError, match=f"^--fair-attributes race={re.escape(labels)}: .*{message}"
+    ):
+        split_flags(["--fair-loss", "--fair-attributes", f"race={labels}"])
 
 
 def test_evaluation_alone_is_active_without_the_loss():

@@ -250,10 +250,24 @@ def test_a_given_code_book_decides_and_keeps_absent_groups():
 
 def test_a_value_or_attribute_outside_the_code_book():
     book = CodeBook({"sex": ("f", "m")})
-    with pytest.raises(ValueError, match=r"column 'sex': expected one of 'f', 'm', got 'y' in 2 r"):
+    with pytest.raises(
+        ValueError,
+        match=r"column 'sex': expected one of 'f', 'm', got 'y' in 2 rows, first in row 3$",
+    ):
         encode_attributes(table_of(sex=["f", "x", "y", "y"]), ["sex"], book)
     with pytest.raises(ValueError, match=r"the code book holds only \['sex'\]"):
         encode_attributes(table_of(race=["a"]), ["race"], book)
+
+
+def test_a_value_outside_the_code_book_may_be_unknown():
+    book = CodeBook({"sex": ("f", "m"), "race": ("a", "b")})
+    table = table_of(sex=["f", "x", "", "m"], race=["a", "b", "c", "a"])
+    codes, _ = encode_attributes(table, ["sex"], book, others_unknown=["sex"])
+    assert codes[:, 0].tolist() == [0, UNKNOWN, UNKNOWN, 1]
+    with pytest.raises(ValueError, match=r"column 'race': expected one of 'a', 'b', got 'c' in 1"):
+        encode_attributes(table, ["sex", "race"], book, others_unknown=["sex"])
+    with pytest.raises(ValueError, match="column 'sex': expected groups, got no known value in 2"):
+        encode_attributes(table_of(sex=["x", "na"]), ["sex"], book, others_unknown=["sex"])
 
 
 @pytest.mark.parametrize(

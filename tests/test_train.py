@@ -249,6 +249,17 @@ def test_evaluating_fairness_does_not_change_the_training(data, tmp_path):
     assert_same_weights(weights(tmp_path, "plain"), weights(tmp_path, "evaluated"))
 
 
+def test_the_labels_given_are_the_groups_of_the_evaluation_too(data, tmp_path):
+    evaluation = (
+        *("--val-data", data["val"], "--fair-attributes", "sex=m,x,*", "site=1,0"),
+        *("--fair-eval-label", "bright", "--fair-eval-prompts", "a dark picture", "a bright one"),
+    )
+    assert train.main(arguments(data, tmp_path, "run", *evaluation, epochs=1)) == 0
+    (line,) = (tmp_path / "run" / "checkpoints" / "fair_results.jsonl").read_text().splitlines()
+    groups = [name.partition("/")[0] for name in json.loads(line) if "=" in name]
+    assert list(dict.fromkeys(groups)) == ["sex=m", "site=1", "site=0"]
+
+
 def test_an_id_column_names_the_pairs(data, tmp_path):
     flags = ("--fair-loss", "dbpm", "--fair-id-key", "pair", "--fair-save-pairs")
     assert train.main(arguments(data, tmp_path, "ids", *flags, epochs=1)) == 0
@@ -395,6 +406,11 @@ def rewritten(data, tmp_path, change):
             ("--fair-eval-label", "bright", "--fair-eval-prompts", "a",
              "--fair-attributes", "sex"),
             "a prompt for each of two or more classes",
+        ),
+        (
+            ("--fair-eval-label", "bright", "--fair-eval-prompts", "a", "b",
+             "--fair-attributes", "sex=f"),
+            "val.tsv: attribute column 'sex': expected one of 'f', got 'm' in ",
         ),
         (
             ("--fair-eval-label", "shade", "--fair-eval-prompts", "a", "b",

@@ -20,14 +20,16 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .files import reason, write_text
 from .groups import (
+    UNKNOWN,
     CodeBook,
+    GroupCoder,
     IntArray,
     attribute_labels,
     distinct_labels,
@@ -157,7 +159,11 @@ def write_table(
 
 
 def encode_attributes(
-    table: Table, names: Sequence[str], codebook: CodeBook | None = None
+    table: Table,
+    names: Sequence[str],
+    codebook: CodeBook | None = None,
+    *,
+    others_unknown: Collection[str] = (),
 ) -> tuple[IntArray, CodeBook]:
     """Turn columns of a table into group codes.
 
@@ -170,14 +176,15 @@ def encode_attributes(
         names: the C columns to encode.
         codebook: labels decided earlier (by the training set), which this table must keep to.
             None: this table decides.
+        others_unknown: attributes of which a value that the code book lacks is unknown.
 
     Returns:
         Codes, int64 (N, C), in the order of `names`; and the code book of these C attributes.
 
     Raises:
-        ValueError: no names or one twice, no such column, an attribute or a value that the code
-            book lacks, numbers with fractions, more than 64 distinct values, or a column with no
-            known value.
+        ValueError: no names or one twice, no such column, an attribute that the code book lacks,
+            or a value that it lacks and that is not unknown, numbers with fractions, more than 64
+            distinct values, or a column with no known value.
     """
     if not names or len(set(names)) != len(names):
         raise ValueError(f"expected attribute names, each once, got {list(names)}")
@@ -186,15 +193,16 @@ def encode_attributes(
     for position, name in enumerate(names):
         cells = table.column(name)
         where = f"{table.path}: attribute column {name!r}"
-        if all(is_missing(cell) for cell in cells):
-            raise ValueError(f"{where}: expected groups, got no known value in {len(cells)} rows")
         if codebook is None:
             labels[name] = attribute_labels(cells, where)
         elif name in codebook.labels:
             labels[name] = codebook.labels[name]
         else:
             raise ValueError(f"{where}: the code book holds only {sorted(codebook.labels)}")
-        codes[:, position] = group_codes(cells, labels[name], where)
+        coder = GroupCoder(labels[name], others_unknown=name in others_unknown)
+        codes[:, position] = group_codes(cells, coder, where)
+        if (codes[:, position] == UNKNOWN).all():
+            raise ValueError(f"{where}: expected groups, got no known value in {len(cells)} rows")
     return codes, CodeBook(labels)
 
 
@@ -253,7 +261,7 @@ def encode_labels(table: Table, column: str, num_classes: int) -> tuple[IntArray
             f"{where}: expected {num_classes} classes, got {len(labels)} distinct values: "
             f"{shortened(labels)}"
         )
-    return group_codes(cells, labels, where), labels
+    return group_codes(cells, GroupCoder(labels), where), labels
 
 
 def _records(lines: Iterable[str], separator: str) -> list[tuple[int, list[str]]]:

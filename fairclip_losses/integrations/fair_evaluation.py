@@ -14,7 +14,7 @@ from ..zero_shot import ZeroShotTask, evaluate_task
 from .events import Callback, TrainState
 from .fair_options import FairOptions
 from .logs import log_scalars
-from .pair_files import is_table, read_pairs
+from .pair_files import is_table, read_groups, read_pairs
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +45,15 @@ class FairEvaluationCallback(Callback):
             )
         assert options.fair_eval_label is not None  # the callback exists because of it
         table = read_pairs(args.val_data, args)
+        _, codebook = read_groups(table, options)
         with usage_errors():
             self.task = ZeroShotTask.from_table(
                 table,
                 label=options.fair_eval_label,
                 prompts=options.fair_eval_prompts,
                 attributes=options.fair_attributes,
+                codebook=codebook,
+                others_unknown=options.fair_others_unknown,
                 image_key=args.csv_img_key,
             )
 

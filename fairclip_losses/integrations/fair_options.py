@@ -44,6 +44,7 @@ class FairOptions:
     fair_save_pairs: bool
     fair_fresh_state: tuple[str, ...] | None  # () = of all
     fair_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fair_others_unknown: tuple[str, ...] = ()  # attributes whose labels end in ,*
 
     @property
     def active(self) -> bool:

@@ -42,9 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--fair-attributes",
         nargs="+",
         default=(),
-        metavar="NAME[=LABEL,...]",
+        metavar="NAME[=LABEL,...[,*]]",
         help="protected attributes: columns of the training CSV, or keys of the json member of a "
-        "webdataset sample; with labels after = only these are groups",
+        "webdataset sample; with labels after = only these are groups, and any other value is "
+        "refused, or unknown where the labels end in ,*",
     )
     add("--fair-weight", type=float, metavar="LAMBDA", help="weight of the fairness term")
     add(
@@ -147,11 +148,13 @@ def split_flags(argv: Sequence[str]) -> tuple[FairOptions, list[str]]:
     named = [item.partition("=") for item in values["fair_attributes"]]
     values["fair_attributes"] = tuple(name for name, _, _ in named)
     with usage_errors():
-        values["fair_labels"] = {
+        given = {
             name: given_labels(labels, f"--fair-attributes {name}={labels}")
             for name, sign, labels in named
             if sign
         }
+    values["fair_labels"] = {name: labels for name, (labels, _) in given.items()}
+    values["fair_others_unknown"] = tuple(name for name, (_, others) in given.items() if others)
     options = FairOptions(**values)
     check_options(options)
     return options, rest

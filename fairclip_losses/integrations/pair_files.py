@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ..data import Table, read_table, write_table
+from ..data import CodeBook, Table, encode_attributes, read_table, write_table
 from ..data.groups import IntArray
 from ..errors import usage_errors
 from ..miners import MinerReport
+from .fair_options import FairOptions
 
 FlagRates = dict[str, dict[str, float]]
 
@@ -41,6 +42,28 @@ def read_pairs(path: str, args: Any) -> Table:
             if not os.path.isfile(image):
                 raise ValueError(f"{path}: row {row}: no image file {image!r}")
     return table
+
+
+def read_groups(table: Table, options: FairOptions) -> tuple[IntArray, CodeBook]:
+    """Return the codes (N, C) of ``--fair-attributes``, by the labels given or those there are.
+
+    Raises:
+        UsageError: a column that is missing or holds no groups, or a value that is no label.
+    """
+    labels: dict[str, tuple[str, ...]] = {}
+    codes = [np.empty((len(table), 0), dtype=np.int64)]  # bad pair mining alone goes without
+    with usage_errors():
+        for name in options.fair_attributes:
+            given = options.fair_labels.get(name)
+            column, book = encode_attributes(
+                table,
+                [name],
+                None if given is None else CodeBook({name: given}),
+                others_unknown=options.fair_others_unknown,
+            )
+            codes.append(column)
+            labels |= book.labels
+    return np.hstack(codes), CodeBook(labels)
 
 
 _COLUMNS = {"id", "file", "caption", "shard", "key", "visits", "mean_loss", "z_score", "kind"}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ...data import CodeBook
-from ...data.groups import IntArray, attribute_labels, label_code, shortened
+from ...data.groups import UNKNOWN, GroupCoder, IntArray, attribute_labels, shortened
 from ...errors import UsageError, usage_errors
 from ...miners import MinerReport
 from ..fair_options import FairOptions
@@ -53,7 +53,10 @@ class ShardSource(PairSource):
     def __init__(self, args: Any, options: FairOptions) -> None:
         self.where = args.train_data
         self.attributes = options.fair_attributes
-        self.given = options.fair_labels
+        self.given = {
+            name: GroupCoder(labels, others_unknown=name in options.fair_others_unknown)
+            for name, labels in options.fair_labels.items()
+        }
         self.id_key = options.fair_id_key
         self.workers = args.workers
         self.accum_freq = args.accum_freq
@@ -63,8 +66,8 @@ class ShardSource(PairSource):
         self._seen = SeenPairs(len(self.attributes))
         self._places = self._seen.places(None)
         self._pairs = 0
-        # (3, 1 + C): samples without json, key or known label, for the id and each attribute.
-        self._lacks = torch.zeros(3, 1 + len(self.attributes), dtype=torch.int64)
+        # (2, 1 + C): samples without json or key, for the id and each attribute.
+        self._lacks = torch.zeros(2, 1 + len(self.attributes), dtype=torch.int64)
         self._warned = False
         check_host_options(args, len(self.names))
         self._look()
@@ -78,9 +81,10 @@ class ShardSource(PairSource):
                 f"{self.where}: an epoch has {loader.num_batches} batches, fewer than one step "
                 f"takes (--accum-freq {self.accum_freq})"
             )
-        self.codebook = self._learn_labels()
+        coders = self._learn_labels()
+        self.codebook = CodeBook({name: tuple(coder.labels) for name, coder in coders.items()})
         numbers = {url: (number, name) for number, (url, name) in enumerate(self.names.items())}
-        insert_stage(loader, PairStage(numbers, self.attributes, self.codebook, self.id_key))
+        insert_stage(loader, PairStage(numbers, coders, self.id_key))
 
     def identity(self) -> str:
         """Hashes name pairs as long as the shards are the same; ids of their own always do."""
@@ -106,6 +110,7 @@ class ShardSource(PairSource):
         for name in self.attributes:
             self._check_key("--fair-attributes", name, found, where)
             self._check_values(name, found, where)
+        self._check_refused(found)
         if self.id_key is not None:
             self._check_key("--fair-id-key", self.id_key, found, where)
             if found.bad_ids:
@@ -126,11 +131,11 @@ class ShardSource(PairSource):
         """Refuse labels that fit no value, values that are no groups, and labels out of reach."""
         values = found.values[name]
         if name in self.given:
-            code = {label: k for k, label in enumerate(self.given[name])}
-            if values and all(label_code(value, code) is None for value in values):
+            coder = self.given[name]
+            if values and all(coder.code(value) in (None, UNKNOWN) for value in values):
                 raise UsageError(
                     f"--fair-attributes {name}: {where} have none of the labels "
-                    f"{shortened(self.given[name])}, but {shortened(sorted(values))}"
+                    f"{shortened(coder.labels)}, but {shortened(sorted(values))}"
                 )
             return
         if values:
@@ -143,6 +148,10 @@ class ShardSource(PairSource):
                     f"and {url} is no file of this machine; give them: {name}=LABEL,LABEL,..."
                 )
 
+    def _check_refused(self, found: ShardReading) -> None:
+        if found.refused:
+            raise UsageError(f"{self.where}: {found.refused[0]}")
+
     def _check_ids(self, found: ShardReading, where: str) -> None:
         if self.id_key is not None and len(twice := found.twice()):
             raise UsageError(
@@ -151,13 +160,14 @@ class ShardSource(PairSource):
             )
 
     def _reader(self, urls: Sequence[str], limit: int | None = None) -> ShardReader:
-        return ShardReader(urls, self.names, self.attributes, self.id_key, limit)
+        coders = {name: self.given.get(name) for name in self.attributes}
+        return ShardReader(urls, self.names, coders, self.id_key, limit)
 
-    def _learn_labels(self) -> CodeBook:
-        """Return the code book: labels as given, others from a reading of all shards."""
+    def _learn_labels(self) -> dict[str, GroupCoder]:
+        """Return the attributes' coders: labels as given, others from a reading of all shards."""
         bare = [name for name in self.attributes if name not in self.given]
         found = self._read_all() if bare else ShardReading()
-        labels = dict(self.given)
+        coders = dict(self.given)
         with usage_errors():
             for name in bare:
                 where = f"{self.where}: key {name!r} of the json members"
@@ -165,8 +175,8 @@ class ShardSource(PairSource):
                     raise ValueError(
                         f"{where}: expected groups, got no known value in {found.pairs} pairs"
                     )
-                labels[name] = attribute_labels(found.values[name], where)
-        return CodeBook({name: labels[name] for name in self.attributes})
+                coders[name] = GroupCoder(attribute_labels(found.values[name], where))
+        return {name: coders[name] for name in self.attributes}
 
     def _read_all(self) -> ShardReading:
         """Read all json members; each process reads its share, and all know what was found."""
@@ -193,6 +203,7 @@ class ShardSource(PairSource):
                     "Fair loss: %d ids are of two pairs or more, which share their history "
                     "(a key twice in a shard?)", len(twice),
                 )  # fmt: skip
+        self._check_refused(found)
         self._check_ids(found, f"{self.where}: {found.pairs} pairs")
         return found
 
@@ -262,9 +273,6 @@ class ShardSource(PairSource):
         for column, name in enumerate(self.attributes, start=1):
             if lacks[1, column]:
                 found.append(f"{lacks[1, column]} no key {name!r}")
-            if lacks[2, column]:
-                labels = shortened(self.codebook.labels[name])
-                found.append(f"{lacks[2, column]} a value of {name!r} other than {labels}")
         log.warning(
             "Fair loss: of %d pairs in epoch %d, %s; a missing group is unknown (-1), and this is "
             "said only once",
