@@ -236,7 +236,9 @@ def test_the_hash_is_of_shard_and_key(shard, key):
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        (7, 7), (-(2**63), -(2**63)), ("7", 7), (" -7 ", -7), ("000012", 12),
+        (7, 7), (-(2**63), -(2**63)), ("7", 7), (" -7 ", -7), ("0", 0), (str(-(2**63)), -(2**63)),
+        ("007", hashed("007")), ("+7", hashed("+7")), ("-0", hashed("-0")), ("7.0", hashed("7.0")),
+        ("\u0667", hashed("\u0667")),
         (2**63, None), (True, None), (1.0, None), (None, None), ("", None), ([1], None),
         ("9" * 32, hashed("9" * 32)), ("9" * 5000, hashed("9" * 5000)),
         (str(2**63), hashed(str(2**63))), ("a7f3", hashed("a7f3")),
@@ -244,6 +246,16 @@ def test_the_hash_is_of_shard_and_key(shard, key):
 )  # fmt: skip
 def test_ids_in_the_json_member(value, expected):
     assert own_id(value) == expected
+
+
+_WRITTEN = st.one_of(
+    st.integers(-12, 12), st.from_regex(r"[+-]?0{0,2}[0-9]", fullmatch=True), st.just("a")
+)
+
+
+@given(_WRITTEN, _WRITTEN)
+def test_two_ids_are_one_only_where_they_are_written_alike(first, second):
+    assert (own_id(first) == own_id(second)) == (str(first) == str(second))
 
 
 def test_names_of_shards_are_the_shortest_that_tell_them_apart():

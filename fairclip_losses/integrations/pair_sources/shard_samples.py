@@ -31,7 +31,7 @@ ID, SHARD, UNNAMED, GROUPS = 0, 1, 2, 3
 FIELDS = ("fair_row", "fair_key")
 """Names under which a sample carries its row and its key."""
 
-_INTEGER = re.compile(r"[+-]?[0-9]+")
+_DECIMAL = re.compile(r"0|-?[1-9][0-9]{0,18}")
 
 
 def hashed_id(*parts: str) -> int:
@@ -48,12 +48,13 @@ def plain(text: str) -> str:
 def own_id(value: object) -> int | None:
     """Return the id that a json value stands for, None for a value that is no id.
 
-    Whole numbers of 64 bits are themselves, also where they are written as strings; other strings
-    (such as a hexadecimal uid) are hashed.
+    Whole numbers of 64 bits are themselves, also as the strings that they are written as; other
+    strings are hashed: a hexadecimal uid, and "007", which is not the id 7. White space around a
+    string is no part of it.
     """
     if isinstance(value, str) and value.strip():
         text = value.strip()
-        number = int(text) if _INTEGER.fullmatch(text) and len(text) <= 20 else None
+        number = int(text) if _DECIMAL.fullmatch(text) else None
         return number if number is not None and -(2**63) <= number < 2**63 else hashed_id(text)
     if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
         return value
