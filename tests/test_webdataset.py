@@ -80,9 +80,6 @@ class Recorder(Callback):
         for pair, loss in zip(ids, state.loss.last.pair_losses.tolist(), strict=True):
             self.visits[-1][pair].append(loss)
 
-    def on_run_end(self, state):
-        state.data = None  # ends the workers at once; left to the collector each takes 5 s
-
     def all_visits(self):
         together = collections.defaultdict(list)
         for visits in self.visits:

@@ -21,18 +21,17 @@ from .runs import HookedLoader, HookedLoss, Run, begin, close_block, of_a_run, o
 
 HOST = "open_clip_train.main"
 KNOWN_VERSIONS = "open_clip_torch 2.26.1 to 3.3.0"
+_FAILED = -1  # what the host returns where it gives up
 _EVALUATED = ("val", "imagenet-val", "imagenet-v2")  # the host evaluates where it has one of these
 
 
 def _main(call: HostCall) -> Any:
     open_block()
+    status = _FAILED
     try:
         status = call.proceed()
     finally:
-        runs = close_block()
-    if status is None:  # the host returns -1 where it gives up
-        for run in runs:
-            run.end()
+        close_block(lambda run: status is None)
     return status
 
 
@@ -141,12 +140,9 @@ class Patch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # Runs of a main() that was taken out of its module before the patch; the others have ended.
-        runs = close_block()
         try:
-            for run in runs:
-                if error is None and run.state.data is not None:
-                    run.end()
+            # Of a main() that was taken out of its module before the patch; the others have ended.
+            close_block(lambda run: error is None and run.state.data is not None)
         finally:
             self._hooks.leave()
 

@@ -134,6 +134,15 @@ class Run:
         self._tidy()
         self.fire(Event.RUN_END)
 
+    def let_go(self) -> None:
+        """Hold nothing of the host's any longer, however the run has ended.
+
+        The arguments, the loader and the loss hold the run, and its state holds them: the data and
+        their workers would stay until the garbage collector comes by.
+        """
+        self.state = TrainState()
+        self._resumed = None
+
     def restore(self) -> None:
         """Give the callbacks what `find_saved_states` found; LOSS_READY has come.
 
@@ -325,8 +334,14 @@ def open_block() -> None:
     _begun.set((*_begun.get(), []))
 
 
-def close_block() -> list[Run]:
-    """Close the innermost block; return the runs begun in it, for the caller to end."""
+def close_block(ended_well: Callable[[Run], bool]) -> None:
+    """Close the innermost block: end the runs begun in it that ended well, and let all go."""
     *outer, runs = _begun.get()
     _begun.set(tuple(outer))
-    return runs
+    try:
+        for run in runs:
+            if ended_well(run):
+                run.end()
+    finally:
+        for run in runs:
+            run.let_go()
