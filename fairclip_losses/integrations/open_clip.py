@@ -78,11 +78,7 @@ def _train_one_epoch(call: HostCall, run: Run) -> Any:
 
 @of_a_run
 def _evaluate(call: HostCall, run: Run) -> Any:
-    state = run.state
-    state.model, state.epoch, state.tb_writer = call["model"], call["epoch"], call["tb_writer"]
-    with run.evaluation():
-        state.metrics = call.proceed()
-    return state.metrics
+    return run.evaluate(call.proceed, call["model"], call["epoch"], call["tb_writer"])
 
 
 _COMMON_HOOKS = (Hook("main", _main), Hook("parse_args", _parse_args))

@@ -117,12 +117,8 @@ def _train_one_epoch(call: HostCall, run: Run) -> Any:
 
 @of_a_run
 def _evaluate(call: HostCall, run: Run) -> Any:
-    state = run.state
-    state.model, state.epoch = call["task"].trainable_module, call["epoch"]
-    state.tb_writer = call["tb_writer"]
-    with run.evaluation():
-        state.metrics = call.proceed()
-    return state.metrics
+    model = call["task"].trainable_module
+    return run.evaluate(call.proceed, model, call["epoch"], call["tb_writer"])
 
 
 HOOKS = (

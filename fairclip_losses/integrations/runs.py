@@ -2,7 +2,7 @@
 
 An adapter hooks a host's functions, begins a `Run` where the host parses its arguments, gives the
 host `HookedArgs`, `HookedLoader` and `HookedLoss` in place of its own, and calls `Run.epoch`,
-`Run.evaluation` and `Run.end` around the host's steps.
+`Run.evaluate` and `Run.end` around the host's steps.
 """
 
 from __future__ import annotations
@@ -121,13 +121,17 @@ class Run:
         if not evaluated:
             self._save()
 
-    @contextlib.contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """Fire the events around the host's evaluation; the block sets ``state.metrics``."""
+    def evaluate(
+        self, evaluation: Callable[[], Any], model: Any, epoch: int, tb_writer: Any
+    ) -> Any:
+        """Fire the events around the host's evaluation; return the metrics that it returns."""
+        state = self.state
+        state.model, state.epoch, state.tb_writer = model, epoch, tb_writer
         self.fire(Event.EVAL_START)
-        yield
+        state.metrics = evaluation()
         self.fire(Event.EVAL_END)
         self._save()
+        return state.metrics
 
     def end(self) -> None:
         """Tell the callbacks that the run has come to a good end."""
