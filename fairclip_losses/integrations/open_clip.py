@@ -16,8 +16,9 @@ from typing import Any
 from . import open_clip_tasks
 from .command_line import parse_arguments
 from .events import Event
+from .hooked import HookedLoader, HookedLoss, of_a_run, run_of
 from .patching import Hook, HostCall, HostPatch
-from .runs import HookedLoader, HookedLoss, Run, begin, close_block, of_a_run, open_block, run_of
+from .runs import Run, begin, close_block, open_block
 
 HOST = "open_clip_train.main"
 KNOWN_VERSIONS = "open_clip_torch 2.26.1 to 3.3.0"

@@ -19,8 +19,9 @@ from torch._compile import _disable_dynamo
 
 from ..errors import UsageError
 from .events import Event
+from .hooked import HookedLoader, HookedLoss, of_a_run
 from .patching import Hook, HostCall
-from .runs import HookedLoader, HookedLoss, Run, of_a_run
+from .runs import Run
 from .samples import as_dict, as_tuple
 
 KNOWN_VERSIONS = "open_clip_torch 4.2.0.dev0"

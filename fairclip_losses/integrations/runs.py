@@ -1,8 +1,8 @@
 """One training run as its callbacks see it; what every host's adapter shares.
 
 An adapter hooks a host's functions, begins a `Run` where the host parses its arguments, gives the
-host `HookedArgs`, `HookedLoader` and `HookedLoss` in place of its own, and calls `Run.epoch`,
-`Run.evaluate` and `Run.end` around the host's steps.
+host the objects of `hooked` in place of its own, calls `Run.epoch` and `Run.evaluate` around the
+host's steps, and opens a block around its main(), at whose end the runs begun in it end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..distributed import Processes
 from ..errors import CallbackError, UsageError, one_line, usage_errors
@@ -25,7 +24,6 @@ from .fair_evaluation import FairEvaluationCallback
 from .fair_options import FairOptions
 from .fair_training import FairTrainingCallback
 from .flags import load_callback
-from .patching import HostCall
 from .saved_state import (
     SavedStates,
     StateFolder,
@@ -235,91 +233,6 @@ def _way_on() -> Iterator[None]:
             f"{error}; add --fair-fresh-state to go on with fresh states, or --fair-fresh-state "
             "NAME to start only that callback afresh"
         ) from error
-
-
-class HookedArgs(argparse.Namespace):
-    """The host's arguments with the run beside them.
-
-    The run is in a slot, not in ``__dict__``: the host prints and logs ``vars(args)``.
-    """
-
-    __slots__ = ("run",)
-    run: Run
-
-
-def run_of(args: Any) -> Run | None:
-    """Return the run that these arguments belong to, if anything was asked of it."""
-    return args.run if isinstance(args, HookedArgs) else None
-
-
-def of_a_run(hook: Callable[[HostCall, Run], Any]) -> Callable[[HostCall], Any]:
-    """Return a hook of a function that takes the host's ``args``: calls of no run pass through."""
-
-    @functools.wraps(hook)
-    def called(call: HostCall) -> Any:
-        run = run_of(call["args"])
-        return call.proceed() if run is None else hook(call, run)
-
-    return called
-
-
-class HookedLoader:
-    """The training loader, firing events around every batch; all else is the loader's own.
-
-    Only the host's own pass fires events: a callback that passes over the loader besides gets the
-    batches as the loader makes them.
-    """
-
-    def __init__(self, loader: Any, run: Run) -> None:
-        self._loader = loader
-        self._run = run
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        if not self._run.pass_due:
-            yield from self._loader
-            return
-        self._run.pass_due = False
-        state = self._run.state
-        accum_freq = getattr(state.args, "accum_freq", 1)
-        for index, batch in enumerate(self._loader):
-            state.batch_index, state.batch = index, batch
-            if index % accum_freq == 0:
-                state.loss_call = 0
-            self._run.fire(Event.BATCH_START)
-            yield state.batch
-            self._run.fire(Event.BATCH_END)
-
-
-class HookedLoss(nn.Module):
-    """The loss as the host calls it, firing events around every call."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__()
-        self.inner = run.state.loss
-        self._run = run
-
-    def forward(self, **inputs: Any) -> Any:
-        """Call the loss of the run's state with what the callbacks left in ``loss_inputs``."""
-        if not self._run.in_epoch:
-            raise RuntimeError(
-                "the training loop is no longer hooked: unpatch() was called while a run was under "
-                "way whose main() was taken out of its module before patch()"
-            )
-        state = self._run.state
-        output_dict = inputs.pop("output_dict", False)
-        state.loss_inputs = inputs
-        self._run.fire(Event.LOSS_START)
-        state.losses = self.inner(**state.loss_inputs, output_dict=output_dict)
-        self._run.fire(Event.LOSS_END)
-        state.loss_inputs = {}  # hold no graph beyond the call
-        state.loss_call += 1
-        return state.losses
 
 
 # The runs begun within each call of a host's main(), or block of a patch, of this context; the
