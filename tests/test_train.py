@@ -13,15 +13,11 @@ import torch
 from host_runs import (
     BATCH,
     EPOCHS,
-    SeedEpochs,
-    StopBefore,
     arguments,
-    assert_same_state,
     assert_same_weights,
     one_line,
     registered,
     rows_of,
-    saved_loss,
 )
 from tiny_clip import HAS_LOCAL_DIR, as_process, write_model, write_pairs
 
@@ -291,25 +287,6 @@ def test_accumulation_records_each_pair_once_a_step(data, tmp_path, record):
         assert float(row["mean_loss"]) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("ids", [(), ("--fair-id-key", "pair")])
-def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path, registered, ids):
-    flags = (*FAIR, *ids, "--fair-faulty-sigma", "1", "--fair-queue", "4")
-    registered(SeedEpochs())
-    assert train.main(arguments(data, tmp_path, "whole", *flags)) == 0
-    stop = registered(StopBefore(2))
-    assert train.main(arguments(data, tmp_path, "cut", *flags)) == 130
-    assert not (tmp_path / "cut" / "checkpoints" / "epoch_3.pt").exists()
-    stop.epoch = None
-    assert train.main(arguments(data, tmp_path, "cut", *flags, "--resume", "latest")) == 0
-    assert_same_weights(weights(tmp_path, "whole"), weights(tmp_path, "cut"))
-    whole, cut = (saved_loss(tmp_path, name) for name in ("whole", "cut"))
-    assert_same_state(whole, cut)
-    for name in ("whole", "cut"):
-        assert rows_of(tmp_path / name / "checkpoints" / "flagged_epoch_3.csv")
-    files = [tmp_path / n / "checkpoints" / "flagged_epoch_3.csv" for n in ("whole", "cut")]
-    assert files[0].read_text() == files[1].read_text()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -343,27 +320,6 @@ def test_a_saved_state_that_lacks_what_it_must_have_is_refused(data, tmp_path, c
     assert train.main(again) == 2
     line = one_line(capsys)
     assert "the saved fair-loss state lacks labels" in line and "--fair-fresh-state" in line
-
-
-def test_resuming_without_the_saved_state_is_refused_with_the_way_on(data, tmp_path, capsys):
-    flags = ("--fair-loss", "dbpm", "--save-most-recent")
-    assert train.main(arguments(data, tmp_path, "run", *flags, epochs=1)) == 0
-    (tmp_path / "run" / "checkpoints" / "epoch_1.fair").unlink()
-    again = arguments(data, tmp_path, "run", *flags, "--resume", "latest", epochs=2)
-    assert train.main(again) == 2
-    assert "--fair-fresh-state" in one_line(capsys)
-    assert train.main([*again, "--fair-fresh-state"]) == 0
-
-
-def test_saved_states_follow_the_checkpoints(data, tmp_path):
-    flags = (*FAIR, "--save-frequency", "1", "--delete-previous-checkpoint")
-    assert train.main(arguments(data, tmp_path, "run", *flags, epochs=4)) == 0
-    folder = tmp_path / "run" / "checkpoints"
-    kept = {path.stem for path in folder.glob("*.pt")}
-    assert kept == {"epoch_4"}
-    states = {path.stem for path in folder.glob("*.fair")}
-    assert kept <= states <= {"epoch_3", "epoch_4"}
-    assert not list(folder.glob("*.tmp"))
 
 
 def rewritten(data, tmp_path, change):

@@ -371,9 +371,7 @@ def one_epoch(data, tmp_path_factory):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("--fair-attributes", "race"), "has the groups"),
         (("--fair-attributes", "race=Black,Asian,White", "gender=0,1"), "has the groups"),
-        (("--fair-id-key", "uid"), "--fair-id-key"),
         ("fewer shards", "--train-data 3 shards"),
     ],
 )
