@@ -13,17 +13,20 @@ import torch
 from host_runs import (
     BATCH,
     EPOCHS,
+    IDLE,
+    Visits,
     arguments,
+    assert_remembered,
     assert_same_weights,
     one_line,
+    pairs_of,
     registered,
-    rows_of,
+    run_under_torchrun,
+    weights,
 )
 from tiny_clip import HAS_LOCAL_DIR, as_process, write_model, write_pairs
 
 from fairclip_losses import train
-from fairclip_losses.evaluate import load_weights
-from fairclip_losses.integrations import events
 from fairclip_losses.integrations.events import Callback
 
 host = pytest.importorskip("open_clip_train.main")
@@ -46,26 +49,16 @@ def data(tmp_path_factory):
     }
 
 
-def weights(logs, name, epoch=EPOCHS):
-    return load_weights(logs / name / "checkpoints" / f"epoch_{epoch}.pt")
-
-
-class StepRecorder(Callback):
-    """The loss terms of every step, and the raw losses by pair id as a plain double loop."""
+class StepRecorder(Visits):
+    """The loss terms of every step too."""
 
     def __init__(self):
-        self.steps, self.visits = [], {}
+        super().__init__()
+        self.steps = []
 
     def on_loss_end(self, state):
+        super().on_loss_end(state)
         self.steps.append({name: float(value.detach()) for name, value in state.losses.items()})
-        if "pair_ids" not in state.loss_inputs or state.loss_call:
-            return
-        for pair, loss in zip(
-            state.loss_inputs["pair_ids"].tolist(),
-            state.loss.last.pair_losses.tolist(),
-            strict=True,
-        ):
-            self.visits.setdefault(pair, []).append(loss)
 
 
 @pytest.fixture
@@ -81,19 +74,13 @@ FAIR = ("--fair-loss", "--fair-attributes", "sex", "site")
 def fair_run(data, tmp_path_factory):
     """One whole run with everything on, which several tests look at."""
     logs = tmp_path_factory.mktemp("fair")
-    callback = events.register(StepRecorder())
-    try:
-        status = train.main(
-            arguments(
-                data, logs, "run", *FAIR, "--fair-faulty-sigma", "1", "--fair-noisy-sigma", "1.5",
-                "--fair-save-pairs", "--fair-queue", "4", "--report-to", "tensorboard",
-                "--val-data", data["val"], "--fair-eval-label", "bright",
-                "--fair-eval-prompts", "a dark picture", "a bright picture",
-            )
-        )  # fmt: skip
-    finally:
-        events.default_registry.unregister(callback)
-    assert status == 0
+    flags = (
+        *FAIR, "--fair-faulty-sigma", "1", "--fair-noisy-sigma", "1.5", "--fair-save-pairs",
+        "--fair-queue", "4", "--report-to", "tensorboard", "--val-data", data["val"],
+        "--fair-eval-label", "bright", "--fair-eval-prompts", "a dark picture", "a bright picture",
+    )  # fmt: skip
+    with registered(StepRecorder()) as callback:
+        assert train.main(arguments(data, logs, "run", *flags)) == 0
     return logs, callback
 
 
@@ -114,8 +101,7 @@ def test_unpatched_equals_upstream_step_by_step_when_nothing_is_flagged(data, tm
     assert train.main(arguments(data, tmp_path, "plain")) == 0
     plain = [dict(step) for step in record.steps]
     record.steps.clear()
-    idle = ("--fair-weight", "0", "--fair-faulty-sigma", "inf", "--fair-noisy-sigma", "inf")
-    assert train.main(arguments(data, tmp_path, "idle", *FAIR, *idle)) == 0
+    assert train.main(arguments(data, tmp_path, "idle", *FAIR, *IDLE)) == 0
     assert len(plain) == EPOCHS * STEPS
     assert [step["contrastive_loss"] for step in record.steps] == [
         step["contrastive_loss"] for step in plain
@@ -126,12 +112,10 @@ def test_unpatched_equals_upstream_step_by_step_when_nothing_is_flagged(data, tm
 
 def test_the_miner_remembers_each_pair_by_its_row_under_shuffling(fair_run):
     logs, record = fair_run
-    rows = rows_of(logs / "run" / "checkpoints" / f"pairs_epoch_{EPOCHS}.csv")
+    rows = pairs_of(logs, "run")
+    assert_remembered(rows, record.visits)
     assert sorted(int(row["id"]) for row in rows) == list(range(PAIRS))
-    for row in rows:
-        visits = record.visits[int(row["id"])]
-        assert int(row["visits"]) == len(visits) == EPOCHS
-        assert float(row["mean_loss"]) == pytest.approx(np.mean(visits), rel=1e-5)
+    assert {row["visits"] for row in rows} == {str(EPOCHS)}
 
 
 def test_flagged_pairs_are_written_every_epoch(fair_run, data):
@@ -139,9 +123,8 @@ def test_flagged_pairs_are_written_every_epoch(fair_run, data):
     with open(data["train"], newline="") as file:
         source = list(csv.DictReader(file, delimiter="\t"))
     for epoch in range(1, EPOCHS + 1):
-        folder = logs / "run" / "checkpoints"
-        flagged = rows_of(folder / f"flagged_epoch_{epoch}.csv")
-        everything = rows_of(folder / f"pairs_epoch_{epoch}.csv")
+        flagged = pairs_of(logs, "run", epoch, "flagged")
+        everything = pairs_of(logs, "run", epoch)
         assert flagged == [row for row in everything if row["kind"] != "clean"]
         history = np.array([float(row["mean_loss"]) for row in everything])
         z_score = (history - history.mean()) / history.std()
@@ -165,7 +148,7 @@ def test_the_log_shows_terms_flags_and_rates(fair_run):
     logs, record = fair_run
     text = (logs / "run" / "out.log").read_text()
     assert "Contrastive_loss:" in text and "Fairness_loss:" in text
-    last = rows_of(logs / "run" / "checkpoints" / f"flagged_epoch_{EPOCHS}.csv")
+    last = pairs_of(logs, "run", kind="flagged")
     noisy = sum(row["kind"] == "noisy" for row in last)
     faulty = sum(row["kind"] == "faulty" for row in last)
     assert f"flagged noisy {noisy} faulty {faulty} of {PAIRS} pairs seen | flag rate sex=f" in text
@@ -259,7 +242,7 @@ def test_the_labels_given_are_the_groups_of_the_evaluation_too(data, tmp_path):
 def test_an_id_column_names_the_pairs(data, tmp_path):
     flags = ("--fair-loss", "dbpm", "--fair-id-key", "pair", "--fair-save-pairs")
     assert train.main(arguments(data, tmp_path, "ids", *flags, epochs=1)) == 0
-    rows = rows_of(tmp_path / "ids" / "checkpoints" / "pairs_epoch_1.csv")
+    rows = pairs_of(tmp_path, "ids", 1)
     assert {int(row["id"]) for row in rows} == {1000 - 7 * k for k in range(PAIRS)}
     assert all(row["caption"].endswith(f"number {(1000 - int(row['id'])) // 7}") for row in rows)
 
@@ -278,13 +261,7 @@ def test_accumulation_records_each_pair_once_a_step(data, tmp_path, record):
     # Both passes of a step see the same queue.
     terms = [step["fairness_loss"] for step in record.steps]
     assert terms[0::2] == pytest.approx(terms[1::2], rel=1e-4)
-    rows = rows_of(tmp_path / "accum" / "checkpoints" / f"pairs_epoch_{EPOCHS}.csv")
-    assert {int(row["id"]): int(row["visits"]) for row in rows} == {
-        pair: len(losses) for pair, losses in record.visits.items()
-    }
-    for row in rows:
-        expected = np.mean(record.visits[int(row["id"])])
-        assert float(row["mean_loss"]) == pytest.approx(expected, rel=1e-5)
+    assert_remembered(pairs_of(tmp_path, "accum"), record.visits)
 
 
 @pytest.mark.parametrize(
@@ -456,13 +433,10 @@ def test_a_poisoned_step_does_not_enter_the_memory(data, tmp_path, record):
         def on_batch_start(self, state):
             self.saved = {k: v.clone() for k, v in state.model.state_dict().items()}
 
-    poison = events.register(Poison())
-    try:
+    with registered(Poison()):
         flags = (*FAIR, "--fair-save-pairs", "--fair-queue", "4")
         assert train.main(arguments(data, tmp_path, "nan", *flags, epochs=1)) == 0
-    finally:
-        events.default_registry.unregister(poison)
-    rows = rows_of(tmp_path / "nan" / "checkpoints" / "pairs_epoch_1.csv")
+    rows = pairs_of(tmp_path, "nan", 1)
     assert len(rows) == PAIRS - BATCH
     assert all(np.isfinite(float(row["mean_loss"])) for row in rows)
 
@@ -494,21 +468,12 @@ class Overflow(Callback):
 @pytest.mark.skipif(not HAS_LOCAL_DIR, reason="2.x has no scaler on the CPU")
 @pytest.mark.parametrize("accum_freq", ["1", "2"])
 def test_a_step_that_the_scaler_skips_does_not_enter_the_memory(data, tmp_path, accum_freq):
-    callback = events.register(Overflow())
-    try:
+    with registered(Overflow()) as callback:
         flags = (*FAIR, "--fair-save-pairs", "--fair-queue", "4", "--accum-freq", accum_freq)
         run = arguments(data, tmp_path, "amp", *flags, "--precision", "amp", epochs=2)
         assert train.main(run) == 0
-    finally:
-        events.default_registry.unregister(callback)
-    assert callback.skipped >= 1 and callback.visits
-    rows = rows_of(tmp_path / "amp" / "checkpoints" / "pairs_epoch_2.csv")
-    assert {int(row["id"]): int(row["visits"]) for row in rows} == {
-        pair: len(losses) for pair, losses in callback.visits.items()
-    }
-    for row in rows:
-        expected = np.mean(callback.visits[int(row["id"])])
-        assert float(row["mean_loss"]) == pytest.approx(expected, rel=1e-5)
+    assert callback.skipped >= 1
+    assert_remembered(pairs_of(tmp_path, "amp", 2), callback.visits)
 
 
 def test_the_module_runs_as_a_command_with_several_workers(data, tmp_path):
@@ -530,24 +495,14 @@ def test_the_module_runs_as_a_command_with_several_workers(data, tmp_path):
 
 @pytest.mark.parametrize("local", [(), ("--local-loss", "--gather-with-grad")])
 def test_two_processes_under_torchrun_keep_one_memory(data, tmp_path, local):
-    module, environment = as_process(data["folder"], "fairclip_losses.train")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    flags = (
-        *(*FAIR, *local, "--dist-backend", "gloo", "--batch-size", "4", "--fair-save-pairs"),
-        *("--fair-callback", "cpu_processes:AllowCpu"),
-    )
-    done = subprocess.run(
-        [*command, *module[:2], "--", *module[2:], *arguments(data, tmp_path, "run", *flags)],
-        capture_output=True, text=True, timeout=300, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    rows = rows_of(tmp_path / "run" / "checkpoints" / f"pairs_epoch_{EPOCHS}.csv")
+    flags = (*FAIR, *local, "--batch-size", "4", "--fair-save-pairs")
+    run_under_torchrun(data["folder"], arguments(data, tmp_path, "run", *flags))
+    rows = pairs_of(tmp_path, "run")
     assert [int(row["visits"]) for row in rows] == [EPOCHS] * PAIRS
     assert (tmp_path / "run" / "checkpoints" / f"epoch_{EPOCHS}.fair").exists()
 
 
 def test_plain_siglip_equals_the_idle_fair_loss(data, tmp_path):
-    idle = ("--fair-weight", "0", "--fair-faulty-sigma", "inf", "--fair-noisy-sigma", "inf")
     assert train.main(arguments(data, tmp_path, "plain", "--siglip", epochs=1)) == 0
-    assert train.main(arguments(data, tmp_path, "idle", "--siglip", *FAIR, *idle, epochs=1)) == 0
+    assert train.main(arguments(data, tmp_path, "idle", "--siglip", *FAIR, *IDLE, epochs=1)) == 0
     assert_same_weights(weights(tmp_path, "plain", 1), weights(tmp_path, "idle", 1))
