@@ -46,6 +46,12 @@ def test_reads_cells_as_stripped_strings(tmp_path):
     assert table.column("sex") == ["f", "1"]
 
 
+def test_where_white_space_was_taken_off(tmp_path):
+    table = read_table(written(tmp_path, "a, b,c,d\n1,2,3,4\n5, 6,7,8 \n9,0 ,1, 2\n"), ",")
+    assert list(table.columns) == ["a", "b", "c", "d"]
+    assert table.padded == {"b": 0, "d": 2}
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("last", [True, False])
 def test_any_line_end_with_or_without_the_last(tmp_path, end, last):

@@ -372,6 +372,18 @@ def test_wrong_input_stops_before_training_with_one_line(data, tmp_path, capsys,
         (lambda lines: [], "empty"),
         (lambda lines: [*lines[:5], "7\tx\n", *lines[5:]], "row"),
         (lambda lines: [line.replace("\t1\t", "\t0.5\t") for line in lines], "0.5"),
+        (
+            lambda lines: [lines[0].replace("filepath", "filepath "), *lines[1:]],
+            "the name of column 'filepath' has white space around it",
+        ),
+        (
+            lambda lines: [lines[0].replace("title", " title"), *lines[1:]],
+            "the name of column 'title' has white space around it",
+        ),
+        (
+            lambda lines: [line.replace("train_3.png", "train_3.png ") for line in lines],
+            "row 4: white space around the image file '",
+        ),
     ],
 )
 def test_a_broken_table_stops_before_training(data, tmp_path, capsys, change, message):

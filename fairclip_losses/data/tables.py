@@ -21,7 +21,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -54,10 +54,14 @@ _END = "\uffff"
 
 @dataclass(frozen=True)
 class Table:
-    """A delimited text file in memory: its path, and its columns as lists of stripped strings."""
+    """A delimited text file in memory: its path, and its columns as lists of stripped strings.
+
+    ``padded`` has by column the first row in which white space was taken off, 0 being the header.
+    """
 
     path: str
     columns: dict[str, list[str]]
+    padded: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of rows, the header not counted."""
@@ -119,14 +123,15 @@ def read_table(path: str | os.PathLike[str], separator: str = "\t") -> Table:
                 f"{path}: row {number} (line {line}): expected {len(header)} cells separated by "
                 f"{separator!r} as in the header, got {len(cells)}"
             )
-    columns = zip(*(cells for _, cells in rows), strict=True)
-    return Table(
-        str(path),
-        {
-            name: [cell.strip() for cell in cells]
-            for name, cells in zip(header, columns, strict=True)
-        },
-    )
+    table = Table(str(path), {})
+    columns = zip(*(cells for _, cells in records[:-1]), strict=True)
+    for name, column in zip(header, columns, strict=True):
+        stripped = [cell.strip() for cell in column]
+        table.columns[name] = stripped[1:]
+        if stripped != list(column):
+            pairs = enumerate(zip(column, stripped, strict=True))
+            table.padded[name] = next(row for row, (cell, bare) in pairs if cell != bare)
+    return table
 
 
 def write_table(

@@ -28,7 +28,8 @@ def read_pairs(path: str, args: Any) -> Table:
     """Read a table of pairs and see that the host can read it too.
 
     Raises:
-        UsageError: no such file, no table, a missing column, or an image that is not there.
+        UsageError: no such file, no table, a missing column, an image that is not there, or white
+            space that the host would take as it is.
     """
     with usage_errors():
         table = read_table(path, args.csv_separator)
@@ -38,6 +39,17 @@ def read_pairs(path: str, args: Any) -> Table:
             only = next(iter(table.columns))
             hint = "; is it --csv-separator , ?" if len(table.columns) == 1 and "," in only else ""
             raise ValueError(f"{error} (see --csv-img-key, --csv-caption-key){hint}") from None
+        for name in (args.csv_img_key, args.csv_caption_key):
+            if table.padded.get(name) == 0:
+                raise ValueError(
+                    f"{path}: the name of column {name!r} has white space around it, which is a "
+                    "part of it for open_clip; take it off"
+                )
+        if row := table.padded.get(args.csv_img_key):
+            raise ValueError(
+                f"{path}: row {row}: white space around the image file {images[row - 1]!r}, which "
+                "is a part of its name for open_clip; take it off"
+            )
         for row, image in enumerate(images, start=1):
             if not os.path.isfile(image):
                 raise ValueError(f"{path}: row {row}: no image file {image!r}")
