@@ -292,6 +292,14 @@ def test_columns_that_are_no_groups(cells, message):
         encode_attributes(table_of(g=cells), ["g"])
 
 
+def test_whole_numbers_of_any_length_are_groups_in_numerical_order():
+    huge = "1" + "0" * 5000
+    cells = ["-2", huge, "7", "-" + huge, "+007.0", "-0", "0", "00" + huge, ""]
+    codes, book = encode_attributes(table_of(g=cells), ["g"])
+    assert book.labels == {"g": ("-" + huge, "-2", "0", "7", huge)}
+    assert codes[:, 0].tolist() == [1, 4, 3, 0, 3, 2, 2, 4, UNKNOWN]
+
+
 def test_64_groups_are_accepted():
     _, book = encode_attributes(table_of(g=map(str, range(64))), ["g"])
     assert book.num_groups == {"g": 64}
@@ -355,6 +363,7 @@ def test_ids_are_row_numbers_or_a_column():
         (["1", ""], "expected integers, got '' in row 2"),
         (["1", "٣"], "expected integers, got '٣' in row 2"),
         ([str(2**63)], "expected 64-bit integers, got 9223372036854775808 in row 1"),
+        (["7", "9" * 5000], "expected 64-bit integers, got 9{5000} in row 2"),
         (["5", "6", "5", "06", "7"], r"expected each id once, got 2 of them more than once \(5, 6"),
     ],
 )

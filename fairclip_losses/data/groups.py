@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ OTHERS = "*"
 
 _MISSING = frozenset({"", "na", "n/a", "nan", "none", "null", "unknown"})
 # pandas writes an integer column that has gaps as "1.0": still a whole number.
-_WHOLE = re.compile(r"([+-]?[0-9]+)(?:\.0*)?")
+_WHOLE = re.compile(r"([+-]?)0*(0|[1-9][0-9]*)(?:\.0*)?")
 _NUMBER = re.compile(r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf)", re.IGNORECASE)
 
 
@@ -94,7 +95,7 @@ def distinct_labels(values: Iterable[str], where: str) -> tuple[str, ...]:
     """Return the distinct values in order: numerical if all are whole numbers, else by string."""
     distinct = set(values)
     if all(_WHOLE.fullmatch(value) for value in distinct):
-        return tuple(map(str, sorted({int(_canonical(value)) for value in distinct})))
+        return tuple(sorted(set(map(_canonical, distinct)), key=Decimal))
     if all(_NUMBER.fullmatch(value) for value in distinct):
         example = min(value for value in distinct if not _WHOLE.fullmatch(value))
         raise ValueError(
@@ -182,7 +183,10 @@ def group_codes(cells: Sequence[str], coder: GroupCoder, where: str) -> IntArray
 def _canonical(value: str) -> str:
     """Write a whole number in one way ("+1", "01" and "1.0" are "1"); leave the rest alone."""
     match = _WHOLE.fullmatch(value)
-    return str(int(match[1])) if match else value
+    if match is None:
+        return value
+    sign = "-" if match[1] == "-" and match[2] != "0" else ""
+    return sign + match[2]  # not by int, which refuses a few thousand digits
 
 
 def is_missing(value: str) -> bool:

@@ -47,6 +47,7 @@ __all__ = [
     "write_table",
 ]
 
+_LONGEST = 100  # as written, with zeros before it
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 # Stands below the last line; Unicode keeps this character out of text.
 _END = "\uffff"
@@ -225,7 +226,8 @@ def pair_ids(table: Table, column: str | None = None) -> IntArray:
     for row, cell in enumerate(table.column(column), start=1):
         if not _INTEGER.fullmatch(cell):
             raise ValueError(f"{where}: expected integers, got {cell!r} in row {row}")
-        if not -(2**63) <= int(cell) < 2**63:
+        # int would refuse a few thousand digits by itself.
+        if len(cell) > _LONGEST or not -(2**63) <= int(cell) < 2**63:
             raise ValueError(f"{where}: expected 64-bit integers, got {cell} in row {row}")
         ids.append(int(cell))
     twice = [identity for identity, count in Counter(ids).items() if count > 1]
