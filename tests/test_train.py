@@ -316,6 +316,7 @@ def rewritten(data, tmp_path, change):
         (("--fair-loss", "dbpm", "--fair-id-key", "title"), "title"),
         (("--fair-loss", "dbpm", "--fair-id-key", "bright"), "bright"),
         ((*FAIR, "--fair-blur", "-1"), "--fair-blur must be a finite number >= 0, got -1.0"),
+        ((*FAIR, "--fair-blur", "1e101"), "blur must be 0 or from 1e-100 to 1e100, got 1e+101"),
         ((*FAIR, "--fair-weight", "-1"), "--fair-weight must be a finite number >= 0, got -1.0"),
         ((*FAIR, "--fair-weight", "nan"), "--fair-weight must be a finite number >= 0, got nan"),
         ((*FAIR, "--fair-faulty-sigma", "-2"), "--fair-faulty-sigma must be a number >= 0"),
