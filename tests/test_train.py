@@ -268,6 +268,7 @@ def test_accumulation_records_each_pair_once_a_step(data, tmp_path, record):
     ("change", "message"),
     [
         (("--fair-queue", "8"), "of --fair-queue 4, this run of --fair-queue 8"),
+        (("--fair-score", "similarity"), "of --fair-score loss, this run of --fair-score simil"),
         (("--fair-id-key", "pair"), "of --fair-id-key not given, this run of --fair-id-key pair"),
         (("--fair-attributes", "sex"), "has the groups"),
         (("--fair-preset", "paper"), "of --fair-preset aligned, this run of --fair-preset paper"),
@@ -287,16 +288,29 @@ def test_resuming_with_other_settings_is_refused_by_flag(data, tmp_path, capsys,
     assert train.main([*again, "--fair-fresh-state"]) == 0
 
 
+def test_a_score_may_be_changed_where_none_is_queued(data, tmp_path):
+    assert train.main(arguments(data, tmp_path, "run", *FAIR, epochs=1)) == 0
+    flags = (*FAIR, "--fair-score", "similarity", "--resume", "latest")
+    assert train.main(arguments(data, tmp_path, "run", *flags, epochs=2)) == 0
+
+
 def test_a_saved_state_that_lacks_what_it_must_have_is_refused(data, tmp_path, capsys):
     assert train.main(arguments(data, tmp_path, "run", *FAIR, epochs=1)) == 0
     path = tmp_path / "run" / "checkpoints" / "epoch_1.fair"
     content = torch.load(path, weights_only=True)
-    del content["callbacks"]["FairTrainingCallback"]["labels"]
-    torch.save(content, path)
+    whole = content["callbacks"]["FairTrainingCallback"]
+    lacking = {key: value for key, value in whole.items() if key != "labels"}
     again = arguments(data, tmp_path, "run", *FAIR, "--resume", "latest", epochs=2)
-    assert train.main(again) == 2
-    line = one_line(capsys)
-    assert "the saved fair-loss state lacks labels" in line and "--fair-fresh-state" in line
+    for state, names in (
+        (lacking, "labels"),
+        (whole | {"loss": [1]}, "loss"),
+        (whole | {"settings": None, "loss": None}, "settings, loss"),
+    ):
+        content["callbacks"]["FairTrainingCallback"] = state
+        torch.save(content, path)
+        assert train.main(again) == 2
+        line = one_line(capsys)
+        assert f"state lacks {names}; add --fair-fresh-state" in line
 
 
 def rewritten(data, tmp_path, change):

@@ -193,7 +193,8 @@ class FairTrainingCallback(Callback):
             UsageError: the state is of other settings, groups or parts; the message names them.
         """
         assert self.loss is not None  # loaded before an epoch
-        missing = [name for name in ("settings", "labels", "loss") if name not in state]
+        names = ("settings", "labels", "loss")
+        missing = [name for name in names if not isinstance(state.get(name), dict)]
         if missing:
             raise UsageError(f"the saved fair-loss state lacks {', '.join(missing)}")
         settings = self._settings()
@@ -272,13 +273,16 @@ class FairTrainingCallback(Callback):
 
     def _settings(self) -> dict[str, str]:
         """Return what a saved state depends on, by the flags that decide it."""
+        assert self.loss is not None  # saved and loaded with it
         options = self.options
+        queued = {"--fair-score": self.loss.score} if options.fair_queue else {}
         return {
             "--fair-loss": " ".join(options.fair_loss),
             "--fair-preset": options.fair_preset or "aligned",
             "--fair-queue": str(options.fair_queue or 0),
             "--fair-id-key": options.fair_id_key or "not given",
             "--train-data": self._known_source.identity(),
+            **queued,
         }
 
     def _report(self, rank: int) -> MinerReport | None:
