@@ -84,12 +84,14 @@ class ZeroShotTask:
             image_key: column of the image files, relative to the working directory.
 
         Raises:
-            ValueError: fewer than two prompts, a number of prompts that is not that of the classes,
-                an unknown column, a value that cannot be coded, an image file that does not exist,
-                or an attribute named like another column of the predictions.
+            ValueError: fewer than two prompts, one twice, a number of prompts that is not that of
+                the classes, an unknown column, a value that cannot be coded, an image file that
+                does not exist, or an attribute named like another column of the predictions.
         """
         if len(prompts) < 2:
             raise ValueError(f"expected a prompt for each of two or more classes, got {prompts}")
+        if len(set(prompts)) != len(prompts):
+            raise ValueError(f"expected another prompt for each class, got {list(prompts)}")
         files = table.column(image_key)
         labels, classes = encode_labels(table, label, len(prompts))
         groups, book = encode_attributes(table, attributes, codebook, others_unknown=others_unknown)
