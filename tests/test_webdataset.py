@@ -440,7 +440,13 @@ def shards_of(tmp_path, member, sizes=SIZES):
         (attributes_of, ("race", "--workers", "4"), "need as many shards, got 3"),
         (lambda number: None, ("race",), "have no json member"),
         (lambda number: [number], ("race",), "have no json member"),
-        (lambda number: b"{", ("race",), "expected samples with a caption"),
+        (
+            lambda number: b"{",
+            ("race",),
+            "expected samples with a caption (txt) and an image (jpg, jpeg, png or webp), got 48 "
+            "with a json member that is no JSON",
+        ),
+        (lambda number: b"[" * 10**5, ("race",), "got 48 with a json member that is no JSON"),
         (
             lambda number: {"uid": number % 9, "race": "a"},
             ("race", "--fair-id-key", "uid"),
@@ -497,6 +503,9 @@ def test_missing_and_broken_shards(data, tmp_path, capsys):
     broken = {**data, "train": str(tmp_path / "x.tar")}
     assert train.main(streamed(broken, tmp_path, "bad", *FAIR)) == 2
     assert "cannot read the shard" in one_line(capsys)
+    unknown = {**data, "train": "zork://bucket/{00000..00003}.tar"}
+    assert train.main(streamed(unknown, tmp_path, "bad", *GIVEN)) == 2
+    assert "the shard zork://bucket/00000.tar: webdataset knows no such scheme" in one_line(capsys)
     assert train.main(arguments(data, tmp_path, "bad", *FAIR)) == 2
     assert "give --train-num-samples" in one_line(capsys)
     assert not (tmp_path / "bad").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -56,6 +57,7 @@ class ShardReading:
     shards: int = 1
     pairs: int = 0
     with_json: int = 0
+    undecoded: int = 0  # samples that are no pairs, for their json member cannot be read
     bad_ids: int = 0
     keys: Counter[str] = field(default_factory=Counter)  # of json members, at a first look
     values: dict[str, set[str]] = field(default_factory=dict)  # by attribute
@@ -77,6 +79,7 @@ class ShardReading:
             shards=sum(reading.shards for reading in readings),
             pairs=sum(reading.pairs for reading in readings),
             with_json=sum(reading.with_json for reading in readings),
+            undecoded=sum(reading.undecoded for reading in readings),
             bad_ids=sum(reading.bad_ids for reading in readings),
             keys=sum((reading.keys for reading in readings), Counter()),
             values={
@@ -138,8 +141,9 @@ class ShardReader(Dataset[ShardReading]):
         if "json" in sample:
             try:
                 sample["json"] = json.loads(sample["json"])
-            except ValueError:
-                return  # the host leaves such a sample out, too
+            except (ValueError, RecursionError):
+                reading.undecoded += 1  # the host leaves such a sample out, too
+                return
         reading.pairs += 1
         found = members(sample)
         reading.with_json += found is not None
@@ -182,7 +186,11 @@ def _members(url: str) -> Generator[dict[str, Any], None, None]:
         else:
             from webdataset.gopen import gopen
 
-            stream = gopen(url)
+            try:
+                stream = gopen(url)
+            except ValueError as error:
+                what = "webdataset knows no such scheme"
+                raise OSError(errno.EPROTONOSUPPORT, what, url) from error
             # A command that is told to stop in the middle ends badly, and that is all right.
             stack.push(lambda *_: _close_quietly(stream))
             tar = stack.enter_context(tarfile.open(fileobj=stream, mode="r|*"))

@@ -103,9 +103,10 @@ class ShardSource(PairSource):
         if not found.pairs and found.unreadable:  # a few broken shards do not stop the host
             raise UsageError(f"--train-data: cannot read the shard {found.unreadable[0]}")
         if not found.pairs:
+            bad = found.undecoded
             raise UsageError(
                 f"{where}: expected samples with a caption (txt) and an image (jpg, jpeg, png or "
-                "webp), got none"
+                f"webp), got {f'{bad} with a json member that is no JSON' if bad else 'none'}"
             )
         for name in self.attributes:
             self._check_key("--fair-attributes", name, found, where)
