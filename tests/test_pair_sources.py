@@ -484,6 +484,20 @@ def test_places_equal_a_dictionary():
     assert seen.places(None).rows_of(wanted).tolist() == [-1] * len(wanted)
 
 
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1), st.sampled_from("ab")), max_size=9))
+def test_an_id_of_two_pairs_is_found_as_by_a_double_loop(visits):
+    seen = SeenPairs(attributes=0)
+    for start in range(0, len(visits), 4):
+        batch = visits[start : start + 4]
+        rows = torch.tensor([[pair, shard, 0] for pair, shard, _ in batch])
+        seen.add(rows, [key for *_, key in batch])
+    expected = [
+        (a[0], *a[1:], *b[1:]) for a in visits for b in visits if a[0] == b[0] and a[1:] != b[1:]
+    ]
+    found = seen.shared_id()
+    assert found in expected if expected else found is None
+
+
 def test_flag_rates_equal_a_double_loop():
     rng = np.random.default_rng(1)
     flagged, codes = rng.random(50) < 0.3, rng.integers(-1, 3, (50, 2))

@@ -372,6 +372,21 @@ def test_shards_may_be_dropped_where_pairs_have_their_own_ids(data, tmp_path):
     assert sum(visits.values()) == 2 * PAIRS
 
 
+def test_pairs_that_share_an_id_are_named_once(data, tmp_path):
+    shards = write_shards(
+        tmp_path / "shards", (BATCH,) * 4, member=lambda n: {"race": "a", "id": 7 if n == 9 else n}
+    )
+    flags = ("--fair-loss", "--fair-attributes", "race=a", "--fair-id-key", "id")
+    assert train.main(streamed({**data, "train": shards}, tmp_path, "run", *flags)) == 0
+    (warning,) = warnings_of(tmp_path / "run")
+    pairs = ["shard 00000.tar, sample 0007", "shard 00001.tar, sample 0001"]
+    told = [f"7 is the id of {first} and of {second}" for first, second in (pairs, pairs[::-1])]
+    assert warning.partition("share their history; in epoch 0 ")[2] in told
+    again = ("--fair-id-key", "uid", "--dataset-resampled")
+    assert train.main(streamed(data, tmp_path, "uid", *GIVEN, *again, epochs=2)) == 0
+    assert not warnings_of(tmp_path / "uid")
+
+
 # ------------------------------ several processes
 
 

@@ -39,6 +39,7 @@ class _EpochPart:
     lacks: IntArray  # as `ShardSource._lacks`
     counts: list[IntArray]  # of `count_flagged`
     places: PairPlaces | None
+    shared_id: str  # "" where all ids are of one pair each
 
 
 class ShardSource(PairSource):
@@ -68,7 +69,7 @@ class ShardSource(PairSource):
         self._pairs = 0
         # (2, 1 + C): samples without json or key, for the id and each attribute.
         self._lacks = torch.zeros(2, 1 + len(self.attributes), dtype=torch.int64)
-        self._warned = False
+        self._warned = self._warned_of_ids = False
         check_host_options(args, len(self.names))
         self._look()
 
@@ -230,8 +231,10 @@ class ShardSource(PairSource):
             ids, codes = self._seen.codes()
             counts = count_flagged(np.isin(ids, flagged), codes, self.codebook)
             places = self._seen.places(None if everything else flagged)
-        parts = of_all_processes(_EpochPart(self._pairs, self._lacks.numpy(), counts, places))
+        own = _EpochPart(self._pairs, self._lacks.numpy(), counts, places, self._shared_id())
+        parts = of_all_processes(own)
         self._seen.clear()
+        self._warn_of_ids(epoch, [p.shared_id for p in parts if p.shared_id])
         lacks = np.sum([p.lacks for p in parts], axis=0)
         self._warn_once(epoch, sum(p.pairs for p in parts), lacks)
         self._pairs = 0
@@ -256,6 +259,27 @@ class ShardSource(PairSource):
                 labels[code] if code >= 0 else "" for code in codes
             ]
         return columns
+
+    def _shared_id(self) -> str:
+        """Say of an id of their own that two pairs have which they are."""
+        # Hashes differ where shard or key do. Without mining there is nothing to be shared.
+        found = None if self.id_key is None else self._seen.shared_id()
+        if found is None:
+            return ""
+        pair_id, shard, key, other_shard, other_key = found
+        names = list(self.names.values())
+        return (
+            f"{pair_id} is the id of shard {names[shard]}, sample {key} and of shard "
+            f"{names[other_shard]}, sample {other_key}"
+        )
+
+    def _warn_of_ids(self, epoch: int, shared: Sequence[str]) -> None:
+        if shared and not self._warned_of_ids and place()[0] == 0:
+            self._warned_of_ids = True
+            log.warning(
+                "Fair loss: pairs of the same --fair-id-key %s share their history; in epoch %d %s",
+                self.id_key, epoch, shared[0],
+            )  # fmt: skip
 
     def _warn_once(self, epoch: int, pairs: int, lacks: IntArray) -> None:
         """Say what the samples lack at the end of the first epoch in which they lack something."""
