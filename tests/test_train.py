@@ -228,6 +228,20 @@ def test_evaluating_fairness_does_not_change_the_training(data, tmp_path):
     assert_same_weights(weights(tmp_path, "plain"), weights(tmp_path, "evaluated"))
 
 
+@pytest.mark.parametrize(("frequency", "expected"), [("0", []), ("2", [2, 3])])
+def test_fairness_is_evaluated_when_the_host_evaluates(data, tmp_path, frequency, expected):
+    evaluation = (
+        *("--val-data", data["val"], "--fair-attributes", "sex", "--fair-eval-label", "bright"),
+        *("--fair-eval-prompts", "a dark picture", "a bright one", "--val-frequency", frequency),
+    )
+    assert train.main(arguments(data, tmp_path, "run", *evaluation)) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    for name in ("results.jsonl", "fair_results.jsonl"):
+        path = folder / name
+        lines = path.read_text().splitlines() if path.exists() else []
+        assert [json.loads(line)["epoch"] for line in lines] == expected
+
+
 def test_the_labels_given_are_the_groups_of_the_evaluation_too(data, tmp_path):
     evaluation = (
         *("--val-data", data["val"], "--fair-attributes", "sex=m,x,*", "site=1,0"),

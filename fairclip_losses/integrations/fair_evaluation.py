@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ class FairEvaluationCallback(Callback):
     def on_eval_end(self, state: TrainState) -> None:
         """Evaluate the model that the host has just evaluated."""
         args = state.args
-        if args.rank != 0 or self.task is None:
+        if args.rank != 0 or self.task is None or not _is_due(args, state.epoch):
             return
         model = getattr(state.model, "_orig_mod", state.model)
         model = getattr(model, "module", model)
@@ -88,6 +89,12 @@ class FairEvaluationCallback(Callback):
             line = json.dumps({"epoch": state.epoch, **scalars})
             with open(Path(args.checkpoint_path) / "fair_results.jsonl", "a") as file:
                 file.write(line + "\n")
+
+
+def _is_due(args: Any, epoch: int) -> bool:
+    """Whether the host has evaluated on its validation data, by its own rule."""
+    frequency = args.val_frequency
+    return bool(frequency) and (epoch % frequency == 0 or epoch == args.epochs)
 
 
 def _scalars(report: FairnessReport) -> dict[str, float]:
