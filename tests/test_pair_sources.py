@@ -27,6 +27,7 @@ from fairclip_losses.data.groups import GroupCoder
 from fairclip_losses.errors import UsageError
 from fairclip_losses.integrations.events import Callback, default_registry, register
 from fairclip_losses.integrations.flags import split_flags
+from fairclip_losses.integrations.pair_files import attribute_column
 from fairclip_losses.integrations.pair_sources import exchange, pair_source
 from fairclip_losses.integrations.pair_sources.base import count_flagged, flag_rates
 from fairclip_losses.integrations.pair_sources.seen_pairs import PairPlaces, SeenPairs
@@ -116,6 +117,13 @@ def test_labels_given_for_a_table_are_its_groups(tmp_path):
     assert torch.equal(some.codes[:, 1], source.codes[:, 1])
     with pytest.raises(UsageError, match="column 'sex': expected groups, got no known value in 22"):
         pair_source(args, options("--fair-attributes", "sex=x,y,*"))
+
+
+def test_an_attributes_column_in_a_report_has_a_name_of_its_own():
+    names = ["sex", "visits", "attribute_visits", "attribute_sex", "attribute_attribute_visits"]
+    columns = [attribute_column(name) for name in names]
+    assert columns[:2] == ["sex", "attribute_visits"]
+    assert len(set(columns) - {"visits"}) == len(names)
 
 
 def test_a_table_that_shrank_is_refused(tmp_path):

@@ -78,12 +78,14 @@ def read_groups(table: Table, options: FairOptions) -> tuple[IntArray, CodeBook]
     return np.hstack(codes), CodeBook(labels)
 
 
+_PREFIX = "attribute_"
 _COLUMNS = {"id", "file", "caption", "shard", "key", "visits", "mean_loss", "z_score", "kind"}
 
 
 def attribute_column(attribute: str) -> str:
     """Return the name of an attribute's column beside those that every report has."""
-    return f"attribute_{attribute}" if attribute in _COLUMNS else attribute
+    taken = attribute in _COLUMNS or attribute.startswith(_PREFIX)
+    return f"{_PREFIX}{attribute}" if taken else attribute
 
 
 def write_pairs(
