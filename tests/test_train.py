@@ -482,6 +482,25 @@ def test_a_poisoned_step_does_not_enter_the_memory(data, tmp_path, record):
     assert all(np.isfinite(float(row["mean_loss"])) for row in rows)
 
 
+class ReplacesBatch(Callback):
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_batch_start(self, state):
+        state.batch = self.batch(state.batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"),
+    [(lambda batch: batch[:2], "2 items"), (lambda batch: [], "0 items"),
+     (lambda batch: None, "NoneType")],
+)  # fmt: skip
+def test_a_callback_that_loses_whose_pairs_they_are_is_one_line(data, tmp_path, capsys, batch, got):
+    with registered(ReplacesBatch(batch)):
+        assert train.main(arguments(data, tmp_path, "run", *FAIR)) == 2
+    assert one_line(capsys).endswith(f"expected (images, texts, pairs), got {got}")
+
+
 class Overflow(Callback):
     """Makes one step overflow, and keeps the losses of the steps that changed the weights."""
 

@@ -106,7 +106,19 @@ class FairTrainingCallback(Callback):
             self.loss.follow(state.scaler)
 
     def on_batch_start(self, state: TrainState) -> None:
-        """Take ids and groups off the batch; the host gets its pair."""
+        """Take ids and groups off the batch; the host gets its pair.
+
+        Raises:
+            UsageError: a callback has taken them off.
+        """
+        if not isinstance(state.batch, (tuple, list)) or len(state.batch) <= 2:
+            got = type(state.batch).__name__
+            if isinstance(state.batch, (tuple, list)):
+                got = f"{len(state.batch)} items"
+            raise UsageError(
+                "a callback that replaces state.batch must keep its last item, which says whose "
+                f"pairs they are: expected (images, texts, pairs), got {got}"
+            )
         state.batch, pairs = self._known_source.take(state.batch)
         self._pairs.append(pairs)
 
