@@ -95,8 +95,9 @@ def build_fair_loss(
         score: replaces the preset's where not None.
 
     Raises:
-        ValueError: an unknown preset, an option that a part does not have, or what the parts
-            refuse.
+        ValueError: an unknown preset, an option that a part does not have, an option of a part that
+            is left out (what describes the data, ``num_pairs`` and the like, may be given all the
+            same), or what the parts refuse.
     """
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
@@ -105,6 +106,15 @@ def build_fair_loss(
     options: dict[str, Any]
     _check_options("miner_options", miner_options, BadPairMiner)
     _check_options("fairness_options", fairness_options, SinkhornFairnessLoss)
+    if not mining:
+        _check_absent("mining", miner_options=miner_options or None)
+    if not fairness:
+        _check_absent(
+            "fairness",
+            fairness_options=fairness_options or None,
+            fairness_weight=fairness_weight,
+            score=score,
+        )
     if total_epochs is not None:
         total_epochs = check_integer("total_epochs", total_epochs, 1)
     if mining:
@@ -126,6 +136,13 @@ def build_fair_loss(
         normalization=chosen.normalization,
         mining_unit=chosen.mining_unit,
     )
+
+
+def _check_absent(part: str, **given: Any) -> None:
+    """Refuse options of a part that is left out."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} needs {part}=True, got {part}=False and {name}={value!r}")
 
 
 def _check_options(name: str, given: Mapping[str, Any] | None, part: type[nn.Module]) -> None:

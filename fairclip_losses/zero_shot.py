@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +69,7 @@ class ZeroShotTask:
         prompts: Sequence[str],
         attributes: Sequence[str],
         codebook: CodeBook | None = None,
+        others_unknown: Collection[str] = (),
         image_key: str = "filepath",
     ) -> ZeroShotTask:
         """Make a task from the columns of a table.
@@ -79,18 +80,21 @@ class ZeroShotTask:
             prompts: one text per class.
             attributes: columns of the protected attributes, coded as by `encode_attributes`.
             codebook: labels of the groups decided earlier; None: this table decides.
+            others_unknown: attributes of which a value that the code book lacks is unknown.
             image_key: column of the image files, relative to the working directory.
 
         Raises:
-            ValueError: fewer than two prompts, a number of prompts that is not that of the classes,
-                an unknown column, a value that cannot be coded, an image file that does not exist,
-                or an attribute named like another column of the predictions.
+            ValueError: fewer than two prompts, one twice, a number of prompts that is not that of
+                the classes, an unknown column, a value that cannot be coded, an image file that
+                does not exist, or an attribute named like another column of the predictions.
         """
         if len(prompts) < 2:
             raise ValueError(f"expected a prompt for each of two or more classes, got {prompts}")
+        if len(set(prompts)) != len(prompts):
+            raise ValueError(f"expected another prompt for each class, got {list(prompts)}")
         files = table.column(image_key)
         labels, classes = encode_labels(table, label, len(prompts))
-        groups, book = encode_attributes(table, attributes, codebook)
+        groups, book = encode_attributes(table, attributes, codebook, others_unknown=others_unknown)
         for row, file in enumerate(files, start=1):
             if not os.path.isfile(file):
                 raise ValueError(f"{table.path}: row {row}: no image file {file!r}")
@@ -266,6 +270,7 @@ def evaluate_zero_shot(
     prompts: Sequence[str],
     attributes: Sequence[str],
     codebook: CodeBook | None = None,
+    others_unknown: Collection[str] = (),
     image_key: str = "filepath",
     **options: Any,
 ) -> tuple[FairnessReport, Predictions]:
@@ -279,6 +284,7 @@ def evaluate_zero_shot(
         prompts=prompts,
         attributes=attributes,
         codebook=codebook,
+        others_unknown=others_unknown,
         image_key=image_key,
     )
     return evaluate_task(model, preprocess, tokenizer, task, **options)

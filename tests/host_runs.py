@@ -4,28 +4,87 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import subprocess
+import sys
 
+import numpy as np
+import pytest
 import torch
-from tiny_clip import HAS_LOCAL_DIR
+from tiny_clip import HAS_LOCAL_DIR, as_process
 
+from fairclip_losses.evaluate import load_weights
 from fairclip_losses.integrations import events
 from fairclip_losses.integrations.events import Callback
 
 BATCH, EPOCHS = 8, 3
+IDLE = ("--fair-weight", "0", "--fair-faulty-sigma", "inf", "--fair-noisy-sigma", "inf")
 
 
 @contextlib.contextmanager
 def registered(callback):
     """Have a callback in every run of the block."""
     events.register(callback)
-    yield callback
-    events.default_registry.unregister(callback)
+    try:
+        yield callback
+    finally:
+        events.default_registry.unregister(callback)
 
 
 def saved_loss(logs, name, epoch=EPOCHS):
     """Return the state of the loss that lies beside a run's checkpoint."""
     path = logs / name / "checkpoints" / f"epoch_{epoch}.fair"
     return torch.load(path, weights_only=True)["callbacks"]["FairTrainingCallback"]["loss"]
+
+
+def weights(logs, name, epoch=EPOCHS):
+    return load_weights(logs / name / "checkpoints" / f"epoch_{epoch}.pt")
+
+
+class Visits(Callback):
+    """What the memory must hold: each pair's raw losses of each epoch, by a plain loop."""
+
+    def __init__(self):
+        self.epochs = []
+
+    def on_epoch_start(self, state):
+        self.epochs.append({})
+
+    def on_loss_end(self, state):
+        # Under accumulation each pass over a step's pairs gives their losses anew.
+        if state.loss_call or "pair_ids" not in state.loss_inputs:
+            return
+        ids, losses = state.loss_inputs["pair_ids"], state.loss.last.pair_losses
+        for pair, loss in zip(ids.tolist(), losses.tolist(), strict=True):
+            self.epochs[-1].setdefault(pair, []).append(loss)
+
+    @property
+    def visits(self):
+        together = {}
+        for epoch in self.epochs:
+            for pair, losses in epoch.items():
+                together.setdefault(pair, []).extend(losses)
+        return together
+
+
+def assert_remembered(rows, visits):
+    """That a report of all pairs has each with its visits and their mean loss."""
+    assert {int(row["id"]) for row in rows} == visits.keys() and rows
+    for row in rows:
+        losses = visits[int(row["id"])]
+        assert int(row["visits"]) == len(losses)
+        assert float(row["mean_loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def run_under_torchrun(folder, argv):
+    """Train in two processes on CPUs, with the model of a folder."""
+    module, environment = as_process(folder, "fairclip_losses.train")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    on_cpus = ("--dist-backend", "gloo", "--fair-callback", "cpu_processes:AllowCpu")
+    done = subprocess.run(
+        [*command, *module[:2], "--", *module[2:], *argv, *on_cpus],
+        capture_output=True, text=True, timeout=300, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 class SeedEpochs(Callback):
@@ -71,6 +130,11 @@ def assert_same_state(first, second):
             else value == second[key]
         )
         assert same, key
+
+
+def pairs_of(logs, name, epoch=EPOCHS, kind="pairs"):
+    """The report of all pairs of a run, or of the flagged."""
+    return rows_of(logs / name / "checkpoints" / f"{kind}_epoch_{epoch}.csv")
 
 
 def rows_of(path):

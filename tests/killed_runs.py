@@ -19,14 +19,7 @@ from tiny_clip import HAS_LOCAL_DIR, write_model
 from fairclip_losses.integrations import events
 from fairclip_losses.integrations.events import Callback
 
-PRELOADED = ["open_clip_train.main", "fairclip_losses.train", "tiny_clip"]
-
-
-class SeedEpochs(Callback):
-    """Starts each epoch from a random state of its own: the host does not save its own."""
-
-    def on_epoch_start(self, state):
-        torch.manual_seed(state.epoch)
+PRELOADED = ["open_clip_train.main", "fairclip_losses.train", "tiny_clip", "host_runs"]
 
 
 class Tally(Callback):

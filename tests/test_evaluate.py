@@ -207,6 +207,7 @@ def test_an_image_that_cannot_be_read_is_named(loaded, task, tmp_path):
     [
         ({"label": "titel"}, "no column 'titel'; the columns are 'filepath', 'title'"),
         ({"prompts": ["one"]}, "a prompt for each of two or more classes, got"),
+        ({"prompts": ["a", "a"]}, r"another prompt for each class, got \['a', 'a'\]"),
         ({"prompts": ["a", "b", "c"], "label": "name"}, "expected 3 classes, got 2 distinct"),
         ({"attributes": ["race"]}, "no column 'race'"),
         ({"attributes": []}, "expected attribute names"),

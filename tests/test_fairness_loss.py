@@ -411,9 +411,11 @@ def test_repr_shows_the_settings():
     ("options", "message"),
     [
         ({"p": 3}, "p must be 1 or 2, got 3"),
+        ({"p": True}, "p must be 1 or 2, got True"),
         ({"blur": -0.1}, "blur must be a finite number >= 0, got -0.1"),
         ({"blur": math.nan}, "blur must be a finite number >= 0, got nan"),
         ({"blur": math.inf}, "blur must be a finite number >= 0, got inf"),
+        ({"blur": 1e-101}, "blur must be 0 or from 1e-100 to 1e100, got 1e-101"),
         ({"group_reduction": "max"}, "group_reduction must be 'mean' or 'sum', got 'max'"),
         ({"detach": "both"}, "detach must be 'none', 'groups' or 'total', got 'both'"),
         ({"blur": "x"}, "blur must be a finite number >= 0, got 'x'"),

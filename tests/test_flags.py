@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fairclip_losses.errors import UsageError
@@ -44,6 +46,31 @@ def test_the_order_of_the_parts_is_all_the_same(parts):
     assert options.fair_loss == ("dbpm", "sinkhorn")
 
 
+def test_labels_may_follow_an_attribute():
+    options, _ = split_flags(["--fair-loss", "--fair-attributes", "race= b,a , *", "sex=01,2", "x"])
+    assert options.fair_attributes == ("race", "sex", "x")
+    assert options.fair_labels == {"race": ("b", "a"), "sex": ("1", "2")}
+    assert options.fair_others_unknown == ("race",)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("", "got '', which stands for an unknown value"),
+        ("a,-1", "got '-1', which stands for an unknown value"),
+        ("1,01", "expected each label once"),
+        ("*", r"expected labels separated by commas, and \* \(any other value is unknown\) after"),
+        ("*,a", r"expected labels separated by commas, and \*"),
+        ("a,*,*", r"expected labels separated by commas, and \*"),
+    ],
+)
+def test_wrong_labels_are_one_line(labels, message):
+    with pytest.raises(
+        UsageError, match=f"^--fair-attributes race={re.escape(labels)}: .*{message}"
+    ):
+        split_flags(["--fair-loss", "--fair-attributes", f"race={labels}"])
+
+
 def test_evaluation_alone_is_active_without_the_loss():
     options, _ = split_flags(
         ["--fair-eval-label", "y", "--fair-eval-prompts", "a", "b", "--fair-attributes", "sex"]
@@ -69,6 +96,10 @@ def test_evaluation_alone_is_active_without_the_loss():
         (["--fair-loss", "--fair-attributes", "a", "a"], "twice"),
         (["--fair-eval-label", "y"], "go together"),
         (["--fair-eval-prompts", "y"], "go together"),
+        (["--fair-eval-label", ""], "go together"),
+        (["--fair-eval-label", "", "--fair-eval-prompts", "a"], "needs --fair-attributes"),
+        (["--fair-attributes", "a"], "--fair-attributes has no effect without --fair-loss"),
+        (["--fair-fresh-state"], "--fair-fresh-state has no effect without --fair-loss"),
         (["--fair-eval-label", "y", "--fair-eval-prompts", "a"], "needs --fair-attributes"),
     ],
 )
@@ -76,6 +107,62 @@ def test_wrong_combinations_are_one_line(argv, message):
     with pytest.raises(UsageError, match=message) as caught:
         split_flags(argv)
     assert "\n" not in str(caught.value)
+
+
+MINING = {
+    "--fair-warmup-epochs": ["0"], "--fair-noisy-sigma": ["2"], "--fair-faulty-sigma": ["0"],
+    "--fair-shard-memory": [], "--fair-save-pairs": [],
+}  # fmt: skip
+DISTANCE = {
+    "--fair-weight": ["0"], "--fair-blur": ["0"], "--fair-p": ["2"], "--fair-score": ["loss"],
+    "--fair-queue": ["0"],
+}  # fmt: skip
+BOTH = {"--fair-preset": ["aligned"], "--fair-id-key": ["id"]}
+ANYWHERE = {
+    "--fair-loss", "--fair-attributes", "--fair-eval-label", "--fair-eval-prompts",
+    "--fair-callback", "--fair-fresh-state",
+}  # fmt: skip
+
+
+def test_each_flag_is_of_a_part_of_the_loss_or_of_none():
+    flags = {action.option_strings[0] for action in build_parser()._actions}
+    assert flags == MINING.keys() | DISTANCE.keys() | BOTH.keys() | ANYWHERE
+
+
+@pytest.mark.parametrize("flag", [*MINING, *DISTANCE, *BOTH])
+def test_a_flag_that_would_have_no_effect_is_refused(flag):
+    """Whatever its value: one that is false, or that the preset has, was typed all the same."""
+    words = [flag, *(MINING | DISTANCE | BOTH)[flag]]
+    with pytest.raises(UsageError, match=f"^{flag} has no effect without --fair-loss; add it or"):
+        split_flags(words)
+    evaluation = ["--fair-eval-label", "y", "--fair-eval-prompts", "a", "--fair-attributes", "sex"]
+    with pytest.raises(UsageError, match=f"^{flag} has no effect without --fair-loss; add it or"):
+        split_flags([*words, *evaluation])
+    for part, other, own in (("dbpm", "sinkhorn", DISTANCE), ("sinkhorn", "dbpm", MINING)):
+        argv = ["--fair-attributes", "sex", "--fair-loss", part, *words]
+        if flag in own:
+            with pytest.raises(
+                UsageError,
+                match=f"^{flag} needs --fair-loss {other}, whose option it is, "
+                f"got --fair-loss {part}; add {other} or drop {flag}$",
+            ):
+                split_flags(argv)
+        else:
+            split_flags(argv)
+    split_flags(["--fair-attributes", "sex", "--fair-loss", *words])
+
+
+@pytest.mark.parametrize("part", ["dbpm", "sinkhorn"])
+@pytest.mark.parametrize("preset", ["aligned", "paper", "official"])
+def test_what_a_preset_says_of_an_absent_part_is_no_ones_mistake(part, preset):
+    argv = ["--fair-attributes", "sex", "--fair-loss", part, "--fair-preset", preset]
+    assert split_flags(argv)[0].fair_loss == (part,)
+
+
+def test_the_pairs_of_a_preset_that_remembers_none_cannot_be_saved():
+    split_flags(["--fair-loss", "dbpm", "--fair-save-pairs", "--fair-preset", "paper"])
+    with pytest.raises(UsageError, match="--fair-preset official keeps none; drop one of the two"):
+        split_flags(["--fair-loss", "dbpm", "--fair-save-pairs", "--fair-preset", "official"])
 
 
 def test_every_flag_has_help():

@@ -7,13 +7,20 @@ import shutil
 
 import pytest
 import torch
-from host_runs import BATCH, arguments, assert_same_weights, rows_of
+from host_runs import (
+    BATCH,
+    IDLE,
+    arguments,
+    assert_remembered,
+    assert_same_weights,
+    pairs_of,
+    registered,
+    weights,
+)
 from sinkhorn_cases import one_thread
 from tiny_clip import HAS_LOCAL_DIR, write_model, write_pairs
 
 from fairclip_losses import train
-from fairclip_losses.evaluate import load_weights
-from fairclip_losses.integrations import events
 from fairclip_losses.integrations.events import Callback
 
 pytest.importorskip("open_clip_train.main")
@@ -23,7 +30,6 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 PAIRS, EPOCHS = 16, 2
 FAIR = ("--fair-loss", "--fair-attributes", "sex", "site")
-IDLE = ("--fair-weight", "0", "--fair-faulty-sigma", "inf", "--fair-noisy-sigma", "inf")
 ACTIVE = ("--fair-weight", "0.5", "--fair-faulty-sigma", "0.5", "--fair-noisy-sigma", "0.5")
 
 # open_clip 2 knows autocast on CUDA alone: on a CPU its amp and amp_bf16 compute in float32.
@@ -82,13 +88,9 @@ def trained(data, tmp_path):
     """Train under flags; return the weights at the end and what the callback saw."""
 
     def run(name, *flags):
-        witness = events.register(Witness())
-        try:
+        with registered(Witness()) as witness:
             assert train.main(arguments(data, tmp_path, name, *flags, epochs=EPOCHS)) == 0
-        finally:
-            events.default_registry.unregister(witness)
-        checkpoint = tmp_path / name / "checkpoints" / f"epoch_{EPOCHS}.pt"
-        return load_weights(checkpoint), witness
+        return weights(tmp_path, name, EPOCHS), witness
 
     # On several threads the code compiled for the CPU sums gradients in any order.
     with one_thread():
@@ -193,12 +195,8 @@ def test_an_option_of_the_host_works_with_the_fair_loss(trained, tmp_path, flags
     assert any(not torch.equal(value, plain[key]) for key, value in fair.items())
     assert all(torch.isfinite(value).all() for value in fair.values())
     # The memory holds each pair's loss before the weights, to float32's rounding.
-    rows = rows_of(tmp_path / "fair" / "checkpoints" / f"pairs_epoch_{EPOCHS}.csv")
-    assert {int(row["id"]) for row in rows} == witness.visits.keys()
-    for row in rows:
-        visits = witness.visits[int(row["id"])]
-        assert int(row["visits"]) == len(visits) == EPOCHS
-        assert float(row["mean_loss"]) == pytest.approx(sum(visits) / EPOCHS, rel=1e-5)
+    assert_remembered(pairs_of(tmp_path, "fair", EPOCHS), witness.visits)
+    assert {len(losses) for losses in witness.visits.values()} == {EPOCHS}
 
 
 def test_checkpointed_gradients_train_the_same_weights(trained):

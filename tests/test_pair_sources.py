@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -21,10 +22,12 @@ from tiny_shards import attributes_of, hashed, read_shards, write_shards
 from torch.utils.data import DataLoader, TensorDataset
 
 from fairclip_losses import train
-from fairclip_losses.data import CodeBook
+from fairclip_losses.data import CodeBook, Table, encode_attributes
+from fairclip_losses.data.groups import GroupCoder
 from fairclip_losses.errors import UsageError
 from fairclip_losses.integrations.events import Callback, default_registry, register
 from fairclip_losses.integrations.flags import split_flags
+from fairclip_losses.integrations.pair_files import attribute_column
 from fairclip_losses.integrations.pair_sources import exchange, pair_source
 from fairclip_losses.integrations.pair_sources.base import count_flagged, flag_rates
 from fairclip_losses.integrations.pair_sources.seen_pairs import PairPlaces, SeenPairs
@@ -33,6 +36,7 @@ from fairclip_losses.integrations.pair_sources.shard_host import insert_stage
 from fairclip_losses.integrations.pair_sources.shard_samples import (
     FIELDS,
     PairStage,
+    count_lacks,
     groups_of,
     hashed_id,
     own_id,
@@ -106,6 +110,20 @@ def test_labels_given_for_a_table_are_its_groups(tmp_path):
     assert source.codebook.labels == {"sex": ("m", "f", "x"), "site": ("0", "1")}
     with pytest.raises(UsageError, match=r"'sex': expected one of 'm', 'x', got 'f' in \d+ rows"):
         pair_source(args, options("--fair-attributes", "sex=m,x"))
+    some = pair_source(args, options("--fair-attributes", "sex=m,x,*", "site"))
+    assert some.codebook.labels == {"sex": ("m", "x"), "site": ("0", "1")}
+    males = [0 if code == 0 else -1 for code in source.codes[:, 0].tolist()]
+    assert some.codes[:, 0].tolist() == males and set(males) == {0, -1}
+    assert torch.equal(some.codes[:, 1], source.codes[:, 1])
+    with pytest.raises(UsageError, match="column 'sex': expected groups, got no known value in 22"):
+        pair_source(args, options("--fair-attributes", "sex=x,y,*"))
+
+
+def test_an_attributes_column_in_a_report_has_a_name_of_its_own():
+    names = ["sex", "visits", "attribute_visits", "attribute_sex", "attribute_attribute_visits"]
+    columns = [attribute_column(name) for name in names]
+    assert columns[:2] == ["sex", "attribute_visits"]
+    assert len(set(columns) - {"visits"}) == len(names)
 
 
 def test_a_table_that_shrank_is_refused(tmp_path):
@@ -226,7 +244,9 @@ def test_the_hash_is_of_shard_and_key(shard, key):
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        (7, 7), (-(2**63), -(2**63)), ("7", 7), (" -7 ", -7), ("000012", 12),
+        (7, 7), (-(2**63), -(2**63)), ("7", 7), (" -7 ", -7), ("0", 0), (str(-(2**63)), -(2**63)),
+        ("007", hashed("007")), ("+7", hashed("+7")), ("-0", hashed("-0")), ("7.0", hashed("7.0")),
+        ("\u0667", hashed("\u0667")),
         (2**63, None), (True, None), (1.0, None), (None, None), ("", None), ([1], None),
         ("9" * 32, hashed("9" * 32)), ("9" * 5000, hashed("9" * 5000)),
         (str(2**63), hashed(str(2**63))), ("a7f3", hashed("a7f3")),
@@ -234,6 +254,16 @@ def test_the_hash_is_of_shard_and_key(shard, key):
 )  # fmt: skip
 def test_ids_in_the_json_member(value, expected):
     assert own_id(value) == expected
+
+
+_WRITTEN = st.one_of(
+    st.integers(-12, 12), st.from_regex(r"[+-]?0{0,2}[0-9]", fullmatch=True), st.just("a")
+)
+
+
+@given(_WRITTEN, _WRITTEN)
+def test_two_ids_are_one_only_where_they_are_written_alike(first, second):
+    assert (own_id(first) == own_id(second)) == (str(first) == str(second))
 
 
 def test_names_of_shards_are_the_shortest_that_tell_them_apart():
@@ -263,21 +293,51 @@ def test_names_stay_where_a_data_set_is_moved_as_a_whole():
     [
         ("Asian", 0), (" Black ", 1), (2, 2), ("2", 2), (2.0, 2), ("02", 2), (True, 3),
         (None, -1), ("", -1), ("unknown", -1), (-1, -1), (float("nan"), -1),
-        ("Other", -4), ([1], -4), ({"a": 1}, -4), (0.5, -4),
+        ("Other", None), ([1], None), ({"a": 1}, None), (0.5, None),
     ],
 )  # fmt: skip
-def test_codes_of_json_values(value, code):
-    book = CodeBook({"race": ("Asian", "Black", "2", "True")})
-    stage = PairStage({"u": (5, "0.tar")}, ["race"], book, None)
+@pytest.mark.parametrize("others_unknown", [False, True])
+def test_codes_of_json_values(value, code, others_unknown):
+    """A table's cell is coded alike, and refused alike."""
+    labels = ("Asian", "Black", "2", "True")
+    coder = GroupCoder(labels, others_unknown=others_unknown)
+    stage = PairStage({"u": (5, "0.tar")}, {"race": coder}, None)
     sample = {"__key__": "k", "__url__": "u", "json": {"race": value}, "txt": "caption"}
+    table = Table("t", {"race": ["Asian", "" if value is None else str(value).strip()]})
+    allowed = ["race"] if others_unknown else []
+    if code is None and not others_unknown:
+        where = "shard 0.tar, sample k: key 'race' of the json member: "
+        message = where + f"expected one of 'Asian', 'Black', '2', 'True', got {value!r}"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            list(stage([dict(sample)]))
+        with pytest.raises(
+            ValueError, match=r"'race': expected one of .* in 1 row, first in row 2"
+        ):
+            encode_attributes(table, ["race"], CodeBook({"race": labels}), others_unknown=allowed)
+        return
+    code = -1 if code is None else code
     (passed,) = stage([dict(sample)])
     assert passed[FIELDS[0]].tolist() == [hashed("0.tar", "k"), 5, 0, code]
     assert passed[FIELDS[1]] == "k" and passed["txt"] == "caption"
-    assert groups_of(passed[FIELDS[0]][None]).tolist() == [[max(code, -1)]]
+    assert groups_of(passed[FIELDS[0]][None]).tolist() == [[code]]
+    codes, _ = encode_attributes(
+        table, ["race"], CodeBook({"race": labels}), others_unknown=allowed
+    )
+    assert codes[:, 0].tolist() == [0, code]
+
+
+def test_a_json_member_or_key_that_is_missing_is_unknown_and_told_apart():
+    coders = {"race": GroupCoder(("a",)), "sex": GroupCoder(("b",))}
+    stage = PairStage({"u": (5, "0.tar")}, coders, None)
+    samples = [{"__key__": "k", "__url__": "u"}, {"__key__": "k", "__url__": "u"}]
+    samples[1]["json"] = {"sex": "b"}
+    rows = torch.stack([passed[FIELDS[0]] for passed in stage(samples)])
+    assert groups_of(rows).tolist() == [[-1, -1], [-1, 0]]
+    assert count_lacks(rows).tolist() == [[0, 1, 1], [0, 1, 0]]
 
 
 def test_a_loader_of_another_build_is_refused():
-    stage = PairStage({}, [], CodeBook({}), None)
+    stage = PairStage({}, {}, None)
     for loader in (DataLoader([1]), SimpleNamespace(pipeline=[SimpleNamespace(dataset=None)])):
         with pytest.raises(UsageError, match="has no stage to_tuple"):
             insert_stage(loader, stage)
@@ -297,19 +357,28 @@ def test_a_reading_finds_what_is_in_the_shards(tmp_path):
     urls = [str(path) for path in sorted(tmp_path.glob("*.tar"))]
     names = shard_names(urls)
     for workers in (0, 2):
-        found = ShardReader(urls, names, ["race", "gender"], None, limit=20).read(workers)
+        coders = dict.fromkeys(["race", "gender"])
+        found = ShardReader(urls, names, coders, None, limit=20).read(workers)
         assert (found.shards, found.pairs, found.with_json) == (3, 21, 20)
         assert found.values == {"race": {"Asian", "Black", "White"}, "gender": {"0", "1"}}
         assert found.keys == {"race": 20, "gender": 20, "uid": 20}
         assert found.ids.tolist() == [pairs[number]["id"] for number in range(21)]
-        assert not found.unreadable and not len(found.twice())
+        assert not found.unreadable and not found.refused and not len(found.twice())
+        coders["race"] = GroupCoder(["Asian", "Black"])
+        found = ShardReader(urls, names, coders, None).read(workers)
+        assert found.values["race"] == {"Asian", "Black", "White"}
+        assert found.refused == [
+            f"shard {shard}, sample {key}: key 'race' of the json member: "
+            "expected one of 'Asian', 'Black', got 'White'"
+            for shard, key in (("00000.tar", "0002"), ("00001.tar", "0000"), ("00002.tar", "0003"))
+        ]
 
 
 def test_a_reading_draws_no_number_from_the_training(tmp_path):
     write_shards(tmp_path, (3, 3))
     urls = [str(path) for path in sorted(tmp_path.glob("*.tar"))]
     state = torch.get_rng_state()
-    ShardReader(urls, shard_names(urls), ["race"], None).read(0)
+    ShardReader(urls, shard_names(urls), {"race": None}, None).read(0)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -421,6 +490,20 @@ def test_places_equal_a_dictionary():
     seen.clear()
     assert not len(seen.places(None).ids)
     assert seen.places(None).rows_of(wanted).tolist() == [-1] * len(wanted)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1), st.sampled_from("ab")), max_size=9))
+def test_an_id_of_two_pairs_is_found_as_by_a_double_loop(visits):
+    seen = SeenPairs(attributes=0)
+    for start in range(0, len(visits), 4):
+        batch = visits[start : start + 4]
+        rows = torch.tensor([[pair, shard, 0] for pair, shard, _ in batch])
+        seen.add(rows, [key for *_, key in batch])
+    expected = [
+        (a[0], *a[1:], *b[1:]) for a in visits for b in visits if a[0] == b[0] and a[1:] != b[1:]
+    ]
+    found = seen.shared_id()
+    assert found in expected if expected else found is None
 
 
 def test_flag_rates_equal_a_double_loop():

@@ -156,7 +156,7 @@ def test_a_failing_callback_stops_the_run_with_its_name(host, registered):
 def fair_run(host, table, *more):
     flags = ["--train-data", table, "--fair-loss", "--fair-attributes", "sex", "site", *more]
     assert run_training(flags) == 0
-    return host.args.run.state.loss
+    return host.task.loss.inner
 
 
 @pytest.mark.parametrize("accum_freq", [1, 2])

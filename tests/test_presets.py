@@ -122,6 +122,34 @@ def test_parts_can_be_left_out():
     assert build_fair_loss(ClipLoss(), fairness=False).fairness is None
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"mining": False, "miner_options": {"faulty_sigma": 1.0}},
+            r"^miner_options needs mining=True, got mining=False and "
+            r"miner_options=\{'faulty_sigma': 1.0\}$",
+        ),
+        (
+            {"fairness": False, "fairness_options": {"blur": 0.0}},
+            r"^fairness_options needs fairness=True, got fairness=False and",
+        ),
+        ({"fairness": False, "fairness_weight": 0.0}, "^fairness_weight needs fairness=True, got"),
+        ({"fairness": False, "score": "similarity"}, "^score needs fairness=True, got"),
+    ],
+)
+def test_options_of_a_part_that_is_left_out_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_fair_loss(ClipLoss(), **options)
+
+
+def test_what_describes_the_data_may_be_given_without_the_part():
+    facts = {"num_pairs": 30, "total_epochs": 4, "num_groups": 3}
+    empty = {"miner_options": {}, "fairness_options": {}}
+    alone = build_fair_loss(ClipLoss(), mining=False, fairness=False, **facts, **empty)
+    assert alone.miner is None and alone.fairness is None
+
+
 def test_single_options_replace_the_presets():
     fair = build_fair_loss(
         ClipLoss(),

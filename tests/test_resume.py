@@ -10,7 +10,8 @@ import time
 import pytest
 import torch
 from cpu_processes import AllowCpu
-from killed_runs import DieAt, RaiseIn, SeedEpochs, Tally, output_of, run, run_processes, start
+from host_runs import SeedEpochs
+from killed_runs import DieAt, RaiseIn, Tally, output_of, run, run_processes, start
 from tiny_clip import HAS_LOCAL_DIR, write_model, write_pairs
 
 pytest.importorskip("open_clip_train.main")
@@ -65,11 +66,12 @@ def load(path):
 
 
 def end_of(logs):
-    """The last checkpoint and the state beside it."""
+    """The last checkpoint, the state beside it and, where pairs were mined, the flagged."""
     folder = checkpoints(logs)
     checkpoint = load(folder / f"epoch_{EPOCHS}.pt")
     states = torch.load(folder / f"epoch_{EPOCHS}.fair", weights_only=True)
-    return checkpoint, states
+    flagged = [path.read_text() for path in folder.glob(f"flagged_epoch_{EPOCHS}.csv")]
+    return checkpoint, states, flagged
 
 
 def assert_same(first, second, where=""):
@@ -97,13 +99,14 @@ def whole(data, tmp_path_factory):
     began = time.monotonic()
     assert run(arguments(data, logs, *FAIR, *FREQUENT), data["folder"], None, callbacks()) == 0
     took = time.monotonic() - began
-    checkpoint, states = end_of(logs)
+    checkpoint, states, flagged = end_of(logs)
+    assert len(flagged) == 1 and len(flagged[0].splitlines()) > 1  # a pair below the header
     tally = states["callbacks"]["Tally"]
     # Saved after the evaluation, and what it says is of every epoch.
     assert tally["batches"].tolist() == [PAIRS // BATCH] * EPOCHS
     assert [epoch for epoch, _ in tally["evaluations"]] == [1, 2, 3]
     assert int(states["callbacks"]["FairTrainingCallback"]["loss"]["miner.epoch"]) == EPOCHS
-    return (checkpoint, states), took
+    return (checkpoint, states, flagged), took
 
 
 @pytest.mark.parametrize(
@@ -133,6 +136,20 @@ def test_killed_and_resumed_equals_uninterrupted(data, whole, tmp_path, saving, 
     # What is left is what goes with the checkpoints that are left.
     epochs = {load(path)["epoch"] for path in folder.glob("*.pt")}
     assert {int(path.stem.partition("_")[2]) for path in folder.glob("*.fair")} == epochs
+
+
+def test_pairs_named_by_a_column_killed_and_resumed_equal_uninterrupted(data, tmp_path):
+    ends = []
+    for name, moment in (("whole", None), ("cut", "step")):
+        flags = (*FAIR, *FREQUENT, "--fair-id-key", "pair")
+        command = arguments(data, tmp_path / name, *flags)
+        if moment:
+            status = run(command, data["folder"], moment, callbacks(moment))
+            assert status == -signal.SIGKILL
+            command += ["--resume", "latest"]
+        assert run(command, data["folder"], None, callbacks()) == 0
+        ends.append(end_of(tmp_path / name))
+    assert_same(*ends)
 
 
 def test_killed_at_random_moments_until_it_is_done(data, whole, tmp_path):

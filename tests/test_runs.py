@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import threading
 import types
+import weakref
 
 import pytest
 from stub_host import Journal, Loader, recorder
@@ -14,6 +16,16 @@ from fairclip_losses import train
 from fairclip_losses.errors import CallbackError, UsageError
 from fairclip_losses.integrations.events import Callback, Event
 from fairclip_losses.integrations.open_clip import HOOKS, patch, run_training
+
+
+class Keeps(Callback):
+    """Keeps the state of each run beyond its end."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_run_end(self, state):
+        self.states.append(state)
 
 
 def test_without_flags_and_callbacks_the_host_gets_its_own_objects(host):
@@ -49,10 +61,10 @@ def test_loss_calls_are_counted_within_an_accumulated_step(host, registered):
 
 
 def test_vars_of_the_arguments_hide_the_run(host, registered):
-    registered(Callback())
+    states = registered(Keeps()).states
     run_training([])
     assert vars(host.args) == {"epochs": 1, "accum_freq": 1}
-    assert host.args.run.state.args is host.args
+    assert states[0].args is host.args
 
 
 def test_a_callback_may_change_batch_loss_inputs_and_loss(host, registered):
@@ -85,9 +97,9 @@ def test_a_failing_callback_stops_the_run_with_its_name(host, registered):
 
 
 def test_the_loader_keeps_its_attributes(host, registered):
-    registered(Callback())
+    states = registered(Keeps()).states
     run_training([])
-    loader = host.args.run.state.data["train"].dataloader
+    loader = states[0].data["train"].dataloader
     assert (len(loader), loader.num_batches, loader.num_samples) == (4, 4, 8)
 
 
@@ -128,12 +140,70 @@ def test_a_main_taken_before_that_fails_has_no_end(host, registered):
 
 
 def test_two_runs_in_one_process_do_not_share_state(host, registered):
-    registered(Callback())
+    states = registered(Keeps()).states
     run_training([])
     first = host.args.run
     run_training([])
     assert host.args.run is not first
-    assert host.args.run.state is not first.state
+    assert states[0] is not states[1]
+
+
+class Watches(Callback):
+    """Keeps no more than weak references to what a run works on."""
+
+    def __init__(self, fails=False):
+        self.seen, self.fails = {}, fails
+
+    def on_batch_end(self, state):
+        loader = state.data["train"].dataloader
+        seen = {"state": state, "loader": loader, "batch": state.batch[0], "args": state.args}
+        self.seen = {name: weakref.ref(value) for name, value in seen.items()}
+        if self.fails:
+            raise ValueError("no more of this")
+
+    def alive(self):
+        assert self.seen
+        return [name for name, reference in self.seen.items() if reference() is not None]
+
+
+@pytest.fixture
+def no_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("taken_before", [False, True])
+def test_a_run_that_has_ended_holds_nothing(host, registered, no_collector, taken_before):
+    watches = registered(Watches())
+    host.main = main = forgetful(host)
+    with patch():
+        assert (main if taken_before else host.main)([]) is None
+        assert taken_before or not watches.alive()
+    assert not watches.alive()
+
+
+def test_a_run_that_has_failed_holds_nothing(host, registered, no_collector, capsys):
+    watches = registered(Watches(fails=True))
+    host.main = forgetful(host)
+    assert train.main([]) == 1
+    assert "callback Watches failed at batch_end" in capsys.readouterr().err
+    assert not watches.alive()
+
+
+def forgetful(host):
+    """The stub's main(), which leaves its arguments for the tests to see, without them."""
+    main = host.main
+
+    def forgets(argv):
+        try:
+            return main(argv)
+        finally:
+            del host.args
+            host.seen.clear()
+
+    return forgets
 
 
 def test_a_run_inside_a_callback_of_another(host, registered):
@@ -148,20 +218,20 @@ def test_a_run_inside_a_callback_of_another(host, registered):
                 self.inner = "under way"
                 outer = host.args
                 assert run_training(["--epochs", "3"]) == 0
-                self.inner = host.args.run.state
+                self.inner = ends.states[0]
                 host.args = outer
 
         def on_run_end(self, state):
             journal.append((state.args.epochs, "end"))
 
-    callback = registered(Nests())
+    callback, ends = registered(Nests()), registered(Keeps())
     before = dict(vars(host))
     with patch():
         assert run_training(["--epochs", "1"]) == 0
         assert all(hasattr(getattr(host, name), "__fairclip_original__") for name in HOOKS)
     inner = [(3, "batch", k) for _ in range(3) for k in range(4)] + [(3, "end")]
     assert journal == [(1, "batch", 0), *inner, *[(1, "batch", k) for k in (1, 2, 3)], (1, "end")]
-    assert callback.inner is not host.args.run.state and callback.inner.epoch == 3
+    assert callback.inner is not ends.states[1] and callback.inner.epoch == 3
     assert {name: vars(host)[name] for name in HOOKS} == {name: before[name] for name in HOOKS}
 
 

@@ -289,6 +289,13 @@ def test_a_fresh_state_of_nobody_is_refused(saved):
         train(saved, *AGAIN, "--fair-fresh-state", "Nobody")
 
 
+def test_a_fresh_state_without_effect_is_refused(saved, tmp_path):
+    with pytest.raises(UsageError, match="--fair-fresh-state has no effect without --resume"):
+        train(tmp_path, "--fair-fresh-state")
+    with pytest.raises(UsageError, match="no effect: no callback keeps state in this run"):
+        train(saved, *AGAIN, "--fair-fresh-state", callbacks=[Callback()])
+
+
 def test_a_finished_run_that_is_resumed_ends_with_its_state(saved):
     heard = []
 

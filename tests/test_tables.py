@@ -46,6 +46,12 @@ def test_reads_cells_as_stripped_strings(tmp_path):
     assert table.column("sex") == ["f", "1"]
 
 
+def test_where_white_space_was_taken_off(tmp_path):
+    table = read_table(written(tmp_path, "a, b,c,d\n1,2,3,4\n5, 6,7,8 \n9,0 ,1, 2\n"), ",")
+    assert list(table.columns) == ["a", "b", "c", "d"]
+    assert table.padded == {"b": 0, "d": 2}
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("last", [True, False])
 def test_any_line_end_with_or_without_the_last(tmp_path, end, last):
@@ -250,10 +256,24 @@ def test_a_given_code_book_decides_and_keeps_absent_groups():
 
 def test_a_value_or_attribute_outside_the_code_book():
     book = CodeBook({"sex": ("f", "m")})
-    with pytest.raises(ValueError, match=r"column 'sex': expected one of 'f', 'm', got 'y' in 2 r"):
+    with pytest.raises(
+        ValueError,
+        match=r"column 'sex': expected one of 'f', 'm', got 'y' in 2 rows, first in row 3$",
+    ):
         encode_attributes(table_of(sex=["f", "x", "y", "y"]), ["sex"], book)
     with pytest.raises(ValueError, match=r"the code book holds only \['sex'\]"):
         encode_attributes(table_of(race=["a"]), ["race"], book)
+
+
+def test_a_value_outside_the_code_book_may_be_unknown():
+    book = CodeBook({"sex": ("f", "m"), "race": ("a", "b")})
+    table = table_of(sex=["f", "x", "", "m"], race=["a", "b", "c", "a"])
+    codes, _ = encode_attributes(table, ["sex"], book, others_unknown=["sex"])
+    assert codes[:, 0].tolist() == [0, UNKNOWN, UNKNOWN, 1]
+    with pytest.raises(ValueError, match=r"column 'race': expected one of 'a', 'b', got 'c' in 1"):
+        encode_attributes(table, ["sex", "race"], book, others_unknown=["sex"])
+    with pytest.raises(ValueError, match="column 'sex': expected groups, got no known value in 2"):
+        encode_attributes(table_of(sex=["x", "na"]), ["sex"], book, others_unknown=["sex"])
 
 
 @pytest.mark.parametrize(
@@ -270,6 +290,14 @@ def test_a_value_or_attribute_outside_the_code_book():
 def test_columns_that_are_no_groups(cells, message):
     with pytest.raises(ValueError, match=r"table.csv: attribute column 'g': .*" + message):
         encode_attributes(table_of(g=cells), ["g"])
+
+
+def test_whole_numbers_of_any_length_are_groups_in_numerical_order():
+    huge = "1" + "0" * 5000
+    cells = ["-2", huge, "7", "-" + huge, "+007.0", "-0", "0", "00" + huge, ""]
+    codes, book = encode_attributes(table_of(g=cells), ["g"])
+    assert book.labels == {"g": ("-" + huge, "-2", "0", "7", huge)}
+    assert codes[:, 0].tolist() == [1, 4, 3, 0, 3, 2, 2, 4, UNKNOWN]
 
 
 def test_64_groups_are_accepted():
@@ -335,6 +363,7 @@ def test_ids_are_row_numbers_or_a_column():
         (["1", ""], "expected integers, got '' in row 2"),
         (["1", "٣"], "expected integers, got '٣' in row 2"),
         ([str(2**63)], "expected 64-bit integers, got 9223372036854775808 in row 1"),
+        (["7", "9" * 5000], "expected 64-bit integers, got 9{5000} in row 2"),
         (["5", "6", "5", "06", "7"], r"expected each id once, got 2 of them more than once \(5, 6"),
     ],
 )

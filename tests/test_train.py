@@ -13,21 +13,20 @@ import torch
 from host_runs import (
     BATCH,
     EPOCHS,
-    SeedEpochs,
-    StopBefore,
+    IDLE,
+    Visits,
     arguments,
-    assert_same_state,
+    assert_remembered,
     assert_same_weights,
     one_line,
+    pairs_of,
     registered,
-    rows_of,
-    saved_loss,
+    run_under_torchrun,
+    weights,
 )
 from tiny_clip import HAS_LOCAL_DIR, as_process, write_model, write_pairs
 
 from fairclip_losses import train
-from fairclip_losses.evaluate import load_weights
-from fairclip_losses.integrations import events
 from fairclip_losses.integrations.events import Callback
 
 host = pytest.importorskip("open_clip_train.main")
@@ -50,26 +49,16 @@ def data(tmp_path_factory):
     }
 
 
-def weights(logs, name, epoch=EPOCHS):
-    return load_weights(logs / name / "checkpoints" / f"epoch_{epoch}.pt")
-
-
-class StepRecorder(Callback):
-    """The loss terms of every step, and the raw losses by pair id as a plain double loop."""
+class StepRecorder(Visits):
+    """The loss terms of every step too."""
 
     def __init__(self):
-        self.steps, self.visits = [], {}
+        super().__init__()
+        self.steps = []
 
     def on_loss_end(self, state):
+        super().on_loss_end(state)
         self.steps.append({name: float(value.detach()) for name, value in state.losses.items()})
-        if "pair_ids" not in state.loss_inputs or state.loss_call:
-            return
-        for pair, loss in zip(
-            state.loss_inputs["pair_ids"].tolist(),
-            state.loss.last.pair_losses.tolist(),
-            strict=True,
-        ):
-            self.visits.setdefault(pair, []).append(loss)
 
 
 @pytest.fixture
@@ -85,19 +74,13 @@ FAIR = ("--fair-loss", "--fair-attributes", "sex", "site")
 def fair_run(data, tmp_path_factory):
     """One whole run with everything on, which several tests look at."""
     logs = tmp_path_factory.mktemp("fair")
-    callback = events.register(StepRecorder())
-    try:
-        status = train.main(
-            arguments(
-                data, logs, "run", *FAIR, "--fair-faulty-sigma", "1", "--fair-noisy-sigma", "1.5",
-                "--fair-save-pairs", "--fair-queue", "4", "--report-to", "tensorboard",
-                "--val-data", data["val"], "--fair-eval-label", "bright",
-                "--fair-eval-prompts", "a dark picture", "a bright picture",
-            )
-        )  # fmt: skip
-    finally:
-        events.default_registry.unregister(callback)
-    assert status == 0
+    flags = (
+        *FAIR, "--fair-faulty-sigma", "1", "--fair-noisy-sigma", "1.5", "--fair-save-pairs",
+        "--fair-queue", "4", "--report-to", "tensorboard", "--val-data", data["val"],
+        "--fair-eval-label", "bright", "--fair-eval-prompts", "a dark picture", "a bright picture",
+    )  # fmt: skip
+    with registered(StepRecorder()) as callback:
+        assert train.main(arguments(data, logs, "run", *flags)) == 0
     return logs, callback
 
 
@@ -118,8 +101,7 @@ def test_unpatched_equals_upstream_step_by_step_when_nothing_is_flagged(data, tm
     assert train.main(arguments(data, tmp_path, "plain")) == 0
     plain = [dict(step) for step in record.steps]
     record.steps.clear()
-    idle = ("--fair-weight", "0", "--fair-faulty-sigma", "inf", "--fair-noisy-sigma", "inf")
-    assert train.main(arguments(data, tmp_path, "idle", *FAIR, *idle)) == 0
+    assert train.main(arguments(data, tmp_path, "idle", *FAIR, *IDLE)) == 0
     assert len(plain) == EPOCHS * STEPS
     assert [step["contrastive_loss"] for step in record.steps] == [
         step["contrastive_loss"] for step in plain
@@ -130,12 +112,10 @@ def test_unpatched_equals_upstream_step_by_step_when_nothing_is_flagged(data, tm
 
 def test_the_miner_remembers_each_pair_by_its_row_under_shuffling(fair_run):
     logs, record = fair_run
-    rows = rows_of(logs / "run" / "checkpoints" / f"pairs_epoch_{EPOCHS}.csv")
+    rows = pairs_of(logs, "run")
+    assert_remembered(rows, record.visits)
     assert sorted(int(row["id"]) for row in rows) == list(range(PAIRS))
-    for row in rows:
-        visits = record.visits[int(row["id"])]
-        assert int(row["visits"]) == len(visits) == EPOCHS
-        assert float(row["mean_loss"]) == pytest.approx(np.mean(visits), rel=1e-5)
+    assert {row["visits"] for row in rows} == {str(EPOCHS)}
 
 
 def test_flagged_pairs_are_written_every_epoch(fair_run, data):
@@ -143,9 +123,8 @@ def test_flagged_pairs_are_written_every_epoch(fair_run, data):
     with open(data["train"], newline="") as file:
         source = list(csv.DictReader(file, delimiter="\t"))
     for epoch in range(1, EPOCHS + 1):
-        folder = logs / "run" / "checkpoints"
-        flagged = rows_of(folder / f"flagged_epoch_{epoch}.csv")
-        everything = rows_of(folder / f"pairs_epoch_{epoch}.csv")
+        flagged = pairs_of(logs, "run", epoch, "flagged")
+        everything = pairs_of(logs, "run", epoch)
         assert flagged == [row for row in everything if row["kind"] != "clean"]
         history = np.array([float(row["mean_loss"]) for row in everything])
         z_score = (history - history.mean()) / history.std()
@@ -169,7 +148,7 @@ def test_the_log_shows_terms_flags_and_rates(fair_run):
     logs, record = fair_run
     text = (logs / "run" / "out.log").read_text()
     assert "Contrastive_loss:" in text and "Fairness_loss:" in text
-    last = rows_of(logs / "run" / "checkpoints" / f"flagged_epoch_{EPOCHS}.csv")
+    last = pairs_of(logs, "run", kind="flagged")
     noisy = sum(row["kind"] == "noisy" for row in last)
     faulty = sum(row["kind"] == "faulty" for row in last)
     assert f"flagged noisy {noisy} faulty {faulty} of {PAIRS} pairs seen | flag rate sex=f" in text
@@ -249,10 +228,35 @@ def test_evaluating_fairness_does_not_change_the_training(data, tmp_path):
     assert_same_weights(weights(tmp_path, "plain"), weights(tmp_path, "evaluated"))
 
 
+@pytest.mark.parametrize(("frequency", "expected"), [("0", []), ("2", [2, 3])])
+def test_fairness_is_evaluated_when_the_host_evaluates(data, tmp_path, frequency, expected):
+    evaluation = (
+        *("--val-data", data["val"], "--fair-attributes", "sex", "--fair-eval-label", "bright"),
+        *("--fair-eval-prompts", "a dark picture", "a bright one", "--val-frequency", frequency),
+    )
+    assert train.main(arguments(data, tmp_path, "run", *evaluation)) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    for name in ("results.jsonl", "fair_results.jsonl"):
+        path = folder / name
+        lines = path.read_text().splitlines() if path.exists() else []
+        assert [json.loads(line)["epoch"] for line in lines] == expected
+
+
+def test_the_labels_given_are_the_groups_of_the_evaluation_too(data, tmp_path):
+    evaluation = (
+        *("--val-data", data["val"], "--fair-attributes", "sex=m,x,*", "site=1,0"),
+        *("--fair-eval-label", "bright", "--fair-eval-prompts", "a dark picture", "a bright one"),
+    )
+    assert train.main(arguments(data, tmp_path, "run", *evaluation, epochs=1)) == 0
+    (line,) = (tmp_path / "run" / "checkpoints" / "fair_results.jsonl").read_text().splitlines()
+    groups = [name.partition("/")[0] for name in json.loads(line) if "=" in name]
+    assert list(dict.fromkeys(groups)) == ["sex=m", "site=1", "site=0"]
+
+
 def test_an_id_column_names_the_pairs(data, tmp_path):
     flags = ("--fair-loss", "dbpm", "--fair-id-key", "pair", "--fair-save-pairs")
     assert train.main(arguments(data, tmp_path, "ids", *flags, epochs=1)) == 0
-    rows = rows_of(tmp_path / "ids" / "checkpoints" / "pairs_epoch_1.csv")
+    rows = pairs_of(tmp_path, "ids", 1)
     assert {int(row["id"]) for row in rows} == {1000 - 7 * k for k in range(PAIRS)}
     assert all(row["caption"].endswith(f"number {(1000 - int(row['id'])) // 7}") for row in rows)
 
@@ -271,38 +275,14 @@ def test_accumulation_records_each_pair_once_a_step(data, tmp_path, record):
     # Both passes of a step see the same queue.
     terms = [step["fairness_loss"] for step in record.steps]
     assert terms[0::2] == pytest.approx(terms[1::2], rel=1e-4)
-    rows = rows_of(tmp_path / "accum" / "checkpoints" / f"pairs_epoch_{EPOCHS}.csv")
-    assert {int(row["id"]): int(row["visits"]) for row in rows} == {
-        pair: len(losses) for pair, losses in record.visits.items()
-    }
-    for row in rows:
-        expected = np.mean(record.visits[int(row["id"])])
-        assert float(row["mean_loss"]) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("ids", [(), ("--fair-id-key", "pair")])
-def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path, registered, ids):
-    flags = (*FAIR, *ids, "--fair-faulty-sigma", "1", "--fair-queue", "4")
-    registered(SeedEpochs())
-    assert train.main(arguments(data, tmp_path, "whole", *flags)) == 0
-    stop = registered(StopBefore(2))
-    assert train.main(arguments(data, tmp_path, "cut", *flags)) == 130
-    assert not (tmp_path / "cut" / "checkpoints" / "epoch_3.pt").exists()
-    stop.epoch = None
-    assert train.main(arguments(data, tmp_path, "cut", *flags, "--resume", "latest")) == 0
-    assert_same_weights(weights(tmp_path, "whole"), weights(tmp_path, "cut"))
-    whole, cut = (saved_loss(tmp_path, name) for name in ("whole", "cut"))
-    assert_same_state(whole, cut)
-    for name in ("whole", "cut"):
-        assert rows_of(tmp_path / name / "checkpoints" / "flagged_epoch_3.csv")
-    files = [tmp_path / n / "checkpoints" / "flagged_epoch_3.csv" for n in ("whole", "cut")]
-    assert files[0].read_text() == files[1].read_text()
+    assert_remembered(pairs_of(tmp_path, "accum"), record.visits)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (("--fair-queue", "8"), "of --fair-queue 4, this run of --fair-queue 8"),
+        (("--fair-score", "similarity"), "of --fair-score loss, this run of --fair-score simil"),
         (("--fair-id-key", "pair"), "of --fair-id-key not given, this run of --fair-id-key pair"),
         (("--fair-attributes", "sex"), "has the groups"),
         (("--fair-preset", "paper"), "of --fair-preset aligned, this run of --fair-preset paper"),
@@ -322,37 +302,29 @@ def test_resuming_with_other_settings_is_refused_by_flag(data, tmp_path, capsys,
     assert train.main([*again, "--fair-fresh-state"]) == 0
 
 
+def test_a_score_may_be_changed_where_none_is_queued(data, tmp_path):
+    assert train.main(arguments(data, tmp_path, "run", *FAIR, epochs=1)) == 0
+    flags = (*FAIR, "--fair-score", "similarity", "--resume", "latest")
+    assert train.main(arguments(data, tmp_path, "run", *flags, epochs=2)) == 0
+
+
 def test_a_saved_state_that_lacks_what_it_must_have_is_refused(data, tmp_path, capsys):
     assert train.main(arguments(data, tmp_path, "run", *FAIR, epochs=1)) == 0
     path = tmp_path / "run" / "checkpoints" / "epoch_1.fair"
     content = torch.load(path, weights_only=True)
-    del content["callbacks"]["FairTrainingCallback"]["labels"]
-    torch.save(content, path)
+    whole = content["callbacks"]["FairTrainingCallback"]
+    lacking = {key: value for key, value in whole.items() if key != "labels"}
     again = arguments(data, tmp_path, "run", *FAIR, "--resume", "latest", epochs=2)
-    assert train.main(again) == 2
-    line = one_line(capsys)
-    assert "the saved fair-loss state lacks labels" in line and "--fair-fresh-state" in line
-
-
-def test_resuming_without_the_saved_state_is_refused_with_the_way_on(data, tmp_path, capsys):
-    flags = ("--fair-loss", "dbpm", "--save-most-recent")
-    assert train.main(arguments(data, tmp_path, "run", *flags, epochs=1)) == 0
-    (tmp_path / "run" / "checkpoints" / "epoch_1.fair").unlink()
-    again = arguments(data, tmp_path, "run", *flags, "--resume", "latest", epochs=2)
-    assert train.main(again) == 2
-    assert "--fair-fresh-state" in one_line(capsys)
-    assert train.main([*again, "--fair-fresh-state"]) == 0
-
-
-def test_saved_states_follow_the_checkpoints(data, tmp_path):
-    flags = (*FAIR, "--save-frequency", "1", "--delete-previous-checkpoint")
-    assert train.main(arguments(data, tmp_path, "run", *flags, epochs=4)) == 0
-    folder = tmp_path / "run" / "checkpoints"
-    kept = {path.stem for path in folder.glob("*.pt")}
-    assert kept == {"epoch_4"}
-    states = {path.stem for path in folder.glob("*.fair")}
-    assert kept <= states <= {"epoch_3", "epoch_4"}
-    assert not list(folder.glob("*.tmp"))
+    for state, names in (
+        (lacking, "labels"),
+        (whole | {"loss": [1]}, "loss"),
+        (whole | {"settings": None, "loss": None}, "settings, loss"),
+    ):
+        content["callbacks"]["FairTrainingCallback"] = state
+        torch.save(content, path)
+        assert train.main(again) == 2
+        line = one_line(capsys)
+        assert f"state lacks {names}; add --fair-fresh-state" in line
 
 
 def rewritten(data, tmp_path, change):
@@ -372,6 +344,7 @@ def rewritten(data, tmp_path, change):
         (("--fair-loss", "dbpm", "--fair-id-key", "title"), "title"),
         (("--fair-loss", "dbpm", "--fair-id-key", "bright"), "bright"),
         ((*FAIR, "--fair-blur", "-1"), "--fair-blur must be a finite number >= 0, got -1.0"),
+        ((*FAIR, "--fair-blur", "1e101"), "blur must be 0 or from 1e-100 to 1e100, got 1e+101"),
         ((*FAIR, "--fair-weight", "-1"), "--fair-weight must be a finite number >= 0, got -1.0"),
         ((*FAIR, "--fair-weight", "nan"), "--fair-weight must be a finite number >= 0, got nan"),
         ((*FAIR, "--fair-faulty-sigma", "-2"), "--fair-faulty-sigma must be a number >= 0"),
@@ -395,6 +368,11 @@ def rewritten(data, tmp_path, change):
             ("--fair-eval-label", "bright", "--fair-eval-prompts", "a",
              "--fair-attributes", "sex"),
             "a prompt for each of two or more classes",
+        ),
+        (
+            ("--fair-eval-label", "bright", "--fair-eval-prompts", "a", "b",
+             "--fair-attributes", "sex=f"),
+            "val.tsv: attribute column 'sex': expected one of 'f', got 'm' in ",
         ),
         (
             ("--fair-eval-label", "shade", "--fair-eval-prompts", "a", "b",
@@ -423,6 +401,18 @@ def test_wrong_input_stops_before_training_with_one_line(data, tmp_path, capsys,
         (lambda lines: [], "empty"),
         (lambda lines: [*lines[:5], "7\tx\n", *lines[5:]], "row"),
         (lambda lines: [line.replace("\t1\t", "\t0.5\t") for line in lines], "0.5"),
+        (
+            lambda lines: [lines[0].replace("filepath", "filepath "), *lines[1:]],
+            "the name of column 'filepath' has white space around it",
+        ),
+        (
+            lambda lines: [lines[0].replace("title", " title"), *lines[1:]],
+            "the name of column 'title' has white space around it",
+        ),
+        (
+            lambda lines: [line.replace("train_3.png", "train_3.png ") for line in lines],
+            "row 4: white space around the image file '",
+        ),
     ],
 )
 def test_a_broken_table_stops_before_training(data, tmp_path, capsys, change, message):
@@ -484,15 +474,31 @@ def test_a_poisoned_step_does_not_enter_the_memory(data, tmp_path, record):
         def on_batch_start(self, state):
             self.saved = {k: v.clone() for k, v in state.model.state_dict().items()}
 
-    poison = events.register(Poison())
-    try:
+    with registered(Poison()):
         flags = (*FAIR, "--fair-save-pairs", "--fair-queue", "4")
         assert train.main(arguments(data, tmp_path, "nan", *flags, epochs=1)) == 0
-    finally:
-        events.default_registry.unregister(poison)
-    rows = rows_of(tmp_path / "nan" / "checkpoints" / "pairs_epoch_1.csv")
+    rows = pairs_of(tmp_path, "nan", 1)
     assert len(rows) == PAIRS - BATCH
     assert all(np.isfinite(float(row["mean_loss"])) for row in rows)
+
+
+class ReplacesBatch(Callback):
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_batch_start(self, state):
+        state.batch = self.batch(state.batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"),
+    [(lambda batch: batch[:2], "2 items"), (lambda batch: [], "0 items"),
+     (lambda batch: None, "NoneType")],
+)  # fmt: skip
+def test_a_callback_that_loses_whose_pairs_they_are_is_one_line(data, tmp_path, capsys, batch, got):
+    with registered(ReplacesBatch(batch)):
+        assert train.main(arguments(data, tmp_path, "run", *FAIR)) == 2
+    assert one_line(capsys).endswith(f"expected (images, texts, pairs), got {got}")
 
 
 class Overflow(Callback):
@@ -522,21 +528,12 @@ class Overflow(Callback):
 @pytest.mark.skipif(not HAS_LOCAL_DIR, reason="2.x has no scaler on the CPU")
 @pytest.mark.parametrize("accum_freq", ["1", "2"])
 def test_a_step_that_the_scaler_skips_does_not_enter_the_memory(data, tmp_path, accum_freq):
-    callback = events.register(Overflow())
-    try:
+    with registered(Overflow()) as callback:
         flags = (*FAIR, "--fair-save-pairs", "--fair-queue", "4", "--accum-freq", accum_freq)
         run = arguments(data, tmp_path, "amp", *flags, "--precision", "amp", epochs=2)
         assert train.main(run) == 0
-    finally:
-        events.default_registry.unregister(callback)
-    assert callback.skipped >= 1 and callback.visits
-    rows = rows_of(tmp_path / "amp" / "checkpoints" / "pairs_epoch_2.csv")
-    assert {int(row["id"]): int(row["visits"]) for row in rows} == {
-        pair: len(losses) for pair, losses in callback.visits.items()
-    }
-    for row in rows:
-        expected = np.mean(callback.visits[int(row["id"])])
-        assert float(row["mean_loss"]) == pytest.approx(expected, rel=1e-5)
+    assert callback.skipped >= 1
+    assert_remembered(pairs_of(tmp_path, "amp", 2), callback.visits)
 
 
 def test_the_module_runs_as_a_command_with_several_workers(data, tmp_path):
@@ -558,24 +555,14 @@ def test_the_module_runs_as_a_command_with_several_workers(data, tmp_path):
 
 @pytest.mark.parametrize("local", [(), ("--local-loss", "--gather-with-grad")])
 def test_two_processes_under_torchrun_keep_one_memory(data, tmp_path, local):
-    module, environment = as_process(data["folder"], "fairclip_losses.train")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    flags = (
-        *(*FAIR, *local, "--dist-backend", "gloo", "--batch-size", "4", "--fair-save-pairs"),
-        *("--fair-callback", "cpu_processes:AllowCpu"),
-    )
-    done = subprocess.run(
-        [*command, *module[:2], "--", *module[2:], *arguments(data, tmp_path, "run", *flags)],
-        capture_output=True, text=True, timeout=300, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    rows = rows_of(tmp_path / "run" / "checkpoints" / f"pairs_epoch_{EPOCHS}.csv")
+    flags = (*FAIR, *local, "--batch-size", "4", "--fair-save-pairs")
+    run_under_torchrun(data["folder"], arguments(data, tmp_path, "run", *flags))
+    rows = pairs_of(tmp_path, "run")
     assert [int(row["visits"]) for row in rows] == [EPOCHS] * PAIRS
     assert (tmp_path / "run" / "checkpoints" / f"epoch_{EPOCHS}.fair").exists()
 
 
 def test_plain_siglip_equals_the_idle_fair_loss(data, tmp_path):
-    idle = ("--fair-weight", "0", "--fair-faulty-sigma", "inf", "--fair-noisy-sigma", "inf")
     assert train.main(arguments(data, tmp_path, "plain", "--siglip", epochs=1)) == 0
-    assert train.main(arguments(data, tmp_path, "idle", "--siglip", *FAIR, *idle, epochs=1)) == 0
+    assert train.main(arguments(data, tmp_path, "idle", "--siglip", *FAIR, *IDLE, epochs=1)) == 0
     assert_same_weights(weights(tmp_path, "plain", 1), weights(tmp_path, "idle", 1))

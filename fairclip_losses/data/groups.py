@@ -6,8 +6,9 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,12 @@ UNKNOWN = -1
 MAX_GROUPS = 64
 """A column with more distinct values is an id or a measurement, not a protected attribute."""
 
+OTHERS = "*"
+"""After the labels that a user lists: any other value is unknown."""
+
 _MISSING = frozenset({"", "na", "n/a", "nan", "none", "null", "unknown"})
 # pandas writes an integer column that has gaps as "1.0": still a whole number.
-_WHOLE = re.compile(r"([+-]?[0-9]+)(?:\.0*)?")
+_WHOLE = re.compile(r"([+-]?)0*(0|[1-9][0-9]*)(?:\.0*)?")
 _NUMBER = re.compile(r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf)", re.IGNORECASE)
 
 
@@ -91,7 +95,7 @@ def distinct_labels(values: Iterable[str], where: str) -> tuple[str, ...]:
     """Return the distinct values in order: numerical if all are whole numbers, else by string."""
     distinct = set(values)
     if all(_WHOLE.fullmatch(value) for value in distinct):
-        return tuple(map(str, sorted({int(_canonical(value)) for value in distinct})))
+        return tuple(sorted(set(map(_canonical, distinct)), key=Decimal))
     if all(_NUMBER.fullmatch(value) for value in distinct):
         example = min(value for value in distinct if not _WHOLE.fullmatch(value))
         raise ValueError(
@@ -100,13 +104,22 @@ def distinct_labels(values: Iterable[str], where: str) -> tuple[str, ...]:
     return tuple(sorted(distinct))
 
 
-def given_labels(text: str, where: str) -> tuple[str, ...]:
+def given_labels(text: str, where: str) -> tuple[tuple[str, ...], bool]:
     """Return the labels that a user lists with commas between, their order being their codes.
+
+    And whether the list ends in ``*``: any other value is unknown.
 
     Raises:
         ValueError: no label, one twice, a mark of the unknown among them, or too many.
     """
-    labels = tuple(_canonical(label.strip()) for label in text.split(","))
+    items = [item.strip() for item in text.split(",")]
+    others_unknown = items[-1] == OTHERS
+    labels = tuple(map(_canonical, items[:-1] if others_unknown else items))
+    if not labels or OTHERS in labels:
+        raise ValueError(
+            f"{where}: expected labels separated by commas, and {OTHERS} (any other value is "
+            "unknown) after the last of them alone"
+        )
     missing = [label for label in labels if is_missing(label)]
     if missing:
         raise ValueError(
@@ -117,33 +130,52 @@ def given_labels(text: str, where: str) -> tuple[str, ...]:
         raise ValueError(
             f"{where}: expected each label once and at most {MAX_GROUPS}, got {len(labels)} labels"
         )
-    return labels
+    return labels, others_unknown
 
 
-def label_code(value: str, code: Mapping[str, int]) -> int | None:
-    """Return the code of a value by its label, `UNKNOWN` where it is missing, None for no label."""
-    known = code.get(value)
-    if known is None:
-        known = code.get(_canonical(value))
-    return UNKNOWN if known is None and is_missing(value) else known
+class GroupCoder:
+    """What an attribute's values are as codes: the one rule, for tables and shards alike.
+
+    A label's code is its position, a missing value is `UNKNOWN`, and any other value is refused,
+    or, with ``others_unknown``, unknown too.
+    """
+
+    def __init__(self, labels: Sequence[str], *, others_unknown: bool = False) -> None:
+        self.labels = labels
+        self.others_unknown = others_unknown
+        self._codes = {label: position for position, label in enumerate(labels)}
+
+    def code(self, value: str | None) -> int | None:
+        """Return a value's code, None where it is refused; None stands for what is no value."""
+        if value is not None:
+            code = self._codes.get(value)
+            if code is None:
+                code = self._codes.get(_canonical(value))
+            if code is not None or is_missing(value):
+                return UNKNOWN if code is None else code
+        return UNKNOWN if self.others_unknown else None
+
+    @property
+    def expected(self) -> str:
+        """What to say of a value that is refused."""
+        return f"expected one of {shortened(self.labels)}"
 
 
-def group_codes(cells: Sequence[str], labels: Sequence[str], where: str) -> IntArray:
-    """Return the position of each cell's value among the labels, `UNKNOWN` where it is missing."""
-    code = {label: position for position, label in enumerate(labels)}
+def group_codes(cells: Sequence[str], coder: GroupCoder, where: str) -> IntArray:
+    """Return each cell's code; a ValueError says which the coder refuses."""
     codes = np.full(len(cells), UNKNOWN, dtype=np.int64)
-    strange: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
     for row, cell in enumerate(cells):
-        known = label_code(cell, code)
-        if known is None:
-            strange[cell] += 1
+        code = coder.code(cell)
+        if code is None:
+            refused[cell] += 1
         else:
-            codes[row] = known
-    if strange:
-        value, count = strange.most_common(1)[0]
+            codes[row] = code
+    if refused:
+        value, count = refused.most_common(1)[0]
         raise ValueError(
-            f"{where}: expected one of {shortened(labels)}, got {value!r} in {count} "
-            f"row{'s' if count > 1 else ''}"
+            f"{where}: {coder.expected}, got {value!r} in {count} row{'s' * (count > 1)}, "
+            f"first in row {cells.index(value) + 1}"
         )
     return codes
 
@@ -151,7 +183,10 @@ def group_codes(cells: Sequence[str], labels: Sequence[str], where: str) -> IntA
 def _canonical(value: str) -> str:
     """Write a whole number in one way ("+1", "01" and "1.0" are "1"); leave the rest alone."""
     match = _WHOLE.fullmatch(value)
-    return str(int(match[1])) if match else value
+    if match is None:
+        return value
+    sign = "-" if match[1] == "-" and match[2] != "0" else ""
+    return sign + match[2]  # not by int, which refuses a few thousand digits
 
 
 def is_missing(value: str) -> bool:

@@ -20,14 +20,16 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from .files import reason, write_text
 from .groups import (
+    UNKNOWN,
     CodeBook,
+    GroupCoder,
     IntArray,
     attribute_labels,
     distinct_labels,
@@ -45,6 +47,7 @@ __all__ = [
     "write_table",
 ]
 
+_LONGEST = 100  # as written, with zeros before it
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 # Stands below the last line; Unicode keeps this character out of text.
 _END = "\uffff"
@@ -52,10 +55,14 @@ _END = "\uffff"
 
 @dataclass(frozen=True)
 class Table:
-    """A delimited text file in memory: its path, and its columns as lists of stripped strings."""
+    """A delimited text file in memory: its path, and its columns as lists of stripped strings.
+
+    ``padded`` has by column the first row in which white space was taken off, 0 being the header.
+    """
 
     path: str
     columns: dict[str, list[str]]
+    padded: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of rows, the header not counted."""
@@ -117,14 +124,15 @@ def read_table(path: str | os.PathLike[str], separator: str = "\t") -> Table:
                 f"{path}: row {number} (line {line}): expected {len(header)} cells separated by "
                 f"{separator!r} as in the header, got {len(cells)}"
             )
-    columns = zip(*(cells for _, cells in rows), strict=True)
-    return Table(
-        str(path),
-        {
-            name: [cell.strip() for cell in cells]
-            for name, cells in zip(header, columns, strict=True)
-        },
-    )
+    table = Table(str(path), {})
+    columns = zip(*(cells for _, cells in records[:-1]), strict=True)
+    for name, column in zip(header, columns, strict=True):
+        stripped = [cell.strip() for cell in column]
+        table.columns[name] = stripped[1:]
+        if stripped != list(column):
+            pairs = enumerate(zip(column, stripped, strict=True))
+            table.padded[name] = next(row for row, (cell, bare) in pairs if cell != bare)
+    return table
 
 
 def write_table(
@@ -157,7 +165,11 @@ def write_table(
 
 
 def encode_attributes(
-    table: Table, names: Sequence[str], codebook: CodeBook | None = None
+    table: Table,
+    names: Sequence[str],
+    codebook: CodeBook | None = None,
+    *,
+    others_unknown: Collection[str] = (),
 ) -> tuple[IntArray, CodeBook]:
     """Turn columns of a table into group codes.
 
@@ -170,14 +182,15 @@ def encode_attributes(
         names: the C columns to encode.
         codebook: labels decided earlier (by the training set), which this table must keep to.
             None: this table decides.
+        others_unknown: attributes of which a value that the code book lacks is unknown.
 
     Returns:
         Codes, int64 (N, C), in the order of `names`; and the code book of these C attributes.
 
     Raises:
-        ValueError: no names or one twice, no such column, an attribute or a value that the code
-            book lacks, numbers with fractions, more than 64 distinct values, or a column with no
-            known value.
+        ValueError: no names or one twice, no such column, an attribute that the code book lacks,
+            or a value that it lacks and that is not unknown, numbers with fractions, more than 64
+            distinct values, or a column with no known value.
     """
     if not names or len(set(names)) != len(names):
         raise ValueError(f"expected attribute names, each once, got {list(names)}")
@@ -186,15 +199,16 @@ def encode_attributes(
     for position, name in enumerate(names):
         cells = table.column(name)
         where = f"{table.path}: attribute column {name!r}"
-        if all(is_missing(cell) for cell in cells):
-            raise ValueError(f"{where}: expected groups, got no known value in {len(cells)} rows")
         if codebook is None:
             labels[name] = attribute_labels(cells, where)
         elif name in codebook.labels:
             labels[name] = codebook.labels[name]
         else:
             raise ValueError(f"{where}: the code book holds only {sorted(codebook.labels)}")
-        codes[:, position] = group_codes(cells, labels[name], where)
+        coder = GroupCoder(labels[name], others_unknown=name in others_unknown)
+        codes[:, position] = group_codes(cells, coder, where)
+        if (codes[:, position] == UNKNOWN).all():
+            raise ValueError(f"{where}: expected groups, got no known value in {len(cells)} rows")
     return codes, CodeBook(labels)
 
 
@@ -212,7 +226,8 @@ def pair_ids(table: Table, column: str | None = None) -> IntArray:
     for row, cell in enumerate(table.column(column), start=1):
         if not _INTEGER.fullmatch(cell):
             raise ValueError(f"{where}: expected integers, got {cell!r} in row {row}")
-        if not -(2**63) <= int(cell) < 2**63:
+        # int would refuse a few thousand digits by itself.
+        if len(cell) > _LONGEST or not -(2**63) <= int(cell) < 2**63:
             raise ValueError(f"{where}: expected 64-bit integers, got {cell} in row {row}")
         ids.append(int(cell))
     twice = [identity for identity, count in Counter(ids).items() if count > 1]
@@ -253,7 +268,7 @@ def encode_labels(table: Table, column: str, num_classes: int) -> tuple[IntArray
             f"{where}: expected {num_classes} classes, got {len(labels)} distinct values: "
             f"{shortened(labels)}"
         )
-    return group_codes(cells, labels, where), labels
+    return group_codes(cells, GroupCoder(labels), where), labels
 
 
 def _records(lines: Iterable[str], separator: str) -> list[tuple[int, list[str]]]:

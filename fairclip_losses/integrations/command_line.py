@@ -15,7 +15,8 @@ from typing import Any
 from ..errors import UsageError
 from .events import default_registry
 from .flags import build_parser, split_flags
-from .runs import HookedArgs, Run
+from .hooked import HookedArgs
+from .runs import Run
 
 
 def parse_arguments(parse: Callable[[list[str]], argparse.Namespace], argv: Sequence[str]) -> Any:

@@ -26,7 +26,8 @@ class Event(str, Enum):
         for epoch in range(start_epoch, epochs):
             # EPOCH_START
             for batch in data["train"].dataloader:
-                # BATCH_START      state.batch (images, texts) may be replaced
+                # BATCH_START      state.batch (images, texts) may be replaced; with the fair
+                #                  loss it has a third item, of the same pairs, to be kept
                 model_out = model(*batch)
                 # LOSS_START       state.loss_inputs (model_out by name) may be added to
                 losses = loss(**loss_inputs)

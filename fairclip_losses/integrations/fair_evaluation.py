@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,9 +13,9 @@ from ..errors import UsageError, usage_errors
 from ..report import FairnessReport
 from ..zero_shot import ZeroShotTask, evaluate_task
 from .events import Callback, TrainState
-from .flags import FairOptions
+from .fair_options import FairOptions
 from .logs import log_scalars
-from .pair_files import is_table, read_pairs
+from .pair_files import is_table, read_groups, read_pairs
 
 log = logging.getLogger(__name__)
 
@@ -45,19 +46,22 @@ class FairEvaluationCallback(Callback):
             )
         assert options.fair_eval_label is not None  # the callback exists because of it
         table = read_pairs(args.val_data, args)
+        _, codebook = read_groups(table, options)
         with usage_errors():
             self.task = ZeroShotTask.from_table(
                 table,
                 label=options.fair_eval_label,
                 prompts=options.fair_eval_prompts,
                 attributes=options.fair_attributes,
+                codebook=codebook,
+                others_unknown=options.fair_others_unknown,
                 image_key=args.csv_img_key,
             )
 
     def on_eval_end(self, state: TrainState) -> None:
         """Evaluate the model that the host has just evaluated."""
         args = state.args
-        if args.rank != 0 or self.task is None:
+        if args.rank != 0 or self.task is None or not _is_due(args, state.epoch):
             return
         model = getattr(state.model, "_orig_mod", state.model)
         model = getattr(model, "module", model)
@@ -85,6 +89,12 @@ class FairEvaluationCallback(Callback):
             line = json.dumps({"epoch": state.epoch, **scalars})
             with open(Path(args.checkpoint_path) / "fair_results.jsonl", "a") as file:
                 file.write(line + "\n")
+
+
+def _is_due(args: Any, epoch: int) -> bool:
+    """Whether the host has evaluated on its validation data, by its own rule."""
+    frequency = args.val_frequency
+    return bool(frequency) and (epoch % frequency == 0 or epoch == args.epochs)
 
 
 def _scalars(report: FairnessReport) -> dict[str, float]:

@@ -18,7 +18,7 @@ from ..losses import FairLoss
 from ..miners import BadPairMiner, EpochSummary, MinerReport
 from ..presets import build_fair_loss
 from .events import Callback, TrainState
-from .flags import FairOptions
+from .fair_options import FairOptions
 from .logs import log_scalars
 from .pair_files import FlagRates, is_table, read_pairs, write_pairs
 from .pair_sources import PairBatch, PairSource, pair_source
@@ -70,7 +70,7 @@ class FairTrainingCallback(Callback):
         if local and not Path(args.resume).is_file():
             raise UsageError(f"--resume: no checkpoint file {args.resume!r}")
         # The evaluation of fairness, where there is one, reads the validation table itself.
-        if not self.options.fair_eval_label and is_table(args.val_data, args):
+        if self.options.fair_eval_label is None and is_table(args.val_data, args):
             read_pairs(args.val_data, args)
         self.source = pair_source(args, self.options)
         with usage_errors():
@@ -106,7 +106,19 @@ class FairTrainingCallback(Callback):
             self.loss.follow(state.scaler)
 
     def on_batch_start(self, state: TrainState) -> None:
-        """Take ids and groups off the batch; the host gets its pair."""
+        """Take ids and groups off the batch; the host gets its pair.
+
+        Raises:
+            UsageError: a callback has taken them off.
+        """
+        if not isinstance(state.batch, (tuple, list)) or len(state.batch) <= 2:
+            got = type(state.batch).__name__
+            if isinstance(state.batch, (tuple, list)):
+                got = f"{len(state.batch)} items"
+            raise UsageError(
+                "a callback that replaces state.batch must keep its last item, which says whose "
+                f"pairs they are: expected (images, texts, pairs), got {got}"
+            )
         state.batch, pairs = self._known_source.take(state.batch)
         self._pairs.append(pairs)
 
@@ -193,7 +205,8 @@ class FairTrainingCallback(Callback):
             UsageError: the state is of other settings, groups or parts; the message names them.
         """
         assert self.loss is not None  # loaded before an epoch
-        missing = [name for name in ("settings", "labels", "loss") if name not in state]
+        names = ("settings", "labels", "loss")
+        missing = [name for name in names if not isinstance(state.get(name), dict)]
         if missing:
             raise UsageError(f"the saved fair-loss state lacks {', '.join(missing)}")
         settings = self._settings()
@@ -272,13 +285,16 @@ class FairTrainingCallback(Callback):
 
     def _settings(self) -> dict[str, str]:
         """Return what a saved state depends on, by the flags that decide it."""
+        assert self.loss is not None  # saved and loaded with it
         options = self.options
+        queued = {"--fair-score": self.loss.score} if options.fair_queue else {}
         return {
             "--fair-loss": " ".join(options.fair_loss),
             "--fair-preset": options.fair_preset or "aligned",
             "--fair-queue": str(options.fair_queue or 0),
             "--fair-id-key": options.fair_id_key or "not given",
             "--train-data": self._known_source.identity(),
+            **queued,
         }
 
     def _report(self, rank: int) -> MinerReport | None:

@@ -4,47 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..data.groups import given_labels
 from ..errors import UsageError, one_line, usage_errors
 from ..presets import PRESETS
-from .events import Callback, default_registry
-
-PARTS = ("dbpm", "sinkhorn")
-
-
-@dataclass(frozen=True)
-class FairOptions:
-    """The parsed ``--fair-*`` flags; None is "as the preset says"."""
-
-    fair_loss: tuple[str, ...]
-    fair_preset: str | None
-    fair_attributes: tuple[str, ...]
-    fair_weight: float | None
-    fair_blur: float | None
-    fair_p: int | None
-    fair_score: str | None
-    fair_warmup_epochs: int | None
-    fair_noisy_sigma: float | None
-    fair_faulty_sigma: float | None
-    fair_queue: int | None
-    fair_id_key: str | None
-    fair_shard_memory: bool
-    fair_eval_label: str | None
-    fair_eval_prompts: tuple[str, ...]
-    fair_callback: tuple[str, ...]
-    fair_save_pairs: bool
-    fair_fresh_state: tuple[str, ...] | None  # () = of all
-    fair_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @property
-    def active(self) -> bool:
-        """Whether anything at all was asked for beyond upstream's training."""
-        return bool(self.fair_loss or self.fair_callback or self.fair_eval_label)
+from .events import Callback
+from .fair_options import PARTS, FairOptions, check_options
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -75,9 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--fair-attributes",
         nargs="+",
         default=(),
-        metavar="NAME[=LABEL,...]",
+        metavar="NAME[=LABEL,...[,*]]",
         help="protected attributes: columns of the training CSV, or keys of the json member of a "
-        "webdataset sample; with labels after = only these are groups",
+        "webdataset sample; with labels after = only these are groups, and any other value is "
+        "refused, or unknown where the labels end in ,*",
     )
     add("--fair-weight", type=float, metavar="LAMBDA", help="weight of the fairness term")
     add(
@@ -180,65 +148,16 @@ def split_flags(argv: Sequence[str]) -> tuple[FairOptions, list[str]]:
     named = [item.partition("=") for item in values["fair_attributes"]]
     values["fair_attributes"] = tuple(name for name, _, _ in named)
     with usage_errors():
-        values["fair_labels"] = {
+        given = {
             name: given_labels(labels, f"--fair-attributes {name}={labels}")
             for name, sign, labels in named
             if sign
         }
+    values["fair_labels"] = {name: labels for name, (labels, _) in given.items()}
+    values["fair_others_unknown"] = tuple(name for name, (_, others) in given.items() if others)
     options = FairOptions(**values)
-    _check_values(options)
-    _check_combination(options)
+    check_options(options)
     return options, rest
-
-
-def _check_values(options: FairOptions) -> None:
-    for name in ("fair_weight", "fair_blur", "fair_noisy_sigma", "fair_faulty_sigma",
-                 "fair_warmup_epochs", "fair_queue"):  # fmt: skip
-        value = getattr(options, name)
-        finite = not name.endswith("sigma")  # an infinite sigma flags no pair
-        if value is not None and not (value >= 0 and (value < math.inf or not finite)):
-            kind = "a finite number" if finite else "a number"
-            raise UsageError(f"{_flag(name)} must be {kind} >= 0, got {value}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _check_combination(options: FairOptions) -> None:
-    if not options.fair_loss:
-        with_loss_only = {
-            "fair_preset",
-            "fair_weight", "fair_blur", "fair_p", "fair_score", "fair_warmup_epochs",
-            "fair_noisy_sigma", "fair_faulty_sigma", "fair_queue", "fair_id_key",
-            "fair_save_pairs", "fair_shard_memory",
-        }  # fmt: skip
-        for option in fields(options):
-            if option.name in with_loss_only and getattr(options, option.name) not in (None, False):
-                flag = _flag(option.name)
-                raise UsageError(f"{flag} has no effect without --fair-loss; add it or drop {flag}")
-    keepers = options.fair_loss or options.fair_callback or len(default_registry)
-    if options.fair_fresh_state is not None and not keepers:
-        raise UsageError("--fair-fresh-state has no effect without --fair-loss or --fair-callback")
-    if options.fair_shard_memory and options.fair_loss and "dbpm" not in options.fair_loss:
-        raise UsageError("--fair-shard-memory needs --fair-loss dbpm: there is no memory to spread")
-    readers = options.fair_loss or options.fair_eval_label or options.fair_callback
-    if options.fair_attributes and not readers:
-        raise UsageError(
-            "--fair-attributes has no effect without --fair-loss, --fair-eval-label or "
-            "--fair-callback; add one"
-        )
-    if "sinkhorn" in options.fair_loss and not options.fair_attributes:
-        raise UsageError(
-            "--fair-loss sinkhorn needs --fair-attributes NAME... (columns of the training CSV, or "
-            "keys of the json member); --fair-loss dbpm goes without"
-        )
-    if len(set(options.fair_attributes)) != len(options.fair_attributes):
-        raise UsageError(f"--fair-attributes names an attribute twice: {options.fair_attributes}")
-    if bool(options.fair_eval_label) != bool(options.fair_eval_prompts):
-        raise UsageError("--fair-eval-label and --fair-eval-prompts go together")
-    if options.fair_eval_label and not options.fair_attributes:
-        raise UsageError("--fair-eval-label needs --fair-attributes NAME...")
 
 
 def load_callback(spec: str) -> Callback:

@@ -16,23 +16,23 @@ from typing import Any
 from . import open_clip_tasks
 from .command_line import parse_arguments
 from .events import Event
+from .hooked import HookedLoader, HookedLoss, of_a_run, run_of
 from .patching import Hook, HostCall, HostPatch
-from .runs import HookedLoader, HookedLoss, Run, begin, close_block, of_a_run, open_block, run_of
+from .runs import Run, begin, close_block, open_block
 
 HOST = "open_clip_train.main"
 KNOWN_VERSIONS = "open_clip_torch 2.26.1 to 3.3.0"
+_FAILED = -1  # what the host returns where it gives up
 _EVALUATED = ("val", "imagenet-val", "imagenet-v2")  # the host evaluates where it has one of these
 
 
 def _main(call: HostCall) -> Any:
     open_block()
+    status = _FAILED
     try:
         status = call.proceed()
     finally:
-        runs = close_block()
-    if status is None:  # the host returns -1 where it gives up
-        for run in runs:
-            run.end()
+        close_block(lambda run: status is None)
     return status
 
 
@@ -79,11 +79,7 @@ def _train_one_epoch(call: HostCall, run: Run) -> Any:
 
 @of_a_run
 def _evaluate(call: HostCall, run: Run) -> Any:
-    state = run.state
-    state.model, state.epoch, state.tb_writer = call["model"], call["epoch"], call["tb_writer"]
-    with run.evaluation():
-        state.metrics = call.proceed()
-    return state.metrics
+    return run.evaluate(call.proceed, call["model"], call["epoch"], call["tb_writer"])
 
 
 _COMMON_HOOKS = (Hook("main", _main), Hook("parse_args", _parse_args))
@@ -141,12 +137,9 @@ class Patch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # Runs of a main() that was taken out of its module before the patch; the others have ended.
-        runs = close_block()
         try:
-            for run in runs:
-                if error is None and run.state.data is not None:
-                    run.end()
+            # Of a main() that was taken out of its module before the patch; the others have ended.
+            close_block(lambda run: error is None and run.state.data is not None)
         finally:
             self._hooks.leave()
 

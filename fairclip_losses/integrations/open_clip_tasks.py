@@ -19,8 +19,9 @@ from torch._compile import _disable_dynamo
 
 from ..errors import UsageError
 from .events import Event
+from .hooked import HookedLoader, HookedLoss, of_a_run
 from .patching import Hook, HostCall
-from .runs import HookedLoader, HookedLoss, Run, of_a_run
+from .runs import Run
 from .samples import as_dict, as_tuple
 
 KNOWN_VERSIONS = "open_clip_torch 4.2.0.dev0"
@@ -117,12 +118,8 @@ def _train_one_epoch(call: HostCall, run: Run) -> Any:
 
 @of_a_run
 def _evaluate(call: HostCall, run: Run) -> Any:
-    state = run.state
-    state.model, state.epoch = call["task"].trainable_module, call["epoch"]
-    state.tb_writer = call["tb_writer"]
-    with run.evaluation():
-        state.metrics = call.proceed()
-    return state.metrics
+    model = call["task"].trainable_module
+    return run.evaluate(call.proceed, model, call["epoch"], call["tb_writer"])
 
 
 HOOKS = (

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ..data import Table, read_table, write_table
+from ..data import CodeBook, Table, encode_attributes, read_table, write_table
 from ..data.groups import IntArray
 from ..errors import usage_errors
 from ..miners import MinerReport
+from .fair_options import FairOptions
 
 FlagRates = dict[str, dict[str, float]]
 
@@ -27,7 +28,8 @@ def read_pairs(path: str, args: Any) -> Table:
     """Read a table of pairs and see that the host can read it too.
 
     Raises:
-        UsageError: no such file, no table, a missing column, or an image that is not there.
+        UsageError: no such file, no table, a missing column, an image that is not there, or white
+            space that the host would take as it is.
     """
     with usage_errors():
         table = read_table(path, args.csv_separator)
@@ -37,18 +39,53 @@ def read_pairs(path: str, args: Any) -> Table:
             only = next(iter(table.columns))
             hint = "; is it --csv-separator , ?" if len(table.columns) == 1 and "," in only else ""
             raise ValueError(f"{error} (see --csv-img-key, --csv-caption-key){hint}") from None
+        for name in (args.csv_img_key, args.csv_caption_key):
+            if table.padded.get(name) == 0:
+                raise ValueError(
+                    f"{path}: the name of column {name!r} has white space around it, which is a "
+                    "part of it for open_clip; take it off"
+                )
+        if row := table.padded.get(args.csv_img_key):
+            raise ValueError(
+                f"{path}: row {row}: white space around the image file {images[row - 1]!r}, which "
+                "is a part of its name for open_clip; take it off"
+            )
         for row, image in enumerate(images, start=1):
             if not os.path.isfile(image):
                 raise ValueError(f"{path}: row {row}: no image file {image!r}")
     return table
 
 
+def read_groups(table: Table, options: FairOptions) -> tuple[IntArray, CodeBook]:
+    """Return the codes (N, C) of ``--fair-attributes``, by the labels given or those there are.
+
+    Raises:
+        UsageError: a column that is missing or holds no groups, or a value that is no label.
+    """
+    labels: dict[str, tuple[str, ...]] = {}
+    codes = [np.empty((len(table), 0), dtype=np.int64)]  # bad pair mining alone goes without
+    with usage_errors():
+        for name in options.fair_attributes:
+            given = options.fair_labels.get(name)
+            column, book = encode_attributes(
+                table,
+                [name],
+                None if given is None else CodeBook({name: given}),
+                others_unknown=options.fair_others_unknown,
+            )
+            codes.append(column)
+            labels |= book.labels
+    return np.hstack(codes), CodeBook(labels)
+
+
+_PREFIX = "attribute_"
 _COLUMNS = {"id", "file", "caption", "shard", "key", "visits", "mean_loss", "z_score", "kind"}
 
 
 def attribute_column(attribute: str) -> str:
     """Return the name of an attribute's column beside those that every report has."""
-    return f"attribute_{attribute}" if attribute in _COLUMNS else attribute
+    taken = attribute in _COLUMNS or attribute.startswith(_PREFIX)
+    return f"{_PREFIX}{attribute}" if taken else attribute
 
 
 def write_pairs(

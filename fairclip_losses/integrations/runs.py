@@ -1,8 +1,8 @@
 """One training run as its callbacks see it; what every host's adapter shares.
 
 An adapter hooks a host's functions, begins a `Run` where the host parses its arguments, gives the
-host `HookedArgs`, `HookedLoader` and `HookedLoss` in place of its own, and calls `Run.epoch`,
-`Run.evaluation` and `Run.end` around the host's steps.
+host the objects of `hooked` in place of its own, calls `Run.epoch` and `Run.evaluate` around the
+host's steps, and opens a block around its main(), at whose end the runs begun in it end.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..distributed import Processes
 from ..errors import CallbackError, UsageError, one_line, usage_errors
 from .events import CallbackRegistry, Event, TrainState, default_registry
 from .fair_evaluation import FairEvaluationCallback
+from .fair_options import FairOptions
 from .fair_training import FairTrainingCallback
-from .flags import FairOptions, load_callback
-from .patching import HostCall
+from .flags import load_callback
 from .saved_state import (
     SavedStates,
     StateFolder,
@@ -48,18 +47,17 @@ class Run:
 
     def __init__(self, options: FairOptions, args: argparse.Namespace) -> None:
         callbacks = [*default_registry, *(load_callback(spec) for spec in options.fair_callback)]
-        if options.fair_eval_label:
+        if options.fair_eval_label is not None:
             callbacks.append(FairEvaluationCallback(options))
         if options.fair_loss:
             callbacks.append(FairTrainingCallback(options))
         with usage_errors():
             self.registry = CallbackRegistry(callbacks)
+        resume = getattr(args, "resume", None)
+        if options.fair_fresh_state is not None and not resume:
+            raise UsageError("--fair-fresh-state has no effect without --resume; add it or drop it")
         self.fresh = fresh_names(options.fair_fresh_state, self.registry.stateful)
-        if (
-            self.registry.stateful
-            and getattr(args, "resume", None) == "latest"
-            and getattr(args, "remote_sync", None)
-        ):
+        if self.registry.stateful and resume == "latest" and getattr(args, "remote_sync", None):
             raise UsageError(
                 "--resume latest with --remote-sync takes the last of all files of the remote "
                 "folder, which may be one of ours; name the checkpoint: --resume URL"
@@ -121,18 +119,31 @@ class Run:
         if not evaluated:
             self._save()
 
-    @contextlib.contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """Fire the events around the host's evaluation; the block sets ``state.metrics``."""
+    def evaluate(
+        self, evaluation: Callable[[], Any], model: Any, epoch: int, tb_writer: Any
+    ) -> Any:
+        """Fire the events around the host's evaluation; return the metrics that it returns."""
+        state = self.state
+        state.model, state.epoch, state.tb_writer = model, epoch, tb_writer
         self.fire(Event.EVAL_START)
-        yield
+        state.metrics = evaluation()
         self.fire(Event.EVAL_END)
         self._save()
+        return state.metrics
 
     def end(self) -> None:
         """Tell the callbacks that the run has come to a good end."""
         self._tidy()
         self.fire(Event.RUN_END)
+
+    def let_go(self) -> None:
+        """Hold nothing of the host's any longer, however the run has ended.
+
+        The arguments, the loader and the loss hold the run, and its state holds them: the data and
+        their workers would stay until the garbage collector comes by.
+        """
+        self.state = TrainState()
+        self._resumed = None
 
     def restore(self) -> None:
         """Give the callbacks what `find_saved_states` found; LOSS_READY has come.
@@ -224,91 +235,6 @@ def _way_on() -> Iterator[None]:
         ) from error
 
 
-class HookedArgs(argparse.Namespace):
-    """The host's arguments with the run beside them.
-
-    The run is in a slot, not in ``__dict__``: the host prints and logs ``vars(args)``.
-    """
-
-    __slots__ = ("run",)
-    run: Run
-
-
-def run_of(args: Any) -> Run | None:
-    """Return the run that these arguments belong to, if anything was asked of it."""
-    return args.run if isinstance(args, HookedArgs) else None
-
-
-def of_a_run(hook: Callable[[HostCall, Run], Any]) -> Callable[[HostCall], Any]:
-    """Return a hook of a function that takes the host's ``args``: calls of no run pass through."""
-
-    @functools.wraps(hook)
-    def called(call: HostCall) -> Any:
-        run = run_of(call["args"])
-        return call.proceed() if run is None else hook(call, run)
-
-    return called
-
-
-class HookedLoader:
-    """The training loader, firing events around every batch; all else is the loader's own.
-
-    Only the host's own pass fires events: a callback that passes over the loader besides gets the
-    batches as the loader makes them.
-    """
-
-    def __init__(self, loader: Any, run: Run) -> None:
-        self._loader = loader
-        self._run = run
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        if not self._run.pass_due:
-            yield from self._loader
-            return
-        self._run.pass_due = False
-        state = self._run.state
-        accum_freq = getattr(state.args, "accum_freq", 1)
-        for index, batch in enumerate(self._loader):
-            state.batch_index, state.batch = index, batch
-            if index % accum_freq == 0:
-                state.loss_call = 0
-            self._run.fire(Event.BATCH_START)
-            yield state.batch
-            self._run.fire(Event.BATCH_END)
-
-
-class HookedLoss(nn.Module):
-    """The loss as the host calls it, firing events around every call."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__()
-        self.inner = run.state.loss
-        self._run = run
-
-    def forward(self, **inputs: Any) -> Any:
-        """Call the loss of the run's state with what the callbacks left in ``loss_inputs``."""
-        if not self._run.in_epoch:
-            raise RuntimeError(
-                "the training loop is no longer hooked: unpatch() was called while a run was under "
-                "way whose main() was taken out of its module before patch()"
-            )
-        state = self._run.state
-        output_dict = inputs.pop("output_dict", False)
-        state.loss_inputs = inputs
-        self._run.fire(Event.LOSS_START)
-        state.losses = self.inner(**state.loss_inputs, output_dict=output_dict)
-        self._run.fire(Event.LOSS_END)
-        state.loss_inputs = {}  # hold no graph beyond the call
-        state.loss_call += 1
-        return state.losses
-
-
 # The runs begun within each call of a host's main(), or block of a patch, of this context; the
 # innermost last. A thread begins with none.
 _begun: ContextVar[tuple[list[Run], ...]] = ContextVar("fairclip_losses_runs", default=())
@@ -325,8 +251,14 @@ def open_block() -> None:
     _begun.set((*_begun.get(), []))
 
 
-def close_block() -> list[Run]:
-    """Close the innermost block; return the runs begun in it, for the caller to end."""
+def close_block(ended_well: Callable[[Run], bool]) -> None:
+    """Close the innermost block: end the runs begun in it that ended well, and let all go."""
     *outer, runs = _begun.get()
     _begun.set(tuple(outer))
-    return runs
+    try:
+        for run in runs:
+            if ended_well(run):
+                run.end()
+    finally:
+        for run in runs:
+            run.let_go()

@@ -247,12 +247,14 @@ def fresh_names(asked: Collection[str] | None, stateful: Collection[str]) -> set
     """Return the callbacks that start afresh by ``--fair-fresh-state [NAME...]``; bare = all.
 
     Raises:
-        UsageError: a name is no callback's that keeps state.
+        UsageError: a name is no callback's that keeps state, or none keeps any.
     """
+    if asked is not None and not stateful:
+        raise UsageError("--fair-fresh-state has no effect: no callback keeps state in this run")
     unknown = sorted(set(asked or ()) - set(stateful))
     if unknown:
         raise UsageError(
             f"--fair-fresh-state: no callback {', '.join(unknown)} keeps state in this run "
-            f"(those that do: {', '.join(stateful) or 'none'})"
+            f"(those that do: {', '.join(stateful)})"
         )
     return set() if asked is None else set(asked) or set(stateful)

@@ -18,6 +18,7 @@ from ..functional import (
 )
 from ..functional.fairness import check_options, check_scores
 from ..functional.options import check_finite_number, check_integer, is_number
+from ..ops import sinkhorn_divergence
 from ..ops.checks import should_validate
 
 
@@ -73,10 +74,10 @@ class SinkhornFairnessLoss(nn.Module):
         validate: bool | None = None,
     ) -> None:
         super().__init__()
-        if p not in (1, 2):
-            raise ValueError(f"p must be 1 or 2, got {p!r}")
         self.p = p
         self.blur = check_finite_number("blur", blur)
+        point = torch.zeros(1, 1, device="cpu")
+        sinkhorn_divergence(point, point, p=p, blur=self.blur)  # refuses now what it would later
         check_options(group_reduction, detach, min_group_size)
         queue_size = check_integer("queue_size", queue_size, 0)
         if queue_size and num_groups is None:

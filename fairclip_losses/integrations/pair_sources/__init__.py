@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import UsageError
-from ..flags import FairOptions
+from ..fair_options import FairOptions
 from ..pair_files import is_table
 from .base import PairBatch, PairSource
 from .shards import ShardSource

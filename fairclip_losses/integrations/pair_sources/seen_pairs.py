@@ -69,6 +69,18 @@ class SeenPairs:
         ids, first = np.unique(np.concatenate(self._ids), return_index=True)
         return ids, np.concatenate(self._codes)[first]
 
+    def shared_id(self) -> tuple[int, int, str, int, str] | None:
+        """Return an id under which two pairs have come, and shard and key of the two."""
+        ids, shards = np.concatenate(self._ids), np.concatenate(self._shards)
+        order = np.argsort(ids, kind="stable")
+        again = np.flatnonzero(ids[order[1:]] == ids[order[:-1]])
+        first, second = order[again], order[again + 1]
+        keys = [self._keys_at(first), self._keys_at(second)]
+        for one, other, key, other_key in zip(first, second, *keys, strict=True):
+            if shards[one] != shards[other] or key != other_key:
+                return int(ids[one]), int(shards[one]), key, int(shards[other]), other_key
+        return None
+
     def places(self, wanted: IntArray | None) -> PairPlaces:
         """Return what is known of the pairs wanted, None being all."""
         ids = np.concatenate(self._ids)

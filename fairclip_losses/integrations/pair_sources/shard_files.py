@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -17,9 +18,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ...data.groups import MAX_GROUPS, IntArray, is_missing
+from ...data.groups import MAX_GROUPS, GroupCoder, IntArray, is_missing
 from ...errors import one_line
-from .shard_samples import cell, hashed_id, members, own_id
+from .shard_samples import cell, hashed_id, members, own_id, plain, refusal
 
 # The host's reader passes over such members.
 _META = re.compile(r"__[^/]*__($|/)")
@@ -56,10 +57,12 @@ class ShardReading:
     shards: int = 1
     pairs: int = 0
     with_json: int = 0
+    undecoded: int = 0  # samples that are no pairs, for their json member cannot be read
     bad_ids: int = 0
     keys: Counter[str] = field(default_factory=Counter)  # of json members, at a first look
     values: dict[str, set[str]] = field(default_factory=dict)  # by attribute
     ids: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    refused: list[str] = field(default_factory=list)  # the first value that is no group, by shard
     unreadable: list[str] = field(default_factory=list)  # why, by shard
 
     def twice(self) -> IntArray:
@@ -76,6 +79,7 @@ class ShardReading:
             shards=sum(reading.shards for reading in readings),
             pairs=sum(reading.pairs for reading in readings),
             with_json=sum(reading.with_json for reading in readings),
+            undecoded=sum(reading.undecoded for reading in readings),
             bad_ids=sum(reading.bad_ids for reading in readings),
             keys=sum((reading.keys for reading in readings), Counter()),
             values={
@@ -83,6 +87,7 @@ class ShardReading:
                 for name in names
             },
             ids=np.concatenate([np.empty(0, np.int64), *(reading.ids for reading in readings)]),
+            refused=[what for reading in readings for what in reading.refused],
             unreadable=[why for reading in readings for why in reading.unreadable],
         )
 
@@ -98,7 +103,7 @@ class ShardReader(Dataset[ShardReading]):
 
     urls: Sequence[str]
     names: Mapping[str, str]
-    attributes: Sequence[str]
+    coders: Mapping[str, GroupCoder | None]  # by attribute; None: its labels are to be read
     id_key: str | None
     limit: int | None = None  # pairs of each shard
 
@@ -107,7 +112,7 @@ class ShardReader(Dataset[ShardReading]):
 
     def __getitem__(self, index: int) -> ShardReading:
         url = self.urls[index]
-        reading = ShardReading(values={name: set() for name in self.attributes})
+        reading = ShardReading(values={name: set() for name in self.coders})
         ids: list[int] = []
         try:
             with contextlib.closing(_samples(url)) as samples:
@@ -136,8 +141,9 @@ class ShardReader(Dataset[ShardReading]):
         if "json" in sample:
             try:
                 sample["json"] = json.loads(sample["json"])
-            except ValueError:
-                return  # the host leaves such a sample out, too
+            except (ValueError, RecursionError):
+                reading.undecoded += 1  # the host leaves such a sample out, too
+                return
         reading.pairs += 1
         found = members(sample)
         reading.with_json += found is not None
@@ -149,12 +155,17 @@ class ShardReader(Dataset[ShardReading]):
             identity = own_id(found[self.id_key])
             reading.bad_ids += identity is None
             ids.extend(() if identity is None else (identity,))
-        for attribute in self.attributes:
-            value = cell((found or {}).get(attribute))
+        for attribute, coder in self.coders.items():
+            value = (found or {}).get(attribute)
+            label = cell(value)
+            refused = label is None if coder is None else coder.code(label) is None
+            if refused and not reading.refused:
+                key = plain(str(sample["__key__"]))
+                reading.refused.append(refusal(name, key, attribute, value, coder))
             values = reading.values[attribute]
             # More values than there may be groups are refused; which ones is all the same then.
-            if value is not None and not is_missing(value) and len(values) <= MAX_GROUPS:
-                values.add(value)
+            if label is not None and not is_missing(label) and len(values) <= MAX_GROUPS:
+                values.add(label)
 
 
 def _samples(url: str) -> Generator[dict[str, Any], None, None]:
@@ -175,7 +186,11 @@ def _members(url: str) -> Generator[dict[str, Any], None, None]:
         else:
             from webdataset.gopen import gopen
 
-            stream = gopen(url)
+            try:
+                stream = gopen(url)
+            except ValueError as error:
+                what = "webdataset knows no such scheme"
+                raise OSError(errno.EPROTONOSUPPORT, what, url) from error
             # A command that is told to stop in the middle ends badly, and that is all right.
             stack.push(lambda *_: _close_quietly(stream))
             tar = stack.enter_context(tarfile.open(fileobj=stream, mode="r|*"))

@@ -11,18 +11,19 @@ findings add up in the training process whatever their number.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...data import UNKNOWN, CodeBook
-from ...data.groups import label_code
+from ...data import UNKNOWN
+from ...data.groups import GroupCoder
 
-NO_JSON, NO_KEY, NO_LABEL = -2, -3, -4
-"""Codes of a group that is unknown because the json member, its key or a known label is missing."""
+NO_JSON, NO_KEY = -2, -3
+"""Codes of a group that is unknown because the json member or its key is missing."""
 
 ID, SHARD, UNNAMED, GROUPS = 0, 1, 2, 3
 """Columns of a sample's row: id, shard number, whether the id asked for is missing, codes."""
@@ -30,7 +31,7 @@ ID, SHARD, UNNAMED, GROUPS = 0, 1, 2, 3
 FIELDS = ("fair_row", "fair_key")
 """Names under which a sample carries its row and its key."""
 
-_INTEGER = re.compile(r"[+-]?[0-9]+")
+_DECIMAL = re.compile(r"0|-?[1-9][0-9]{0,18}")
 
 
 def hashed_id(*parts: str) -> int:
@@ -47,12 +48,13 @@ def plain(text: str) -> str:
 def own_id(value: object) -> int | None:
     """Return the id that a json value stands for, None for a value that is no id.
 
-    Whole numbers of 64 bits are themselves, also where they are written as strings; other strings
-    (such as a hexadecimal uid) are hashed.
+    Whole numbers of 64 bits are themselves, also as the strings that they are written as; other
+    strings are hashed: a hexadecimal uid, and "007", which is not the id 7. White space around a
+    string is no part of it.
     """
     if isinstance(value, str) and value.strip():
         text = value.strip()
-        number = int(text) if _INTEGER.fullmatch(text) and len(text) <= 20 else None
+        number = int(text) if _DECIMAL.fullmatch(text) else None
         return number if number is not None and -(2**63) <= number < 2**63 else hashed_id(text)
     if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
         return value
@@ -72,29 +74,33 @@ def members(sample: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return found if isinstance(found, Mapping) else None
 
 
+def refusal(shard: str, key: str, name: str, value: object, coder: GroupCoder | None) -> str:
+    """Say where a value is that is no group and not missing; no coder: any name is a group."""
+    expected = "expected a string or a number" if coder is None else coder.expected
+    return (
+        f"shard {shard}, sample {key}: key {name!r} of the json member: {expected}, "
+        f"got {reprlib.repr(value)}"
+    )
+
+
 class PairStage:
     """A stage of the host's pipeline that puts each sample's row and key beside its members.
 
     Args:
         shards: url -> its number and name.
-        attributes: keys of the json member, in the order of the codes.
-        codebook: the labels.
+        coders: by key of the json member, in the order of the codes.
         id_key: key of the json member that holds the id, or None.
     """
 
     def __init__(
         self,
         shards: Mapping[str, tuple[int, str]],
-        attributes: Sequence[str],
-        codebook: CodeBook,
+        coders: Mapping[str, GroupCoder],
         id_key: str | None,
     ) -> None:
         self.shards = shards
+        self.coders = coders
         self.id_key = id_key
-        self.codes = [
-            (name, {label: code for code, label in enumerate(codebook.labels[name])})
-            for name in attributes
-        ]
 
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Pass the samples on, each with the fields `FIELDS`."""
@@ -105,7 +111,11 @@ class PairStage:
             yield sample
 
     def row(self, sample: Mapping[str, Any], key: str) -> Tensor:
-        """Return the sample's row, int64 (3 + C,)."""
+        """Return the sample's row, int64 (3 + C,).
+
+        Raises:
+            ValueError: a value that is no group and not missing; the message says where.
+        """
         number, shard = self.shards[sample["__url__"]]
         found = members(sample)
         identity = None
@@ -114,17 +124,14 @@ class PairStage:
         unnamed = self.id_key is not None and identity is None
         if identity is None:
             identity = hashed_id(shard, key)
-        codes = (self._code(found, name, code) for name, code in self.codes)
+        codes = [NO_JSON if found is None else NO_KEY] * len(self.coders)
+        for position, (name, coder) in enumerate(self.coders.items()):
+            if found is not None and name in found:
+                code = coder.code(cell(found[name]))
+                if code is None:
+                    raise ValueError(refusal(shard, plain(key), name, found[name], coder))
+                codes[position] = code
         return torch.tensor([identity, number, unnamed, *codes], dtype=torch.int64)
-
-    def _code(self, found: Mapping[str, Any] | None, name: str, code: Mapping[str, int]) -> int:
-        if found is None:
-            return NO_JSON
-        if name not in found:
-            return NO_KEY
-        value = cell(found[name])
-        known = None if value is None else label_code(value, code)
-        return NO_LABEL if known is None else known
 
 
 def groups_of(rows: Tensor) -> Tensor:
@@ -133,10 +140,10 @@ def groups_of(rows: Tensor) -> Tensor:
 
 
 def count_lacks(rows: Tensor) -> Tensor:
-    """Count a batch's samples without json, key or known label: (3, 1 + C), the id's first."""
+    """Count a batch's samples without json or key: (2, 1 + C), the id's first."""
     codes = rows[:, GROUPS:]
     unnamed = rows[:, UNNAMED] != 0
     without = (codes == NO_JSON).any(dim=1) if codes.shape[1] else torch.zeros_like(unnamed)
-    named = torch.stack([torch.zeros_like(unnamed), unnamed & ~without, torch.zeros_like(unnamed)])
-    missing = torch.stack([codes == mark for mark in (NO_JSON, NO_KEY, NO_LABEL)])
+    named = torch.stack([torch.zeros_like(unnamed), unnamed & ~without])
+    missing = torch.stack([codes == mark for mark in (NO_JSON, NO_KEY)])
     return torch.cat([named[:, :, None], missing], dim=2).sum(dim=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,22 +12,20 @@ import numpy as np
 import torch
 
 from ...data import CodeBook
-from ...data.groups import IntArray, attribute_labels, label_code, shortened
-from ...errors import UsageError, usage_errors
+from ...data.groups import IntArray
+from ...errors import UsageError
 from ...miners import MinerReport
-from ..flags import FairOptions
+from ..fair_options import FairOptions
 from ..pair_files import FlagRates, attribute_column
 from .base import PairBatch, PairSource, count_flagged, flag_rates
 from .exchange import of_all_processes, of_first_process, place
 from .seen_pairs import PairPlaces, SeenPairs
-from .shard_files import ShardReader, ShardReading, local_path, shard_names
+from .shard_files import shard_names
 from .shard_host import check_host_options, insert_stage, shard_urls
 from .shard_samples import ID, PairStage, count_lacks, groups_of
+from .shard_survey import ShardSurvey
 
 log = logging.getLogger(__name__)
-
-# A first look before the model is built: enough to know a wrong key, and cheap on remote storage.
-_LOOK_SHARDS, _LOOK_PAIRS = 3, 100
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,7 @@ class _EpochPart:
     lacks: IntArray  # as `ShardSource._lacks`
     counts: list[IntArray]  # of `count_flagged`
     places: PairPlaces | None
+    shared_id: str  # "" where all ids are of one pair each
 
 
 class ShardSource(PairSource):
@@ -53,9 +51,7 @@ class ShardSource(PairSource):
     def __init__(self, args: Any, options: FairOptions) -> None:
         self.where = args.train_data
         self.attributes = options.fair_attributes
-        self.given = options.fair_labels
         self.id_key = options.fair_id_key
-        self.workers = args.workers
         self.accum_freq = args.accum_freq
         self.codebook = CodeBook({})
         self.names = shard_names(shard_urls(args))
@@ -63,11 +59,12 @@ class ShardSource(PairSource):
         self._seen = SeenPairs(len(self.attributes))
         self._places = self._seen.places(None)
         self._pairs = 0
-        # (3, 1 + C): samples without json, key or known label, for the id and each attribute.
-        self._lacks = torch.zeros(3, 1 + len(self.attributes), dtype=torch.int64)
-        self._warned = False
+        # (2, 1 + C): samples without json or key, for the id and each attribute.
+        self._lacks = torch.zeros(2, 1 + len(self.attributes), dtype=torch.int64)
+        self._warned = self._warned_of_ids = False
         check_host_options(args, len(self.names))
-        self._look()
+        self._survey = ShardSurvey(self.names, args, options)
+        self._survey.look()
 
     # ---- before training
 
@@ -78,9 +75,10 @@ class ShardSource(PairSource):
                 f"{self.where}: an epoch has {loader.num_batches} batches, fewer than one step "
                 f"takes (--accum-freq {self.accum_freq})"
             )
-        self.codebook = self._learn_labels()
+        coders = self._survey.learn_labels()
+        self.codebook = CodeBook({name: tuple(coder.labels) for name, coder in coders.items()})
         numbers = {url: (number, name) for number, (url, name) in enumerate(self.names.items())}
-        insert_stage(loader, PairStage(numbers, self.attributes, self.codebook, self.id_key))
+        insert_stage(loader, PairStage(numbers, coders, self.id_key))
 
     def identity(self) -> str:
         """Hashes name pairs as long as the shards are the same; ids of their own always do."""
@@ -88,113 +86,6 @@ class ShardSource(PairSource):
             return "named by their ids"
         digest = hashlib.sha256("\n".join(sorted(self.names.values())).encode())
         return f"{len(self.names)} shards {digest.hexdigest()[:12]}"
-
-    def _look(self) -> None:
-        """Look at a few pairs and refuse what cannot work."""
-        urls = list(self.names)
-        places = np.unique(np.linspace(0, len(urls) - 1, _LOOK_SHARDS).round().astype(int))
-        looked = [urls[k] for k in places]
-        found = self._reader(looked, limit=_LOOK_PAIRS).read()
-        where = f"{self.where}: the first pairs of {len(looked)} shard{'s' * (len(looked) > 1)}"
-        if not found.pairs and found.unreadable:  # a few broken shards do not stop the host
-            raise UsageError(f"--train-data: cannot read the shard {found.unreadable[0]}")
-        if not found.pairs:
-            raise UsageError(
-                f"{where}: expected samples with a caption (txt) and an image (jpg, jpeg, png or "
-                "webp), got none"
-            )
-        for name in self.attributes:
-            self._check_key("--fair-attributes", name, found, where)
-            self._check_values(name, found, where)
-        if self.id_key is not None:
-            self._check_key("--fair-id-key", self.id_key, found, where)
-            if found.bad_ids:
-                raise UsageError(
-                    f"--fair-id-key {self.id_key}: expected 64-bit integers or strings, got "
-                    f"something else in {found.bad_ids} of {where}"
-                )
-        self._check_ids(found, where)
-
-    def _check_key(self, flag: str, name: str, found: ShardReading, where: str) -> None:
-        if not found.with_json:
-            raise UsageError(f"{flag} {name}: {where} have no json member")
-        if name not in found.keys:
-            there = ", ".join(map(repr, found.keys))
-            raise UsageError(f"{flag} {name}: {where} have no key {name!r}, only {there}")
-
-    def _check_values(self, name: str, found: ShardReading, where: str) -> None:
-        """Refuse labels that fit no value, values that are no groups, and labels out of reach."""
-        values = found.values[name]
-        if name in self.given:
-            code = {label: k for k, label in enumerate(self.given[name])}
-            if values and all(label_code(value, code) is None for value in values):
-                raise UsageError(
-                    f"--fair-attributes {name}: {where} have none of the labels "
-                    f"{shortened(self.given[name])}, but {shortened(sorted(values))}"
-                )
-            return
-        if values:
-            with usage_errors():
-                attribute_labels(values, f"{where}: key {name!r} of the json member")
-        for url in self.names:
-            if local_path(url) is None:
-                raise UsageError(
-                    f"--fair-attributes {name}: its labels would have to be read from all shards, "
-                    f"and {url} is no file of this machine; give them: {name}=LABEL,LABEL,..."
-                )
-
-    def _check_ids(self, found: ShardReading, where: str) -> None:
-        if self.id_key is not None and len(twice := found.twice()):
-            raise UsageError(
-                f"--fair-id-key {self.id_key}: {where}: expected each id once, got {len(twice)} of "
-                f"them more than once ({', '.join(map(str, twice[:3]))})"
-            )
-
-    def _reader(self, urls: Sequence[str], limit: int | None = None) -> ShardReader:
-        return ShardReader(urls, self.names, self.attributes, self.id_key, limit)
-
-    def _learn_labels(self) -> CodeBook:
-        """Return the code book: labels as given, others from a reading of all shards."""
-        bare = [name for name in self.attributes if name not in self.given]
-        found = self._read_all() if bare else ShardReading()
-        labels = dict(self.given)
-        with usage_errors():
-            for name in bare:
-                where = f"{self.where}: key {name!r} of the json members"
-                if not found.values[name]:
-                    raise ValueError(
-                        f"{where}: expected groups, got no known value in {found.pairs} pairs"
-                    )
-                labels[name] = attribute_labels(found.values[name], where)
-        return CodeBook({name: labels[name] for name in self.attributes})
-
-    def _read_all(self) -> ShardReading:
-        """Read all json members; each process reads its share, and all know what was found."""
-        start = time.monotonic()
-        rank, world = place()
-        share = list(self.names)[rank::world]
-        own = self._reader(share).read(self.workers) if share else ShardReading(shards=0)
-        # Ids stay where they are: of 1e8 pairs they would be a gigabyte to exchange.
-        twice = own.twice()
-        own.ids = np.repeat(twice, 2)
-        found = ShardReading.merged(of_all_processes(own))
-        if rank == 0:
-            log.info(
-                "Fair loss: read the groups of %d pairs in %d shards in %.1f s",
-                found.pairs, found.shards, time.monotonic() - start,
-            )  # fmt: skip
-            if found.unreadable:
-                log.warning(
-                    "Fair loss: %d shards cannot be read to their end, the first: %s",
-                    len(found.unreadable), found.unreadable[0],
-                )  # fmt: skip
-            if self.id_key is None and len(twice := found.twice()):
-                log.warning(
-                    "Fair loss: %d ids are of two pairs or more, which share their history "
-                    "(a key twice in a shard?)", len(twice),
-                )  # fmt: skip
-        self._check_ids(found, f"{self.where}: {found.pairs} pairs")
-        return found
 
     # ---- in training
 
@@ -218,8 +109,10 @@ class ShardSource(PairSource):
             ids, codes = self._seen.codes()
             counts = count_flagged(np.isin(ids, flagged), codes, self.codebook)
             places = self._seen.places(None if everything else flagged)
-        parts = of_all_processes(_EpochPart(self._pairs, self._lacks.numpy(), counts, places))
+        own = _EpochPart(self._pairs, self._lacks.numpy(), counts, places, self._shared_id())
+        parts = of_all_processes(own)
         self._seen.clear()
+        self._warn_of_ids(epoch, [p.shared_id for p in parts if p.shared_id])
         lacks = np.sum([p.lacks for p in parts], axis=0)
         self._warn_once(epoch, sum(p.pairs for p in parts), lacks)
         self._pairs = 0
@@ -245,6 +138,27 @@ class ShardSource(PairSource):
             ]
         return columns
 
+    def _shared_id(self) -> str:
+        """Say of an id of their own that two pairs have which they are."""
+        # Hashes differ where shard or key do. Without mining there is nothing to be shared.
+        found = None if self.id_key is None else self._seen.shared_id()
+        if found is None:
+            return ""
+        pair_id, shard, key, other_shard, other_key = found
+        names = list(self.names.values())
+        return (
+            f"{pair_id} is the id of shard {names[shard]}, sample {key} and of shard "
+            f"{names[other_shard]}, sample {other_key}"
+        )
+
+    def _warn_of_ids(self, epoch: int, shared: Sequence[str]) -> None:
+        if shared and not self._warned_of_ids and place()[0] == 0:
+            self._warned_of_ids = True
+            log.warning(
+                "Fair loss: pairs of the same --fair-id-key %s share their history; in epoch %d %s",
+                self.id_key, epoch, shared[0],
+            )  # fmt: skip
+
     def _warn_once(self, epoch: int, pairs: int, lacks: IntArray) -> None:
         """Say what the samples lack at the end of the first epoch in which they lack something."""
         if self._warned or not lacks.any():
@@ -262,9 +176,6 @@ class ShardSource(PairSource):
         for column, name in enumerate(self.attributes, start=1):
             if lacks[1, column]:
                 found.append(f"{lacks[1, column]} no key {name!r}")
-            if lacks[2, column]:
-                labels = shortened(self.codebook.labels[name])
-                found.append(f"{lacks[2, column]} a value of {name!r} other than {labels}")
         log.warning(
             "Fair loss: of %d pairs in epoch %d, %s; a missing group is unknown (-1), and this is "
             "said only once",

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...data import CodeBook, encode_attributes, pair_ids
+from ...data import CodeBook, pair_ids
 from ...data.groups import IntArray
 from ...errors import UsageError, usage_errors
 from ...miners import MinerReport
-from ..flags import FairOptions
-from ..pair_files import FlagRates, attribute_column, read_pairs
+from ..fair_options import FairOptions
+from ..pair_files import FlagRates, attribute_column, read_groups, read_pairs
 from ..samples import with_beside
 from .base import PairBatch, PairSource, count_flagged, flag_rates
 
@@ -102,18 +102,10 @@ class TableSource(RowSource):
         self.table = table = read_pairs(args.train_data, args)
         self.pair_columns = (args.csv_img_key, args.csv_caption_key)
         self.id_key = options.fair_id_key
-        labels: dict[str, tuple[str, ...]] = {}
-        codes = [np.empty((len(table), 0), dtype=np.int64)]  # bad pair mining alone goes without
+        codes, codebook = read_groups(table, options)
         with usage_errors():
-            for name in options.fair_attributes:
-                given = options.fair_labels.get(name)
-                column, book = encode_attributes(
-                    table, [name], None if given is None else CodeBook({name: given})
-                )
-                codes.append(column)
-                labels |= book.labels
             ids = torch.from_numpy(pair_ids(table, self.id_key))
-        super().__init__(args.train_data, ids, torch.from_numpy(np.hstack(codes)), CodeBook(labels))
+        super().__init__(args.train_data, ids, torch.from_numpy(codes), codebook)
         self.num_pairs = len(ids) if self.id_key is None else None
         self.check_one_step(args)
 

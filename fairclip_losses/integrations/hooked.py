@@ -1,0 +1,99 @@
+"""What a host is given in place of its own objects, so that a run hears of what it does."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from .events import Event
+from .patching import HostCall
+from .runs import Run
+
+
+class HookedArgs(argparse.Namespace):
+    """The host's arguments with the run beside them.
+
+    The run is in a slot, not in ``__dict__``: the host prints and logs ``vars(args)``.
+    """
+
+    __slots__ = ("run",)
+    run: Run
+
+
+def run_of(args: Any) -> Run | None:
+    """Return the run that these arguments belong to, if anything was asked of it."""
+    return args.run if isinstance(args, HookedArgs) else None
+
+
+def of_a_run(hook: Callable[[HostCall, Run], Any]) -> Callable[[HostCall], Any]:
+    """Return a hook of a function that takes the host's ``args``: calls of no run pass through."""
+
+    @functools.wraps(hook)
+    def called(call: HostCall) -> Any:
+        run = run_of(call["args"])
+        return call.proceed() if run is None else hook(call, run)
+
+    return called
+
+
+class HookedLoader:
+    """The training loader, firing events around every batch; all else is the loader's own.
+
+    Only the host's own pass fires events: a callback that passes over the loader besides gets the
+    batches as the loader makes them.
+    """
+
+    def __init__(self, loader: Any, run: Run) -> None:
+        self._loader = loader
+        self._run = run
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self._run.pass_due:
+            yield from self._loader
+            return
+        self._run.pass_due = False
+        state = self._run.state
+        accum_freq = getattr(state.args, "accum_freq", 1)
+        for index, batch in enumerate(self._loader):
+            state.batch_index, state.batch = index, batch
+            if index % accum_freq == 0:
+                state.loss_call = 0
+            self._run.fire(Event.BATCH_START)
+            yield state.batch
+            self._run.fire(Event.BATCH_END)
+
+
+class HookedLoss(nn.Module):
+    """The loss as the host calls it, firing events around every call."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.inner = run.state.loss
+        self._run = run
+
+    def forward(self, **inputs: Any) -> Any:
+        """Call the loss of the run's state with what the callbacks left in ``loss_inputs``."""
+        if not self._run.in_epoch:
+            raise RuntimeError(
+                "the training loop is no longer hooked: unpatch() was called while a run was under "
+                "way whose main() was taken out of its module before patch()"
+            )
+        state = self._run.state
+        output_dict = inputs.pop("output_dict", False)
+        state.loss_inputs = inputs
+        self._run.fire(Event.LOSS_START)
+        state.losses = self.inner(**state.loss_inputs, output_dict=output_dict)
+        self._run.fire(Event.LOSS_END)
+        state.loss_inputs = {}  # hold no graph beyond the call
+        state.loss_call += 1
+        return state.losses
