@@ -18,8 +18,8 @@ from ..functional import (
 )
 from ..functional.fairness import check_options, check_scores
 from ..functional.options import check_finite_number, check_integer, is_number
-from ..ops import sinkhorn_divergence
 from ..ops.checks import should_validate
+from ..ops.prepare import check_cost
 
 
 class SinkhornFairnessLoss(nn.Module):
@@ -76,8 +76,7 @@ class SinkhornFairnessLoss(nn.Module):
         super().__init__()
         self.p = p
         self.blur = check_finite_number("blur", blur)
-        point = torch.zeros(1, 1, device="cpu")
-        sinkhorn_divergence(point, point, p=p, blur=self.blur)  # refuses now what it would later
+        check_cost(p, self.blur)
         check_options(group_reduction, detach, min_group_size)
         queue_size = check_integer("queue_size", queue_size, 0)
         if queue_size and num_groups is None:

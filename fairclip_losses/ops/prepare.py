@@ -82,12 +82,7 @@ def _checked(
     p: int, blur: float, debias: bool, scaling: float,
     iterations: int | None, tol: float, max_iterations: int, backend: Backend,
 ) -> SinkhornOptions:  # fmt: skip
-    if isinstance(p, bool) or p not in (1, 2):  # True is 1
-        raise ValueError(f"p must be 1 or 2, got {p!r}")
-    if isinstance(blur, bool) or not 0 <= blur < math.inf:
-        raise ValueError(f"blur must be a finite number >= 0, got {blur!r}")
-    if blur != 0 and not 1e-100 <= float(blur) <= 1e100:  # blur^p must be a number too
-        raise ValueError(f"blur must be 0 or from 1e-100 to 1e100, got {blur!r}")
+    check_cost(p, blur)
     if not 0 < scaling < 1:
         raise ValueError(f"scaling must lie strictly between 0 and 1, got {scaling!r}")
     if iterations is not None and not _is_count(iterations):
@@ -103,6 +98,16 @@ def _checked(
     return SinkhornOptions(
         int(p), float(blur), debias, scaling, iterations, tol, max_iterations, backend
     )
+
+
+def check_cost(p: int, blur: float) -> None:
+    """Refuse a power or a blur that the divergence does not have."""
+    if isinstance(p, bool) or p not in (1, 2):  # True is 1
+        raise ValueError(f"p must be 1 or 2, got {p!r}")
+    if isinstance(blur, bool) or not 0 <= blur < math.inf:
+        raise ValueError(f"blur must be a finite number >= 0, got {blur!r}")
+    if blur != 0 and not 1e-100 <= float(blur) <= 1e100:  # blur^p must be a number too
+        raise ValueError(f"blur must be 0 or from 1e-100 to 1e100, got {blur!r}")
 
 
 def _is_count(value: int) -> bool:

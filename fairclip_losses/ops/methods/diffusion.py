@@ -18,8 +18,9 @@ from ..exact import along, unsort
 from ..kernels.kinds import Kernel
 from ..options import SinkhornOptions
 
-# Rounds after which the diffusion is measured anew: it changes with the plan.
-_MEASURED_AFTER = frozenset({0, 1, 2, 4, 8, 16, 32, 64})
+# Rounds after which the diffusion is measured anew, as it changes with the plan: the first ones,
+# and of the others every so many.
+_MEASURED_FIRST, _MEASURED_EVERY = 3, 3
 # Part of the diffusion's answer that is taken: all of it overshoots at the length of one step.
 _SHARE = 0.7
 # Longest change by it, in units of epsilon, between two neighbouring points and at all.
@@ -48,12 +49,12 @@ def diffusion_rounds(
         if watched and not bool((miss.abs().sum(-1) > options.tol).any()):
             f, taken = following, k + 1
             break
-        if conductance is None or k in _MEASURED_AFTER:
+        if conductance is None or k < _MEASURED_FIRST or k % _MEASURED_EVERY == 0:
             conductance = ladder.conductance(_drift(kernel, f, g, log_a, log_b, epsilon))
         answer = share * ladder.answer(miss, conductance)
         f = torch.where(better, torch.add(following, answer, alpha=epsilon), plain)
         plain = torch.where(better, following, plain)
-        share = torch.where(better, (1.2 * share).clamp(max=_SHARE), 0.5 * share)
+        share = torch.where(better, (1.2 * share).clamp_(max=_SHARE), 0.5 * share)
         value = torch.maximum(value, reached)
     else:
         if watched and bool((miss.abs().sum(-1) > options.tol).any()):
