@@ -21,6 +21,8 @@ _UNWATCHED_ROUNDS = 100
 # Marginal error at which a station on the way down is settled, its most rounds, and the rounds up
 # to which the next one is near enough.
 _TOL_ON_THE_WAY, _ROUNDS_ON_THE_WAY, _EASY = 0.03, 100, 2
+# Of a fixed number of rounds at the target, one of so many is no rough one.
+_PRECISE = 4
 
 
 class _Station(NamedTuple):
@@ -74,6 +76,10 @@ def alternate(
         at = _settle(quick, at, log_a, log_b, target, progress, most)
         progress.patience = math.inf
         taken += at.rounds
+    elif quick is not kernel and most > 1:
+        at = _settle(quick, at, log_a, log_b, target, None, most - math.ceil(most / _PRECISE))
+        taken += at.rounds
+        most -= at.rounds
     f, g, rounds, error = _settle(kernel, at, log_a, log_b, target, progress, most)
     assert f is not None  # a round was taken
     if not (
