@@ -78,8 +78,8 @@ def _slope_in_single(
         slope, error = kernel.pull_and_error(epsilon, each.log_weights, each.other, slope)
         lost = lost + (weights * error).square()
     assert slope is not None  # there is a side
-    slope.mul_(weights[..., None])
-    known = lost.sum(-1) <= _LOST**2 * slope.square().sum((-1, -2))
+    slope.mul_(weights.to(slope.dtype)[..., None])
+    known = lost.sum(-1).sqrt() <= _LOST * torch.linalg.matrix_norm(slope)
     return slope if bool(known.all()) else None
 
 

@@ -29,59 +29,59 @@ class Exponents:
     """The exponents between x (N, D) and y (M, D), under rows of heights on them.
 
     ``rows`` (R, N) and ``columns`` (R, M) are the heights k and h; ``scale`` is ``log2(e) / eps``;
-    ``dtype`` is that of the blocks.
+    ``dtype`` is that of the blocks. ``whole`` says that they have all columns.
     """
 
     def __init__(
         self, x: Tensor, y: Tensor, p: int, scale: Tensor | float, rows: Tensor, columns: Tensor,
-        dtype: torch.dtype,
+        dtype: torch.dtype, whole: bool,
     ) -> None:  # fmt: skip
         self.x, self.y = x, y
         self._p, self._scale, self._dtype = p, scale, dtype
-        squares = [points.square().sum(-1) for points in (x, y)]
-        self._reach = torch.maximum(squares[0].amax(), squares[1].amax()).sqrt()
+        norms = [torch.linalg.vector_norm(points, dim=-1) for points in (x, y)]
+        squares = [norm.square() for norm in norms]
+        self._reach = torch.maximum(norms[0].amax(), norms[1].amax())
         if p == 2:  # the squares of |x - y|^2 belong to one side each
             rows, columns = rows - 0.5 * scale * squares[0], columns - 0.5 * scale * squares[1]
         self._rows, self._columns = _finite(rows.to(dtype)), _finite(columns.to(dtype))
         few, self._alone = x.shape[-1] <= DIFFERENCES, self._rows.shape[0] == 1
-        self._joined = (
-            not few if p == 1 else self._alone and (dtype != x.dtype or x.shape[-1] <= _JOINED)
-        )
         # square of a distance that is as good as none
         self._least = torch.full_like(self._columns[0, 0], torch.finfo(dtype).tiny)
-        if p == 1 and few:
-            self._y = (scale * y).to(dtype).T.contiguous()
-        elif p == 1:
-            squares = [scale * scale * square for square in squares]
-            self._squares = squares[0]
+        # what a product is scaled by, and what of it belongs to the points of one side
+        self._affine: tuple[Tensor | float, Tensor, Tensor] | None = None
+        if p == 2 and self._alone:
+            self._affine = scale, self._rows[0], self._columns[0]
+        elif p == 1 and not few:
+            ends = [(scale * scale * square).to(dtype) for square in squares]
+            self._affine = -2.0 * scale * scale, *ends
             self._least = (8.0 * torch.finfo(dtype).eps * (scale * self._reach).square()).to(dtype)
-            self._y = _join(y, 1.0, (1.0, squares[1]), dtype)
-        elif self._joined:
-            self._y = _join(y, 1.0, (self._columns[0], 1.0), dtype)
+        self._joined = self._affine is not None and (dtype != x.dtype or x.shape[-1] <= _JOINED)
+        if self._affine is None and p == 1:
+            self._y = (scale * y).to(dtype).T.contiguous()
+        elif self._affine is not None and self._joined:
+            self._y = _join(y, 1.0, (self._affine[2], 1.0), dtype)
+            if whole:  # then oneDNN takes them as fast from columns, which `pull` needs
+                self._y = self._y.T.contiguous().T
         else:
             self._y = y.to(dtype)
         size = _BLOCK if x.device.type == "cpu" else _BLOCK_OF_ACCELERATOR
         self.size = max(size // dtype.itemsize, y.shape[0])  # entries of a block
-        self._buffers: list[Tensor] = []
+        self._buffers: dict[int, Tensor] = {}
 
     def walk(self, i: slice, j: slice) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Yield each row's exponents of the points i and j, and p = 1's scaled distances.
 
         All are in memory that the next call uses again.
         """
-        if self._p == 2 and self._alone:
-            yield 0, self._exponents_alone(i, j), None
+        if self._p == 2 and self._affine is not None:
+            yield 0, self._product(i, j), None
             return
-        common = (
-            self._distance(i, j)
-            if self._p == 1
-            else self._products((self._scale * self.x[i]).to(self._dtype), self._y[j])
-        )
+        distance = self._distance(i, j) if self._p == 1 else None
+        common = self._product(i, j) if distance is None else distance
         for row, (high, wide) in enumerate(zip(self._rows, self._columns, strict=True)):
-            exponent = torch.add(
-                wide[j], common, alpha=-1 if self._p == 1 else 1, out=self._buffer(1, common.shape)
-            )
-            yield row, exponent.add_(high[i, None]), common if self._p == 1 else None
+            out = self._buffer(1, common.shape)
+            exponent = torch.add(wide[j], common, alpha=1 if distance is None else -1, out=out)
+            yield row, exponent.add_(high[i, None]), distance
 
     def pull(
         self, i: slice, weight: Tensor, total: Tensor, distance: Tensor | None
@@ -89,22 +89,21 @@ class Exponents:
         """Return ``sum_j w_ij grad_x c(x_i, y_j) / total_i`` of points i, (n, D), and its error.
 
         The error, (n,) or (), is an estimate in units of a number's rounding. ``distance`` is
-        p = 1's, of `walk`; the weights' memory is used.
+        p = 1's, of `walk`. The memory of the weights, and of the distances of one row, is used.
         """
         x, scale = self.x[i], self._scale
         if distance is None:  # it moves exponents, and with them what is a blur wide
-            return x - self._of_points(weight).div_(
-                total[:, None]
-            ), self._reach.square() * scale**0.5
+            error = self._reach.square() * scale**0.5
+            return x - self._of_points(weight).div_(total[:, None]), error
         # unit vectors, and 0 where the points meet
-        square = torch.square(distance, out=self._buffer(2, distance.shape))
-        square.clamp_(min=self._least)
-        weight.mul_(distance).div_(square)
+        weight.mul_(distance)
+        square = distance.square_() if self._alone else distance.square()
+        weight.div_(square.clamp_(min=self._least))
         inverse = weight.sum(-1, keepdim=True)
         pull = (inverse * x - self._of_points(weight)).mul_(scale / total[:, None])
         error = scale * self._reach * (1.0 + inverse[:, 0] / total)
-        if self._joined and self._dtype == torch.float32:  # a square's error is that of the reach's
-            inverse = weight.mul_(distance).div_(square).sum(-1)
+        if self._affine is not None:  # a square's error is that of the reach's
+            inverse = weight.mul_(square.rsqrt_()).sum(-1)
             error = error + (scale * self._reach).square() * inverse / total
         return pull, error
 
@@ -117,34 +116,37 @@ class Exponents:
     @cached_property
     def _across(self) -> Tensor:
         """The points y coordinate by coordinate, (D, M), of which oneDNN wants each in a row."""
+        if self._joined:
+            return self._y.T[: self.y.shape[-1]]
         y = self.y.to(self._dtype).T
         return y if y.shape[0] > DIFFERENCES and self._dtype == self.y.dtype else y.contiguous()
 
-    def _exponents_alone(self, i: slice, j: slice) -> Tensor:
-        if self._joined:
-            heights = (1.0, self._rows[0, i])
-            return self._products(_join(self.x[i], self._scale, heights, self._dtype), self._y[j])
-        x, y = (self._scale * self.x[i]).to(self._dtype), self._y[j]
-        out = self._buffer(0, (x.shape[0], y.shape[0]))
-        exponent = torch.addmm(self._columns[0, j], x, y.T, out=out)
-        return exponent.add_(self._rows[0, i, None])
-
-    def _products(self, x: Tensor, y: Tensor) -> Tensor:
-        out = None if uses_onednn(x) else self._buffer(0, (x.shape[0], y.shape[0]))
-        return inner_products(x, y, out)
+    def _product(self, i: slice, j: slice) -> Tensor:
+        """Return the products of the points' coordinates, with what either side adds."""
+        if self._affine is None:
+            x = (self._scale * self.x[i]).to(self._dtype)
+        elif self._joined:
+            scale, ends, _ = self._affine
+            x = _join(self.x[i], scale, (1.0, ends[i]), self._dtype)
+        else:
+            scale, ends, columns = self._affine
+            memory = self._buffer(0, (ends[i].shape[0], columns[j].shape[0]))
+            product = torch.addmm(columns[j], scale * self.x[i], self._y[j].T, out=memory)
+            return product.add_(ends[i, None])
+        own = uses_onednn(x)
+        out = None if own else self._buffer(0, (x.shape[0], self._y[j].shape[0]))
+        return inner_products(x, self._y[j], out)
 
     def _distance(self, i: slice, j: slice) -> Tensor:
         """Return the scaled distances; from products, one that rounding buries may be below 0."""
-        if self._joined:
-            scale = -2.0 * self._scale * self._scale
-            x = _join(self.x[i], scale, (self._squares[i], 1.0), self._dtype)
-            square = self._products(x, self._y[j])
-        else:
+        if self._affine is None:
             square = self._squares_of_differences((self._scale * self.x[i]).to(self._dtype), j)
+        else:
+            square = self._product(i, j)
         # a reciprocal root takes half of the time of a root
         inverse = torch.clamp(square, min=self._least, out=self._buffer(1, square.shape)).rsqrt_()
         distance = square.mul_(inverse)
-        if self._joined and self.x is self.y:
+        if self._affine is not None and self.x is self.y:
             distance.diagonal(i.start - j.start).zero_()
         return distance
 
@@ -158,8 +160,8 @@ class Exponents:
         return square
 
     def _buffer(self, which: int, shape: Sequence[int]) -> Tensor:
-        while len(self._buffers) <= which:
-            self._buffers.append(self._y.new_empty(self.size))
+        if which not in self._buffers:
+            self._buffers[which] = self._y.new_empty(self.size)
         return self._buffers[which][: math.prod(shape)].view(shape)
 
 

@@ -112,6 +112,7 @@ class StreamedKernel:
             log2_sum[block.row, block.points] = block.total.log2() + block.power
             share = a[block.row, block.points] / block.total
             reached[block.row].addmv_(block.weight.T, share)
+            del block  # see `_blocks`
         if near is not None and not bool((log2_sum.abs() < _RANGE).all()):
             return self.sweep(epsilon, log_a, log_b, g)
         f = log2_sum.view(*lead, -1).mul(-epsilon / LOG2_E)
@@ -158,17 +159,20 @@ class StreamedKernel:
         self, epsilon: float, log_b: Tensor, g: Tensor, less: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """`pull` with an estimate of what rounding makes of each row, (*, N)."""
-        shape = (*self._lead(log_b, g), *self.x.shape[-2:])
+        lead = self._lead(log_b, g)
+        shape = (*lead, *self.x.shape[-2:])
         if less is None or less.shape != shape:
-            less = self.x.new_zeros(shape) if less is None else less.expand(shape).clone()
+            zeros = self.x.new_zeros(shape, dtype=self._dtype)
+            less = zeros if less is None else less.expand(shape).clone()
         rows = less.view(-1, *shape[-2:])
         error = rows.new_empty(rows.shape[:2])
-        for block in self._blocks(epsilon, log_b, g, None, shape[:-2]):
+        for block in self._blocks(epsilon, log_b, g, None, lead):
             at = (block.row, block.points)
             pull, error[at] = block.exponents.pull(
                 block.points, block.weight, block.total, block.distance
             )
             torch.sub(pull, rows[at], out=rows[at])
+            del block  # see `_blocks`
         return less, error.mul_(self.unit).view(shape[:-1])
 
     def _above_diagonal(
@@ -179,7 +183,7 @@ class StreamedKernel:
         Each has its row of heights, the rows from start to stop and all columns from start on.
         """
         n = self.x.shape[-2]
-        for rows, exponents in self._exponents(epsilon, height, height, lead):
+        for rows, exponents in self._exponents(epsilon, height, height, lead, whole=False):
             stop = 0
             while stop < n:
                 start, stop = stop, min(stop + max(exponents.size // (n - stop), 1), n)
@@ -198,7 +202,7 @@ class StreamedKernel:
         """Walk through the kernel, its rows scaled by a near potential or by their largest."""
         scale = LOG2_E / epsilon
         rows, columns = 0.0 * scale if near is None else scale * near, log_b * LOG2_E + scale * g
-        for here, exponents in self._exponents(epsilon, rows, columns, lead):
+        for here, exponents in self._exponents(epsilon, rows, columns, lead, whole=True):
             n, m = self.x.shape[-2], self.y.shape[-2]
             count = max(exponents.size // m, 1)
             for start in range(0, n, count):
@@ -211,10 +215,12 @@ class StreamedKernel:
                     weight = exponent.exp2_()
                     total = weight.sum(-1)
                     yield _Block(here[row], points, exponents, weight, total, power, distance)
+                    del exponent, weight, distance  # the memory, before the next ones take more
 
     def _exponents(
-        self, epsilon: Tensor | float, rows: Tensor | float, columns: Tensor, lead: torch.Size
-    ) -> Iterator[tuple[list[int], Exponents]]:
+        self, epsilon: Tensor | float, rows: Tensor | float, columns: Tensor, lead: torch.Size,
+        *, whole: bool,
+    ) -> Iterator[tuple[list[int], Exponents]]:  # fmt: skip
         """Yield the exponents of each pair of clouds, with the rows of weights on it."""
         clouds = broadcast_shapes(self.x.shape[:-2], self.y.shape[:-2])
         xs, ys = (points.expand(*clouds, *points.shape[-2:]) for points in (self.x, self.y))
@@ -227,4 +233,5 @@ class StreamedKernel:
             x = xs[cloud]
             y = x if self.x is self.y else ys[cloud]
             scale = scale if scales is None else scales[here[0]]
-            yield here, Exponents(x, y, self.p, scale, rows[here], columns[here], self._dtype)
+            heights = rows[here], columns[here]
+            yield here, Exponents(x, y, self.p, scale, *heights, self._dtype, whole)
