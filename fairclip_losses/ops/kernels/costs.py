@@ -10,6 +10,8 @@ from ..checks import is_readable
 # Largest D for which costs come from differences, not from products: those lose half of the digits
 # of the distance of points much nearer to each other than to the mean.
 DIFFERENCES = 8
+# Reaches over the distance of points that are near each other, as most in a plan are.
+_NEAR = 10.0
 # The matrix product of oneDNN, of float32 only, where torch was built with it. On AMD's processors
 # it takes half of the time of MKL's.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -54,12 +56,21 @@ def inner_products(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def rounding(x: Tensor, y: Tensor, p: int, dtype: torch.dtype) -> float:
-    """Return a bound on the error of the costs in ``dtype``, in their unit; reads back."""
-    reach, eps = (
-        max(float(points.square().sum(-1).max()) for points in (x, y)),
-        torch.finfo(dtype).eps,
-    )
+    """Return a bound on the error of the costs in ``dtype``, in their unit; reads back.
+
+    Distances that come from products lose more where points nearly meet; see `worst_rounding`.
+    """
+    reach = max(float(points.square().sum(-1).max()) for points in (x, y))
     lost = 2.0 * reach if p == 2 else 2.0 * reach**0.5
-    if p == 1 and x.shape[-1] > DIFFERENCES:
-        lost *= eps**-0.5
-    return lost * eps
+    return lost * torch.finfo(dtype).eps * (_NEAR if _from_products(x, p) else 1.0)
+
+
+def worst_rounding(x: Tensor, y: Tensor, p: int, dtype: torch.dtype) -> float:
+    """Return `rounding` at points that meet."""
+    worse = torch.finfo(dtype).eps ** -0.5 / _NEAR if _from_products(x, p) else 1.0
+    return rounding(x, y, p, dtype) * worse
+
+
+def _from_products(x: Tensor, p: int) -> bool:
+    """Whether distances are roots of what is left of products."""
+    return p == 1 and x.shape[-1] > DIFFERENCES

@@ -13,12 +13,14 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checks import broadcast_shapes, is_readable
 from .blocks import Exponents, rows_of_clouds
-from .costs import rounding
+from .costs import rounding, worst_rounding
 from .dense import LOG2_E, DenseKernel, following
 
 # Error of an exponent that a rough round may make.
@@ -74,7 +76,7 @@ class StreamedKernel:
         """
         if not is_readable(self.x) or self._dtype != torch.float64 or not self.x.numel():
             return None
-        if rounding(self.x, self.y, self.p, torch.float32) > _ROUGH * epsilon:
+        if worst_rounding(self.x, self.y, self.p, torch.float32) > _ROUGH * epsilon:
             return None
         return StreamedKernel(self.x, self.y, self.p, torch.float32)
 
@@ -174,6 +176,33 @@ class StreamedKernel:
             torch.sub(pull, rows[at], out=rows[at])
             del block  # see `_blocks`
         return less, error.mul_(self.unit).view(shape[:-1])
+
+    def entries(
+        self, epsilon: float, f: Tensor, g: Tensor, depth: float, most: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]] | None:  # fmt: skip
+        """Return i, j and C_ij where ``exp((f_i + g_j - C_ij) / eps)`` is above ``exp(-depth)``.
+
+        For one row whose g answers f: those left out carry less than ``exp(-depth)`` of its mass.
+        What is as large beside the largest one of its row is in too. None if they are many more
+        than ``most``.
+        """
+        scale, found, count, m = LOG2_E / epsilon, [], 0, self.y.shape[-2]
+        for _, exponents in self._exponents(
+            epsilon, scale * f, scale * g, f.shape[:-1], whole=True
+        ):
+            rows = max(exponents.size // m, 1)
+            for start in range(0, len(f), rows):
+                points = slice(start, min(start + rows, len(f)))
+                for _, exponent, _ in exponents.walk(points, slice(0, m)):
+                    least = exponent.amax(-1, keepdim=True).clamp_(max=0.0) - LOG2_E * depth
+                    i, j = (exponent > least).nonzero(as_tuple=True)
+                    count += len(i)
+                    if count * len(f) > 2 * most * points.stop:  # nor will it be
+                        return None
+                    cost = f[points][i] + g[j] - exponent[i, j] / scale
+                    found.append((i + start, j, cost))
+        every = [torch.cat(parts).numpy() for parts in zip(*found, strict=True)]
+        return every[0], every[1], every[2]
 
     def _above_diagonal(
         self, epsilon: float, height: Tensor, lead: torch.Size
