@@ -97,14 +97,14 @@ def _descend_row(
         return None
     near = Progress(_SETTLED)  # else links that must carry more are missing
     at = settle(kernel, Station(f, met, 0, None), log_a, log_b, epsilon, near, _ROUNDS)
-    met, rounds, error, trials = at.g, at.rounds, at.error, 0
-    if at.f is not None:
-        f = at.f
+    if at.f is None or at.error is None or not at.error <= _ON_THE_WAY:
+        return None
+    f, met, rounds, error, trials = at.f, at.g, at.rounds, at.error, 0
     while rounds < options.max_iterations and trials < _TRIALS:
         found = kernel.entries(epsilon, f, met, depth, most)
         if found is None or len(np.unique(found[1])) < len(met):  # sums of columns underflow
             return None
-        if error is not None and error <= _ON_THE_WAY:
+        if error <= _ON_THE_WAY:
             epsilon, trials = max(_NEXT * epsilon, target), trials if epsilon == target else 0
         plan = _Plan(*found, log_a.exp().numpy(), b.numpy())
         tol = _EXACT * (options.tol if epsilon == target else _ON_THE_WAY)
