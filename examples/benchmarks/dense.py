@@ -3,12 +3,11 @@
     python examples/benchmarks/dense.py [--threads 1] [--quick] [--large]
 
 Two clouds of N points, the means half a deviation apart, float32, forward and backward, p = 2 and
-1, blur a twentieth of the box's diagonal. geomloss (tensorized) runs its default annealing; ours runs
-the same one with as many updates of the potentials (``iterations``), and once more until it has
-converged. Errors
-are relative, against float64 at tol 1e-10. The peak is the most memory that the CPU allocator gave
-out at a time during a call, the inputs not counted. Last, blurs of a hundredth and a thousandth of
-the diagonal, to convergence, by ourselves.
+1, blur a twentieth of the box's diagonal. geomloss (tensorized) runs its default annealing; ours
+runs the same one with as many updates of the potentials (``iterations``), and once more until it
+has converged. Errors are relative, against float64 at tol 1e-10. The peak is the most memory that
+the CPU allocator gave out at a time during a call, the inputs not counted. Last, blurs of a
+hundredth and a thousandth of the diagonal, to convergence, by ourselves.
 """
 
 from __future__ import annotations
