@@ -19,13 +19,16 @@ if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
     _ONEDNN = None
 
 
-def costs(x: Tensor, y: Tensor, p: int) -> Tensor:
-    """Return ``|x_i - y_j|^p / p`` of x (*, N, D) and y (*, M, D), (*, N, M)."""
+def costs(x: Tensor, y: Tensor, p: int, *, rough: bool = False) -> Tensor:
+    """Return ``|x_i - y_j|^p / p`` of x (*, N, D) and y (*, M, D), (*, N, M).
+
+    Rough ones may be as far off where points meet as `worst_rounding` says.
+    """
     if x.shape[-1] <= DIFFERENCES:
         square = squares_of_differences(x, y)
         return square.mul_(0.5) if p == 2 else square.sqrt_()
     if p == 1:
-        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+        return torch.cdist(x, y, compute_mode=f"{'' if rough else 'donot_'}use_mm_for_euclid_dist")
     norms = [0.5 * points.square().sum(-1) for points in (x, y)]
     cost = inner_products(x, y).neg_()
     return cost.add_(norms[0][..., :, None]).add_(norms[1][..., None, :]).clamp_(min=0.0)

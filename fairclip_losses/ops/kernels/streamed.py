@@ -87,7 +87,7 @@ class StreamedKernel:
         if quick is None or rows * self.x.shape[-2] * self.y.shape[-2] > _FEW:
             return quick or self
         x = self.x.float()
-        return DenseKernel(x, x if self.y is self.x else self.y.float(), self.p)
+        return DenseKernel(x, x if self.y is self.x else self.y.float(), self.p, rough=True)
 
     def softmin(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """See `DenseKernel.softmin`."""
