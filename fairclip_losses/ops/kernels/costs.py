@@ -28,7 +28,11 @@ def costs(x: Tensor, y: Tensor, p: int, *, rough: bool = False) -> Tensor:
         square = squares_of_differences(x, y)
         return square.mul_(0.5) if p == 2 else square.sqrt_()
     if p == 1:
-        return torch.cdist(x, y, compute_mode=f"{'' if rough else 'donot_'}use_mm_for_euclid_dist")
+        mode = "use_mm_for_euclid_dist" if rough else "donot_use_mm_for_euclid_dist"
+        distance = torch.cdist(x, y, compute_mode=mode)
+        if rough and x is y:
+            distance.diagonal(dim1=-2, dim2=-1).zero_()
+        return distance
     norms = [0.5 * points.square().sum(-1) for points in (x, y)]
     cost = inner_products(x, y).neg_()
     return cost.add_(norms[0][..., :, None]).add_(norms[1][..., None, :]).clamp_(min=0.0)

@@ -13,9 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checks import broadcast_shapes, is_readable
@@ -177,33 +175,6 @@ class StreamedKernel:
             del block  # see `_blocks`
         return less, error.mul_(self.unit).view(shape[:-1])
 
-    def entries(
-        self, epsilon: float, f: Tensor, g: Tensor, depth: float, most: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]] | None:  # fmt: skip
-        """Return i, j and C_ij where ``exp((f_i + g_j - C_ij) / eps)`` is above ``exp(-depth)``.
-
-        For one row whose g answers f: those left out carry less than ``exp(-depth)`` of its mass.
-        What is as large beside the largest one of its row is in too. None if they are many more
-        than ``most``.
-        """
-        scale, found, count, m = LOG2_E / epsilon, [], 0, self.y.shape[-2]
-        for _, exponents in self._exponents(
-            epsilon, scale * f, scale * g, f.shape[:-1], whole=True
-        ):
-            rows = max(exponents.size // m, 1)
-            for start in range(0, len(f), rows):
-                points = slice(start, min(start + rows, len(f)))
-                for _, exponent, _ in exponents.walk(points, slice(0, m)):
-                    least = exponent.amax(-1, keepdim=True).clamp_(max=0.0) - LOG2_E * depth
-                    i, j = (exponent > least).nonzero(as_tuple=True)
-                    count += len(i)
-                    if count * len(f) > 2 * most * points.stop:  # nor will it be
-                        return None
-                    cost = f[points][i] + g[j] - exponent[i, j] / scale
-                    found.append((i + start, j, cost))
-        every = [torch.cat(parts).numpy() for parts in zip(*found, strict=True)]
-        return every[0], every[1], every[2]
-
     def _above_diagonal(
         self, epsilon: float, height: Tensor, lead: torch.Size
     ) -> Iterator[tuple[int, int, int, Tensor]]:
@@ -212,7 +183,7 @@ class StreamedKernel:
         Each has its row of heights, the rows from start to stop and all columns from start on.
         """
         n = self.x.shape[-2]
-        for rows, exponents in self._exponents(epsilon, height, height, lead, whole=False):
+        for rows, exponents in self.exponents(epsilon, height, height, lead, whole=False):
             stop = 0
             while stop < n:
                 start, stop = stop, min(stop + max(exponents.size // (n - stop), 1), n)
@@ -231,7 +202,7 @@ class StreamedKernel:
         """Walk through the kernel, its rows scaled by a near potential or by their largest."""
         scale = LOG2_E / epsilon
         rows, columns = 0.0 * scale if near is None else scale * near, log_b * LOG2_E + scale * g
-        for here, exponents in self._exponents(epsilon, rows, columns, lead, whole=True):
+        for here, exponents in self.exponents(epsilon, rows, columns, lead, whole=True):
             n, m = self.x.shape[-2], self.y.shape[-2]
             count = max(exponents.size // m, 1)
             for start in range(0, n, count):
@@ -246,7 +217,7 @@ class StreamedKernel:
                     yield _Block(here[row], points, exponents, weight, total, power, distance)
                     del exponent, weight, distance  # the memory, before the next ones take more
 
-    def _exponents(
+    def exponents(
         self, epsilon: Tensor | float, rows: Tensor | float, columns: Tensor, lead: torch.Size,
         *, whole: bool,
     ) -> Iterator[tuple[list[int], Exponents]]:  # fmt: skip

@@ -16,11 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
-from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
 from ..checks import broadcast_shapes
+from ..kernels.entries import large_entries
 from ..kernels.streamed import StreamedKernel
 from ..options import SinkhornOptions
 from .progress import Progress, marginal_error
@@ -93,7 +92,7 @@ def _descend_row(
     target, b, depth = options.epsilon, log_b.exp(), -math.log(_LEFT_OUT * options.tol)
     f, met = f[here], met[there]
     most = _ENTRIES * (len(log_a) + len(log_b))
-    if kernel.entries(epsilon, f, met, depth, most) is None:
+    if large_entries(kernel, epsilon, f, met, depth, most) is None:
         return None
     near = Progress(_SETTLED)  # else links that must carry more are missing
     at = settle(kernel, Station(f, met, 0, None), log_a, log_b, epsilon, near, _ROUNDS)
@@ -101,7 +100,7 @@ def _descend_row(
         return None
     f, met, rounds, error, trials = at.f, at.g, at.rounds, at.error, 0
     while rounds < options.max_iterations and trials < _TRIALS:
-        found = kernel.entries(epsilon, f, met, depth, most)
+        found = large_entries(kernel, epsilon, f, met, depth, most)
         if found is None or len(np.unique(found[1])) < len(met):  # sums of columns underflow
             return None
         if error <= _ON_THE_WAY:
@@ -151,8 +150,8 @@ class _Plan:
             miss = a - reached
             if np.abs(miss).sum() <= tol:
                 return f, g, taken
-            half = csr_array((share * root_b[j] / root_a[i], (i, j)), shape=(len(a), len(b)))
-            step = _step(half, reached / a + damping, miss / root_a, root_a) / root_a
+            half = share * root_b[j] / root_a[i]
+            step = self._step(half, reached / a + damping, miss / root_a, root_a) / root_a
             candidate = f + epsilon * np.clip(step - a @ step, -_LONGEST, _LONGEST)
             met = self._answer(candidate, epsilon)
             candidate = self._answer_back(met, epsilon)
@@ -162,6 +161,25 @@ class _Plan:
             f, damping = (candidate, damping / 10) if better else (plain, damping * 10)
             damping, g = min(max(damping, _LEAST_DAMPING), 1e3), self._answer(f, epsilon)
         return f, g, _STEPS
+
+    def _step(self, half: Array, diagonal: Array, right: Array, null: Array) -> Array:
+        """Solve ``(diag - H H^T + null null^T) step = right`` as nearly as is worth it."""
+        # here, as importing it changes the filters of warnings
+        from scipy.sparse import csr_array
+        from scipy.sparse.linalg import LinearOperator, cg
+
+        n, m = len(self._a), len(self._b)
+        there = csr_array((half, (self._i, self._j)), shape=(n, m))
+        back = there.T.tocsr()
+        own = np.maximum(diagonal - np.bincount(self._i, half * half, n), 1e-3 * diagonal)
+
+        def product(v: Array) -> Array:
+            return diagonal * v - there @ (back @ v) + null * (null @ v)
+
+        matrix = LinearOperator((n, n), matvec=product, dtype=float)
+        inverse = LinearOperator((n, n), matvec=lambda v: v / own, dtype=float)
+        step, _ = cg(matrix, right, rtol=_RESIDUAL, maxiter=_PRODUCTS, M=inverse)
+        return np.asarray(step)
 
 
 class _Order:
@@ -178,16 +196,3 @@ class _Order:
         total = np.bincount(self._point, np.exp(values - most[self._point]), len(most))
         most += np.log(total)
         return most
-
-
-def _step(half: csr_array, diagonal: Array, right: Array, null: Array) -> Array:
-    """Solve ``(diag - half half^T + null null^T) step = right`` as nearly as is worth it."""
-    back = half.T.tocsr()
-    own = np.maximum(diagonal - np.asarray(half.multiply(half).sum(1)), 1e-3 * diagonal)
-    size = (len(right), len(right))
-    matrix = LinearOperator(
-        size, matvec=lambda v: diagonal * v - half @ (back @ v) + null * (null @ v), dtype=float
-    )
-    inverse = LinearOperator(size, matvec=lambda v: v / own, dtype=float)
-    step, _ = cg(matrix, right, rtol=_RESIDUAL, maxiter=_PRODUCTS, M=inverse)
-    return np.asarray(step)
