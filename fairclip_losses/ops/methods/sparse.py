@@ -174,7 +174,8 @@ class _Plan:
         own = np.maximum(diagonal - np.bincount(self._i, half * half, n), 1e-3 * diagonal)
 
         def product(v: Array) -> Array:
-            return diagonal * v - there @ (back @ v) + null * (null @ v)
+            image: Array = diagonal * v - there @ (back @ v) + null * (null @ v)
+            return image
 
         matrix = LinearOperator((n, n), matvec=product, dtype=float)
         inverse = LinearOperator((n, n), matvec=lambda v: v / own, dtype=float)
