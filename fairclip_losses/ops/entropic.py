@@ -8,15 +8,22 @@ import torch
 from torch import Tensor
 
 from .host import solve_on_host, suits_host_solver
+from .kernels.streamed import StreamedKernel
 from .options import SinkhornOptions
 from .problem import Measure, Side, solve_between, solve_within
 from .solution import EntropicSolution
 
+# Largest estimate of what rounding makes of a gradient in float32, relative to it.
+_LOST = 1e-5
+
 
 def solve_entropic(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, wanted: Sequence[bool]
-) -> EntropicSolution:
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, wanted: Sequence[bool],
+    single: bool = False,
+) -> EntropicSolution:  # fmt: skip
     """Solve for points x (*, N, D), y (*, M, D) and weights a (*, N), b (*, M) of sum one.
+
+    With ``single``, gradients in the points need the digits of float32 only.
 
     Envelope theorem: x_i moves by ``a_i (pull towards b - pull towards a itself)``, and the
     derivative in a is f, up to a constant that normalising the weights removes.
@@ -35,8 +42,8 @@ def solve_entropic(
     return EntropicSolution(
         cost,
         (
-            _points_slope(a, side_a, self_a, options) if wanted[0] else None,
-            _points_slope(b, side_b, self_b, options) if wanted[1] else None,
+            _points_slope(a, side_a, self_a, options, single) if wanted[0] else None,
+            _points_slope(b, side_b, self_b, options, single) if wanted[1] else None,
             _weights_slope(side_a, self_a) if wanted[2] else None,
             _weights_slope(side_b, self_b) if wanted[3] else None,
         ),
@@ -50,10 +57,30 @@ def solve_entropic(
 
 
 def _points_slope(
-    weights: Tensor, side: Side, own: Side | None, options: SinkhornOptions
+    weights: Tensor, side: Side, own: Side | None, options: SinkhornOptions, single: bool
 ) -> Tensor:
-    less = None if own is None else own.pull(options.epsilon)
-    return side.pull(options.epsilon, less).mul_(weights[..., None])
+    slope = _slope_in_single(weights, side, own, options.epsilon) if single else None
+    if slope is None:
+        less = None if own is None else own.pull(options.epsilon)
+        slope = side.pull(options.epsilon, less).mul_(weights[..., None])
+    return slope
+
+
+def _slope_in_single(
+    weights: Tensor, side: Side, own: Side | None, epsilon: float
+) -> Tensor | None:
+    """Return `_points_slope` of blocks in float32, or None where their rounding may show in it."""
+    slope, lost = None, torch.zeros_like(weights)
+    for each in (side,) if own is None else (own, side):
+        kernel = each.kernel.single(epsilon) if isinstance(each.kernel, StreamedKernel) else None
+        if kernel is None:
+            return None
+        slope, error = kernel.pull_and_error(epsilon, each.log_weights, each.other, slope)
+        lost = lost + (weights * error).square()
+    assert slope is not None  # there is a side
+    slope.mul_(weights.to(slope.dtype)[..., None])
+    known = lost.sum(-1).sqrt() <= _LOST * torch.linalg.matrix_norm(slope)
+    return slope if bool(known.all()) else None
 
 
 def _weights_slope(side: Side, own: Side | None) -> Tensor:

@@ -127,7 +127,7 @@ def sinkhorn_divergence(
     with torch.autocast(x.device.type, enabled=False):
         problem = prepare(x, y, a, b, validate)
         cost = _Divergence.apply(
-            problem.x, problem.y, problem.a, problem.b, options,
+            problem.x, problem.y, problem.a, problem.b, options, problem.result == torch.float32,
             *(_graph_of(entry) for entry in (problem.x, problem.y, problem.a, problem.b)),
         )  # fmt: skip
         assert isinstance(cost, Tensor)
@@ -206,7 +206,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, options: SinkhornOptions,
-        *graphs: Tensor | None,
+        single: bool, *graphs: Tensor | None,
     ) -> Tensor:  # fmt: skip
         wants_x, wants_y, *wants_weights = ctx.needs_input_grad[:4]
         if options.blur == 0:
@@ -226,7 +226,7 @@ class _Divergence(torch.autograd.Function):
                 cost, found = solve_compiled(x, other, a, b, options, any(wants_weights))
                 slopes = [s if want else None for s, want in zip(found, wanted, strict=True)]
             else:
-                entropic = solve_entropic(x, other, a, b, options, wanted)
+                entropic = solve_entropic(x, other, a, b, options, wanted, single)
                 cost, slopes = entropic.cost, list(entropic.slopes)
         if y is None and slopes[0] is not None and slopes[1] is not None:
             slopes[:2] = [slopes[0] + slopes[1], None]
@@ -244,4 +244,4 @@ class _Divergence(torch.autograd.Function):
                     continue
                 scale = grad[..., None, None] if k < 2 else grad[..., None]
                 grads[k] = (slope.to(grad.dtype) * scale).sum_to_size(shape)
-        return (*_refuse_second(grads, graphs), *[None] * 5)
+        return (*_refuse_second(grads, graphs), *[None] * 6)

@@ -10,6 +10,8 @@ from ..checks import is_readable
 # Largest D for which costs come from differences, not from products: those lose half of the digits
 # of the distance of points much nearer to each other than to the mean.
 DIFFERENCES = 8
+# Reaches over the distance of points that are near each other, as most in a plan are.
+_NEAR = 10.0
 # The matrix product of oneDNN, of float32 only, where torch was built with it. On AMD's processors
 # it takes half of the time of MKL's.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -17,13 +19,20 @@ if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
     _ONEDNN = None
 
 
-def costs(x: Tensor, y: Tensor, p: int) -> Tensor:
-    """Return ``|x_i - y_j|^p / p`` of x (*, N, D) and y (*, M, D), (*, N, M)."""
+def costs(x: Tensor, y: Tensor, p: int, *, rough: bool = False) -> Tensor:
+    """Return ``|x_i - y_j|^p / p`` of x (*, N, D) and y (*, M, D), (*, N, M).
+
+    Rough ones may be as far off where points meet as `worst_rounding` says.
+    """
     if x.shape[-1] <= DIFFERENCES:
         square = squares_of_differences(x, y)
         return square.mul_(0.5) if p == 2 else square.sqrt_()
     if p == 1:
-        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+        mode = "use_mm_for_euclid_dist" if rough else "donot_use_mm_for_euclid_dist"
+        distance = torch.cdist(x, y, compute_mode=mode)
+        if rough and x is y:
+            distance.diagonal(dim1=-2, dim2=-1).zero_()
+        return distance
     norms = [0.5 * points.square().sum(-1) for points in (x, y)]
     cost = inner_products(x, y).neg_()
     return cost.add_(norms[0][..., :, None]).add_(norms[1][..., None, :]).clamp_(min=0.0)
@@ -54,12 +63,21 @@ def inner_products(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def rounding(x: Tensor, y: Tensor, p: int, dtype: torch.dtype) -> float:
-    """Return a bound on the error of the costs in ``dtype``, in their unit; reads back."""
-    reach, eps = (
-        max(float(points.square().sum(-1).max()) for points in (x, y)),
-        torch.finfo(dtype).eps,
-    )
+    """Return a bound on the error of the costs in ``dtype``, in their unit; reads back.
+
+    Distances that come from products lose more where points nearly meet; see `worst_rounding`.
+    """
+    reach = max(float(points.square().sum(-1).max()) for points in (x, y))
     lost = 2.0 * reach if p == 2 else 2.0 * reach**0.5
-    if p == 1 and x.shape[-1] > DIFFERENCES:
-        lost *= eps**-0.5
-    return lost * eps
+    return lost * torch.finfo(dtype).eps * (_NEAR if _from_products(x, p) else 1.0)
+
+
+def worst_rounding(x: Tensor, y: Tensor, p: int, dtype: torch.dtype) -> float:
+    """Return `rounding` at points that meet."""
+    worse = torch.finfo(dtype).eps ** -0.5 / _NEAR if _from_products(x, p) else 1.0
+    return rounding(x, y, p, dtype) * worse
+
+
+def _from_products(x: Tensor, p: int) -> bool:
+    """Whether distances are roots of what is left of products."""
+    return p == 1 and x.shape[-1] > DIFFERENCES

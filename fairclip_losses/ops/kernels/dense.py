@@ -50,10 +50,10 @@ class DenseKernel:
         """Whether so many costs may stay in memory."""
         return n * m <= _MOST_COSTS
 
-    def __init__(self, x: Tensor, y: Tensor, p: int) -> None:
+    def __init__(self, x: Tensor, y: Tensor, p: int, *, rough: bool = False) -> None:
         self.x, self.y, self.p = x, y, p
         self._gibbs: _Gibbs | None = None
-        self.cost = costs(x, y, p)
+        self.cost = costs(x, y, p, rough=rough)
 
     @cached_property
     def rounding(self) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checks import broadcast_shapes, is_readable
 from .blocks import Exponents, rows_of_clouds
-from .costs import rounding
+from .costs import rounding, worst_rounding
 from .dense import LOG2_E, DenseKernel, following
 
 # Error of an exponent that a rough round may make.
@@ -35,8 +35,7 @@ class _Block(NamedTuple):
 
     row: int  # of the flattened leading dimensions
     points: slice  # of x
-    x: Tensor  # (n, D)
-    y: Tensor  # (M, D)
+    exponents: Exponents  # between this pair of clouds
     weight: Tensor  # (n, M), b_j exp((g_j - C_ij) / eps) by some power of two, overwritten later
     total: Tensor  # (n,), its sum over j
     power: Tensor | float  # (n,) that power
@@ -68,21 +67,25 @@ class StreamedKernel:
         """See `DenseKernel.unit`."""
         return torch.finfo(self._dtype).eps
 
-    def rough(self, epsilon: float, lead: Sequence[int]) -> StreamedKernel | DenseKernel:
-        """Return the kernel in float32 where its exponents keep two digits at epsilon, or itself.
+    def single(self, epsilon: float) -> StreamedKernel | None:
+        """Return the kernel in float32, or None where its exponents would keep no two digits.
 
-        All costs are in memory where that is little, under rows ``lead`` of weights. The reach of
-        the points is read back, so elsewhere than on the host it is itself too.
+        The reach of the points is read back, so elsewhere than on the host it is None too.
         """
         if not is_readable(self.x) or self._dtype != torch.float64 or not self.x.numel():
-            return self
-        if rounding(self.x, self.y, self.p, torch.float32) > _ROUGH * epsilon:
-            return self
+            return None
+        if worst_rounding(self.x, self.y, self.p, torch.float32) > _ROUGH * epsilon:
+            return None
+        return StreamedKernel(self.x, self.y, self.p, torch.float32)
+
+    def rough(self, epsilon: float, lead: Sequence[int]) -> StreamedKernel | DenseKernel:
+        """Return the kernel of `single`, or itself; in memory if small under rows ``lead``."""
+        quick = self.single(epsilon)
         rows = math.prod(broadcast_shapes(self.x.shape[:-2], self.y.shape[:-2], lead))
-        if rows * self.x.shape[-2] * self.y.shape[-2] > _FEW:
-            return StreamedKernel(self.x, self.y, self.p, torch.float32)
+        if quick is None or rows * self.x.shape[-2] * self.y.shape[-2] > _FEW:
+            return quick or self
         x = self.x.float()
-        return DenseKernel(x, x if self.y is self.x else self.y.float(), self.p)
+        return DenseKernel(x, x if self.y is self.x else self.y.float(), self.p, rough=True)
 
     def softmin(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """See `DenseKernel.softmin`."""
@@ -109,6 +112,7 @@ class StreamedKernel:
             log2_sum[block.row, block.points] = block.total.log2() + block.power
             share = a[block.row, block.points] / block.total
             reached[block.row].addmv_(block.weight.T, share)
+            del block  # see `_blocks`
         if near is not None and not bool((log2_sum.abs() < _RANGE).all()):
             return self.sweep(epsilon, log_a, log_b, g)
         f = log2_sum.view(*lead, -1).mul(-epsilon / LOG2_E)
@@ -130,7 +134,7 @@ class StreamedKernel:
         a = log_a.exp().to(self._dtype).expand(*lead, -1).reshape(-1, log_a.shape[-1])
         sums = torch.zeros_like(a)
         height = torch.where(there, LOG2_E / epsilon * f, -torch.inf)
-        for row, _, start, stop, kernel in self._above_diagonal(epsilon, height, lead):
+        for row, start, stop, kernel in self._above_diagonal(epsilon, height, lead):
             sums[row, start:stop].addmv_(kernel, a[row, start:])
             sums[row, stop:].addmv_(kernel[:, stop - start :].T, a[row, start:stop])
         sums = sums.view(*lead, -1).to(f.dtype)
@@ -149,61 +153,42 @@ class StreamedKernel:
 
     def pull(self, epsilon: float, log_b: Tensor, g: Tensor, less: Tensor | None = None) -> Tensor:
         """See `DenseKernel.pull`; ``less`` is subtracted, and its memory used."""
+        return self.pull_and_error(epsilon, log_b, g, less)[0]
+
+    def pull_and_error(
+        self, epsilon: float, log_b: Tensor, g: Tensor, less: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`pull` with an estimate of what rounding makes of each row, (*, N)."""
         lead = self._lead(log_b, g)
-        if self.p == 2 and self.x is self.y and less is None and is_readable(self.x):
-            pull = self._pull_on_itself(epsilon, log_b, g, lead)
-            if math.isfinite(float(pull.sum())):
-                return pull
         shape = (*lead, *self.x.shape[-2:])
         if less is None or less.shape != shape:
-            less = self.x.new_zeros(shape) if less is None else less.expand(shape).clone()
-        pull = less
-        rows = pull.view(-1, *pull.shape[-2:])
+            zeros = self.x.new_zeros(shape, dtype=self._dtype)
+            less = zeros if less is None else less.expand(shape).clone()
+        rows = less.view(-1, *shape[-2:])
+        error = rows.new_empty(rows.shape[:2])
         for block in self._blocks(epsilon, log_b, g, None, lead):
-            weight, total = block.weight, block.total[:, None]
-            if block.distance is not None:  # unit vectors, and 0 where the points meet
-                weight.div_(block.distance).masked_fill_(block.distance == 0, 0.0)
-                towards = weight.sum(-1, keepdim=True) * block.x - weight @ block.y
-                towards.div_(total)
-            else:
-                towards = block.x - weight @ block.y / total
-            torch.sub(towards, rows[block.row, block.points], out=rows[block.row, block.points])
-        return pull
-
-    def _pull_on_itself(self, epsilon: float, log_a: Tensor, f: Tensor, lead: torch.Size) -> Tensor:
-        """``pull`` where y is x and p is 2, from the blocks above the diagonal.
-
-        They are those of the plan, ``a_i a_j exp((f_i + f_j - C_ij) / eps)``.
-        """
-        height = LOG2_E * (log_a + f / epsilon)
-        mean = self.x.new_zeros(math.prod(lead), *self.x.shape[-2:])
-        total = mean.new_zeros(mean.shape[:2])
-        for row, x, start, stop, plan in self._above_diagonal(epsilon, height, lead):
-            right = plan[:, stop - start :]
-            total[row, start:stop] += plan.sum(-1)
-            total[row, stop:] += right.sum(0)
-            mean[row, start:stop].addmm_(plan, x[start:])
-            mean[row, stop:].addmm_(right.T, x[start:stop])
-        # where next to no mass is, nothing is pulled
-        mean.div_(torch.where(total > 0, total, 1.0)[..., None])
-        mean = mean.view(*lead, *mean.shape[-2:])
-        return torch.sub(self.x, mean, out=mean)
+            at = (block.row, block.points)
+            pull, error[at] = block.exponents.pull(
+                block.points, block.weight, block.total, block.distance
+            )
+            torch.sub(pull, rows[at], out=rows[at])
+            del block  # see `_blocks`
+        return less, error.mul_(self.unit).view(shape[:-1])
 
     def _above_diagonal(
         self, epsilon: float, height: Tensor, lead: torch.Size
-    ) -> Iterator[tuple[int, Tensor, int, int, Tensor]]:
+    ) -> Iterator[tuple[int, int, int, Tensor]]:
         """Yield blocks of ``2^(h_i + h_j) exp(-C_ij / eps)`` where y is x.
 
-        Each has its row of heights, the points, the rows from start to stop and all columns from
-        start on.
+        Each has its row of heights, the rows from start to stop and all columns from start on.
         """
         n = self.x.shape[-2]
-        for rows, exponents in self._exponents(epsilon, height, height, lead):
+        for rows, exponents in self.exponents(epsilon, height, height, lead, whole=False):
             stop = 0
             while stop < n:
                 start, stop = stop, min(stop + max(exponents.size // (n - stop), 1), n)
                 for row, power, _ in exponents.walk(slice(start, stop), slice(start, n)):
-                    yield rows[row], exponents.x, start, stop, power.exp2_()
+                    yield rows[row], start, stop, power.exp2_()
 
     def _lead(self, log_b: Tensor, g: Tensor) -> torch.Size:
         return broadcast_shapes(
@@ -217,23 +202,25 @@ class StreamedKernel:
         """Walk through the kernel, its rows scaled by a near potential or by their largest."""
         scale = LOG2_E / epsilon
         rows, columns = 0.0 * scale if near is None else scale * near, log_b * LOG2_E + scale * g
-        for here, exponents in self._exponents(epsilon, rows, columns, lead):
-            x, y = exponents.x, exponents.y
-            count = max(exponents.size // max(y.shape[0], 1), 1)
-            for start in range(0, x.shape[0], count):
-                points = slice(start, min(start + count, x.shape[0]))
-                for row, exponent, distance in exponents.walk(points, slice(0, y.shape[0])):
+        for here, exponents in self.exponents(epsilon, rows, columns, lead, whole=True):
+            n, m = self.x.shape[-2], self.y.shape[-2]
+            count = max(exponents.size // m, 1)
+            for start in range(0, n, count):
+                points = slice(start, min(start + count, n))
+                for row, exponent, distance in exponents.walk(points, slice(0, m)):
                     power: Tensor | float = 0.0
                     if near is None:
                         power = exponent.amax(-1)
                         exponent.sub_(power[:, None])
                     weight = exponent.exp2_()
                     total = weight.sum(-1)
-                    yield _Block(here[row], points, x[points], y, weight, total, power, distance)
+                    yield _Block(here[row], points, exponents, weight, total, power, distance)
+                    del exponent, weight, distance  # the memory, before the next ones take more
 
-    def _exponents(
-        self, epsilon: Tensor | float, rows: Tensor | float, columns: Tensor, lead: torch.Size
-    ) -> Iterator[tuple[list[int], Exponents]]:
+    def exponents(
+        self, epsilon: Tensor | float, rows: Tensor | float, columns: Tensor, lead: torch.Size,
+        *, whole: bool,
+    ) -> Iterator[tuple[list[int], Exponents]]:  # fmt: skip
         """Yield the exponents of each pair of clouds, with the rows of weights on it."""
         clouds = broadcast_shapes(self.x.shape[:-2], self.y.shape[:-2])
         xs, ys = (points.expand(*clouds, *points.shape[-2:]) for points in (self.x, self.y))
@@ -246,4 +233,5 @@ class StreamedKernel:
             x = xs[cloud]
             y = x if self.x is self.y else ys[cloud]
             scale = scale if scales is None else scales[here[0]]
-            yield here, Exponents(x, y, self.p, scale, rows[here], columns[here], self._dtype)
+            heights = rows[here], columns[here]
+            yield here, Exponents(x, y, self.p, scale, *heights, self._dtype, whole)

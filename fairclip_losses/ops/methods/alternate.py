@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,22 +13,22 @@ from ..kernels.streamed import StreamedKernel
 from ..options import SinkhornOptions
 from .anderson import Anderson
 from .annealing import Annealing, Behind
-from .progress import PATIENCE, Progress, marginal_error
+from .progress import PATIENCE, Progress
+from .sparse import descend
+from .station import Station, settle
 
 # Rounds where nothing may be read back from the device, so that no test can end them.
 _UNWATCHED_ROUNDS = 100
 # Marginal error at which a station on the way down is settled, its most rounds, and the rounds up
 # to which the next one is near enough.
 _TOL_ON_THE_WAY, _ROUNDS_ON_THE_WAY, _EASY = 0.03, 100, 2
-
-
-class _Station(NamedTuple):
-    """Where the rounds at one epsilon ended."""
-
-    f: Tensor | None
-    g: Tensor  # that answers f
-    rounds: int
-    error: float | None  # L1 of the marginals, where it was looked at
+# Stations above which they are settled better where Newton's method may follow: the levels of
+# groups far apart are found at large epsilons only.
+_MANY_STATIONS, _TOL_OF_MANY = 6, 1e-3
+# Rounds at the target before Newton's method on the plan's entries is tried there.
+_BEFORE_NEWTON = 60
+# Of a fixed number of rounds at the target, one of so many is no rough one.
+_PRECISE = 4
 
 
 def alternate(
@@ -54,16 +53,21 @@ def alternate(
     quick: SpaceKernel = kernel
     if isinstance(kernel, StreamedKernel):
         quick = kernel.rough(target, broadcast_shapes(log_a.shape[:-1], log_b.shape[:-1]))
-    at, taken, behind = _Station(None, torch.zeros_like(log_b), 0, None), 0, Behind()
+    many = isinstance(kernel, StreamedKernel) and annealing.rounds > _MANY_STATIONS
+    at, taken, behind = Station(None, torch.zeros_like(log_b), 0, None), 0, Behind()
     for k in range(down):
         epsilon = annealing(k)
         if watched:
             at = at._replace(g=behind.foreseen(quick, at.g, log_a, log_b, epsilon))
-            near = Progress(_TOL_ON_THE_WAY)
-            at = _settle(quick, at, log_a, log_b, epsilon, near, _ROUNDS_ON_THE_WAY)
+            near = Progress(_TOL_OF_MANY if many else _TOL_ON_THE_WAY)
+            at = settle(quick, at, log_a, log_b, epsilon, near, _ROUNDS_ON_THE_WAY)
             behind.pass_by(at.g, epsilon, steep=at.rounds > _EASY)
+            if isinstance(kernel, StreamedKernel) and _EASY < at.rounds < most - taken:
+                solved = descend(kernel, log_a, log_b, options, at, epsilon)
+                if solved is not None:
+                    return *solved[:2], taken + at.rounds + solved.rounds, solved.error
         else:
-            at = _settle(quick, at, log_a, log_b, epsilon, None, 1)
+            at = settle(quick, at, log_a, log_b, epsilon, None, 1)
         taken += at.rounds
         if patience is not None and taken >= patience:
             most = 1
@@ -71,35 +75,28 @@ def alternate(
     progress = Progress(options.tol, kernel.spare * options.tol) if watched else None
     if progress is not None and quick is not kernel:
         progress.patience = PATIENCE
-        at = _settle(quick, at, log_a, log_b, target, progress, most)
+        at = settle(quick, at, log_a, log_b, target, progress, most)
         progress.patience = math.inf
         taken += at.rounds
-    f, g, rounds, error = _settle(kernel, at, log_a, log_b, target, progress, most)
+    elif quick is not kernel and most > 1:
+        at = settle(quick, at, log_a, log_b, target, None, most - math.ceil(most / _PRECISE))
+        taken += at.rounds
+        most -= at.rounds
+    memory = Anderson(log_b, kernel.rounding if progress is not None else 0.0)
+    first = min(most, _BEFORE_NEWTON)
+    at = settle(kernel, at, log_a, log_b, target, progress, first, memory)
+    if at.rounds == first < most:
+        if isinstance(kernel, StreamedKernel) and progress is not None:
+            solved = descend(kernel, log_a, log_b, options, at, target)
+            if solved is not None:
+                return *solved[:2], taken + first + solved.rounds, solved.error
+        assert at.ahead is not None  # a round was taken
+        ahead, taken = at._replace(g=at.ahead), taken + first
+        at = settle(kernel, ahead, log_a, log_b, target, progress, most - first, memory)
+    f, g, rounds, error, _ = at
     assert f is not None  # a round was taken
     if not (
         is_readable(log_b) and bool((log_b > -torch.inf).all())
     ):  # a sweep leaves absent points out
         g = kernel.transposed.softmin(target, log_a, f)
     return f, g, taken + rounds, error
-
-
-def _settle(
-    kernel: SpaceKernel, at: _Station, log_a: Tensor, log_b: Tensor, epsilon: Tensor | float,
-    progress: Progress | None, most: int,
-) -> _Station:  # fmt: skip
-    """Go round at one epsilon, until ``progress`` ends it, ``most`` times at most."""
-    if progress is not None:
-        progress.expect_rounding(kernel, epsilon)
-    memory = Anderson(log_b, kernel.rounding if progress is not None else 0.0)
-    a, b = log_a.exp(), log_b.exp()
-    f, g, *_ = at
-    taken, error = 0, None
-    while taken < most:
-        taken += 1
-        f, following = kernel.sweep(epsilon, log_a, log_b, g, f)
-        if progress is not None:
-            error = marginal_error(b, g, following, epsilon)
-            if progress.ends(error):
-                break
-        g = memory.step(g, following, (a * f).sum(-1) + (b * g).sum(-1), epsilon)
-    return _Station(f, following, taken, error)

@@ -20,8 +20,9 @@ def solve_in_space(
 ) -> tuple[Tensor, Tensor, int]:
     """Return the potentials f and g of ``OT_eps(a, b)`` and the rounds taken.
 
-    Alternate updates are the fastest at most blurs, Newton's method at the smallest ones, for
-    plans that fit in memory. It also is the surer where nobody may look at the convergence.
+    Alternate updates are the fastest at most blurs, Newton's method at the smallest ones: on all
+    costs where they fit in memory, above on the entries that the plan has left. On all costs it
+    also is the surer where nobody may look at the convergence.
     """
     if not (
         isinstance(kernel, DenseKernel)
