@@ -11,6 +11,7 @@ Source: Tang et al. 2024, "Accelerating Sinkhorn algorithm with sparse Newton it
 from __future__ import annotations
 
 import math
+from inspect import signature
 from typing import NamedTuple
 
 import numpy as np
@@ -179,7 +180,10 @@ class _Plan:
 
         matrix = LinearOperator((n, n), matvec=product, dtype=float)
         inverse = LinearOperator((n, n), matvec=lambda v: v / own, dtype=float)
-        step, _ = cg(matrix, right, rtol=_RESIDUAL, maxiter=_PRODUCTS, M=inverse)
+        # SciPy before 1.12 calls it tol
+        relative = "rtol" if "rtol" in signature(cg).parameters else "tol"
+        precision = {relative: _RESIDUAL, "atol": 0.0}
+        step, _ = cg(matrix, right, maxiter=_PRODUCTS, M=inverse, **precision)
         return np.asarray(step)
 
 
