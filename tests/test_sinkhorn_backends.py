@@ -277,16 +277,24 @@ def test_rounds_that_nobody_watches_are_enough(p, n, blur, within):
 
 @pytest.mark.parametrize("p", POWERS)
 @pytest.mark.parametrize("share", [1e-4, 1e-3, 1e-2, 0.1])
-@pytest.mark.parametrize("kind", ["even", "uneven"])
-def test_they_are_enough_for_clusters_and_lonely_points(p, share, kind):
-    """Most scores within some blurs of each other, the others many blurs apart."""
+@pytest.mark.parametrize("kind", ["even", "uneven", "few"])
+@pytest.mark.parametrize("layout", ["clusters", "normal"])
+def test_they_are_enough_for_every_row(p, share, kind, layout):
+    """Clusters and lonely points many blurs apart; groups of half, a third, and some hundredths."""
     draw = torch.Generator().manual_seed(3)
-    near, far = torch.rand(200, generator=draw) < 0.8, 2 * torch.rand(200, generator=draw) - 1
-    x = torch.where(near, 1e-3 * torch.randn(200, generator=draw), far).double()[:, None]
-    even = torch.arange(200) % 3 == torch.arange(3)[:, None]
-    weights = (even if kind == "even" else torch.rand(3, 200, generator=draw) < 0.4).double()
-    due, found = _slopes_watched_or_not(x, weights, p, share * float(x.max() - x.min()))
-    assert float((found - due).norm()) <= 2e-6 * float(due.norm())
+    x = torch.randn(200, 1, generator=draw, dtype=torch.float64)
+    if layout == "clusters":
+        near = torch.rand(200, 1, generator=draw) < 0.8
+        x = torch.where(near, 1e-3 * x, 2 * torch.rand(200, 1, generator=draw) - 1)
+    weights = {
+        "even": torch.arange(200) % 3 == torch.arange(3)[:, None],
+        "uneven": torch.rand(3, 200, generator=draw) < 0.4,
+        "few": torch.bucketize(torch.arange(200), torch.tensor([2, 10, 26]))
+        == torch.arange(4)[:, None],
+    }[kind].double()
+    for row in weights:
+        due, found = _slopes_watched_or_not(x, row[None], p, share * float(x.max() - x.min()))
+        assert float((found - due).norm()) <= 2e-6 * float(due.norm())
 
 
 def _slopes_watched_or_not(x, weights, p, blur):
@@ -294,7 +302,8 @@ def _slopes_watched_or_not(x, weights, p, blur):
 
     def slope():
         points = x.clone().requires_grad_()
-        sinkhorn_divergence(points, points, None, weights, p=p, blur=blur).sum().backward()
+        options = {"p": p, "blur": blur, "tol": 1e-8}
+        sinkhorn_divergence(points, points, None, weights, **options).sum().backward()
         return points.grad
 
     due = slope()

@@ -1,7 +1,8 @@
 """Newton's method on the dual, for problems whose plan fits in memory.
 
 Alternate updates contract by 1 - O(eps) a round, so thousands of rounds lie between a small blur
-and gradients that are right; the semi-dual is smooth and concave, and Newton needs about eight.
+and gradients that are right; the semi-dual is smooth and concave, and Newton needs about eight,
+up to sixteen where groups are small or clusters hardly couple.
 A round costs one exponential per pair of points, one matrix product and one Cholesky factor, of
 which none waits for the device.
 """
@@ -17,9 +18,9 @@ from ..options import SinkhornOptions
 from .annealing import Annealing, Behind
 from .progress import marginal_error
 
-# Longest change of one entry of a potential in a round, in units of epsilon, and the damping of its
-# modes: in the first round and the least.
-_LONGEST = 5.0
+# Longest change of one entry of a potential in the first round, in units of epsilon, by what it
+# grows with a step of use and shrinks with one of none; the damping of modes, first and least.
+_LONGEST, _GROWN, _SHRUNK = 5.0, 2.0, 0.5
 _DAMPING, _LEAST_DAMPING = 1e-3, 1e-12
 # Most points on the smaller side of a problem that Newton's method is used for, and most on a line,
 # where nothing else is as sure.
@@ -63,6 +64,7 @@ def newton_pair(
     # constants are the null space of S: the outer product of the null vector fills it
     null = root_a[..., :, None] * root_a[..., None, :]
     damping = torch.full_like((a * f).sum(-1, keepdim=True), _DAMPING)
+    longest = torch.full_like(damping, _LONGEST)
     for k in range(rounds):
         g, share = back.softmin_and_conditional(epsilon, log_a, f)  # (*, M, N), P / b transposed
         reached = (share.transpose(-1, -2) @ b[..., None])[..., 0]
@@ -76,7 +78,7 @@ def newton_pair(
         diagonal = reached * inverse_root_a.square() + damping
         step = _solve(laplacian, diagonal, miss * inverse_root_a) * inverse_root_a
         step = step - (a * step).sum(-1, keepdim=True)
-        candidate = f + epsilon * step.clamp(-_LONGEST, _LONGEST)
+        candidate = f + epsilon * step.clamp(-longest, longest)
         met = back.softmin(epsilon, log_a, candidate)
         candidate = kernel.softmin(epsilon, log_b, met)
         value = (a * candidate).sum(-1) + (b * met).sum(-1)
@@ -85,6 +87,7 @@ def newton_pair(
         better = (value >= plain_value - slack)[..., None]
         f = torch.where(better, candidate, plain)
         damping = torch.where(better, damping / 10, damping * 10).clamp(_LEAST_DAMPING, 1e3)
+        longest = torch.where(better, _GROWN * longest, _SHRUNK * longest).clamp(min=1.0)
         if done:
             return f, k + 1
     return f, rounds
