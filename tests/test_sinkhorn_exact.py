@@ -127,13 +127,20 @@ def test_a_batch_and_its_groups_are_pots(p, few, batch, seed):
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
 
 
-@every_way
-def test_tied_points_share_the_slope_of_p2(few):
+@contextmanager
+def in_torch():
+    """As where the tensors do not lie on the CPU."""
+    with mock.patch("fairclip_losses.ops.sinkhorn.suits_host", lambda *_: False):
+        yield
+
+
+@pytest.mark.parametrize("way", [at_most(0), at_most(2**16), in_torch()])
+def test_tied_points_share_the_slope_of_p2(way):
     """Points that coincide are drawn towards one place, each by its own weight."""
     x = float64([0.0, 0.0, 0.0, 1.0, 2.0])[:, None].requires_grad_()
     y = float64([[[0.5], [3.0]], [[1.0], [1.0]]]).requires_grad_()
     a, b = float64([0.1, 0.3, 0.1, 0.25, 0.25]), float64([[0.4, 0.6], [0.25, 0.75]])
-    with at_most(few):
+    with way:
         sinkhorn_divergence(x, y, a, b, blur=0).sum().backward()
     # To the rows of y the mass 0.5 at 0 moves on average by (0.4 * 0.5 + 0.1 * 3) / 0.5 and by 1.
     drawn = -0.5 - 0.5
@@ -141,6 +148,22 @@ def test_tied_points_share_the_slope_of_p2(few):
     torch.testing.assert_close(x.grad[:, 0], float64(want))
     by_y = [[0.4 * 0.5, 0.1 * 3 + 0.25 * 2 + 0.25 * 1], [0.0625, 0.1875]]
     torch.testing.assert_close(y.grad[..., 0], float64(by_y))
+
+
+@pytest.mark.parametrize("p", POWERS)
+@settings(max_examples=60, deadline=None)
+@given(cloud=clouds(rows=3))
+def test_ties_are_shared_out_alike_everywhere(p, cloud):
+    """Common points, of which many coincide, each row's weights against all rows' mean."""
+    x, weights = cloud
+    found = []
+    for way in (at_most(2**16), in_torch()):
+        points = x.clone().requires_grad_()
+        with way:
+            cost = sinkhorn_divergence(points, points, weights.mean(0), weights, p=p, blur=0)
+            cost.sum().backward()
+        found.append((cost.detach(), points.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("p", POWERS)

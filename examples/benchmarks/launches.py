@@ -5,7 +5,8 @@
 No GPU is needed: the term is run on tensors without values that say that they lie on a CUDA device.
 So the count is of torch's operators that write something; an operator may be several kernels (a
 sort is), and what a GPU takes for them is another question. `torch.compile` and CUDA graphs launch
-fewer, or all at once. Forward, with a gradient in the scores; backward adds nine.
+fewer, or all at once. Forward, with a gradient in the scores; backward, which only scales what
+forward found, adds some ten.
 """
 
 from __future__ import annotations

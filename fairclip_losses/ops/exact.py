@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .checks import broadcast_shapes
 
-# Cumulative weights nearer to each other are the same.
-_LEVEL = 1e-14
+# Cumulative weights nearer to each other are the same: in units of the last place of 1.
+_LEVEL = 64
 
 
 class ExactSolution(NamedTuple):
@@ -96,11 +96,11 @@ def _solve_by_distribution_functions(
     gap = z.diff(dim=-1)
     excess = levels[..., 1:-1]
     cost = (excess.abs() * gap).sum(-1)
-    ladder = z.contiguous()
-    left = along(levels, torch.searchsorted(ladder, ladder))  # of its run of coinciding points
-    right = along(levels, torch.searchsorted(ladder, ladder, right=True))
-    # (|left| - |right|) / (right - left), and -sign(left) where they are the same
-    total = (left.abs() + right.abs()).clamp_(min=torch.finfo(z.dtype).tiny)
+    runs = _Runs(z)
+    left, right = along(levels, runs.first), along(levels, runs.after)
+    # (|left| - |right|) / (right - left), -sign(left) where they are the same, and 0 where rounding
+    # alone tells them from 0
+    total = (left.abs() + right.abs()).clamp_(min=_LEVEL * torch.finfo(z.dtype).eps)
     grad = surplus * (left + right).neg_().div_(total)
     if not potentials:
         return ExactSolution(cost, grad, None, None, None)
@@ -125,7 +125,7 @@ def _solve_by_quantiles(
     upper_a, upper_b = upper_a.contiguous(), upper_b.contiguous()
     # Place of each point's upper level in the merge; at ties a's level comes first. Potentials, but
     # nothing else, depend on what is a tie: there rounding may not decide.
-    merged_a = upper_a - _LEVEL if potentials else upper_a
+    merged_a = upper_a - _LEVEL * torch.finfo(upper_a.dtype).eps if potentials else upper_a
     place_a = torch.searchsorted(upper_b, merged_a, right=False).add_(steps[1 : n + 1])
     place_b = torch.searchsorted(merged_a, upper_b, right=True).add_(steps[1 : m + 1])
     levels = upper_a.new_zeros(*lead, n + m + 1)
@@ -145,11 +145,14 @@ def _solve_by_quantiles(
 
     pull = mass * (shift.sign() if p == 1 else shift)
     total = torch.nn.functional.pad(pull.cumsum(-1), (1, 0))
-    pulled_a, pulled_b = total.gather(-1, place_a), total.gather(-1, place_b)
-    grad_x = _increments(pulled_a - pulled_b if same_points else pulled_a)
-    grad_y = None if same_points else _increments(pulled_b).neg_()
+    runs_x = _Runs(x)
+    runs_y = runs_x if same_points else _Runs(y)
+    grad_x = runs_x.share_out(total.gather(-1, place_a), upper_a, a)
+    grad_y = runs_y.share_out(total.gather(-1, place_b), upper_b, b).neg_()
+    if same_points:
+        grad_x = grad_x + grad_y
     if not potentials:
-        return ExactSolution(cost, grad_x, grad_y, None, None)
+        return ExactSolution(cost, grad_x, None if same_points else grad_y, None, None)
 
     # Complementary slackness along the walk, f_i(k) + g_j(k) = c(x_i(k), y_j(k)): where the walk
     # leaves i, f changes by what the cost changes against the point of b that it stands on.
@@ -160,7 +163,7 @@ def _solve_by_quantiles(
     change = _ground_cost(points[..., 1:] - anchor, p) - _ground_cost(points[..., :-1] - anchor, p)
     f = torch.nn.functional.pad(change.cumsum(-1), (1, 0))
     g = _ground_cost(shift.gather(-1, ends_b), p) - f.gather(-1, at_a.gather(-1, ends_b))
-    return ExactSolution(cost, grad_x, grad_y, f, g)
+    return ExactSolution(cost, grad_x, None if same_points else grad_y, f, g)
 
 
 def _upper_levels(weights: Tensor) -> Tensor:
@@ -169,9 +172,23 @@ def _upper_levels(weights: Tensor) -> Tensor:
     return levels / levels[..., -1:]
 
 
-def _increments(values: Tensor) -> Tensor:
-    """Return what each entry adds to the one before, the first to 0."""
-    return torch.nn.functional.pad(values, (1, 0)).diff(dim=-1)
+class _Runs:
+    """The runs of coinciding points on a line, the same for each of a run's points."""
+
+    def __init__(self, ordered: Tensor) -> None:
+        ladder = ordered.contiguous()
+        self.first = torch.searchsorted(ladder, ladder)  # how many points lie before the run
+        self.after = torch.searchsorted(ladder, ladder, right=True)  # and up to its end
+
+    def share_out(self, pulled: Tensor, levels: Tensor, weights: Tensor) -> Tensor:
+        """Return the pull of each point, (*, n), from the cumulative pulls and weights.
+
+        Within a run it is shared out by weight: a sort may not tell which points go where.
+        """
+        sums = torch.nn.functional.pad(torch.stack([pulled, levels]), (1, 0))
+        pull, mass = along(sums, self.after) - along(sums, self.first)
+        share: Tensor = weights / mass.clamp_(min=torch.finfo(mass.dtype).tiny)
+        return share.mul_(pull)
 
 
 def _ground_cost(shift: Tensor, p: int) -> Tensor:

@@ -88,12 +88,12 @@ def sinkhorn_divergence(
             own are dense); for p = 2 at O(N) once and then the cost of the points that stand for
             all, about ``5 * diameter / blur`` at most, each with those that it is coupled with.
             Elsewhere, on a line, dense as far as Newton's method goes and all rows have at most
-            2^21 costs (p = 1) or 2^23 (p = 2); above, prefix sums for p = 1. Else, on a GPU,
+            2^21 costs (p = 1) or 2^23 (p = 2), or each 96^2 or 512^2; above, prefix sums for p = 1.
+            Else, on a GPU,
             triton, where the package is there; without it dense up to 512 x 512 costs (D > 1) and
             streamed above.
         validate: look at the values for NaN, infinities and negative weights. None looks on the
-            CPU only, since on an accelerator it waits for the device; there absent points must be
-            finite too.
+            CPU only, since on an accelerator it waits for the device.
 
     Returns:
         Divergences, (*,): float64 for float64 input, else float32 (half precision is computed in
@@ -101,7 +101,8 @@ def sinkhorn_divergence(
 
     Gradients in x, y, a and b follow the envelope theorem: they are read off the converged
     potentials (blur > 0) or the monotone coupling (blur = 0), no iteration is unrolled and O(N)
-    per row is saved. They are once differentiable: a second derivative raises RuntimeError.
+    per row is saved. A point to which no row gives weight is not looked at: the gradient in its
+    weights is as if it lay at the mean. They are once differentiable: a second derivative raises RuntimeError.
 
     Raises:
         ValueError: shapes that do not fit, p not in {1, 2}, blur < 0, blur = 0 with D > 1,

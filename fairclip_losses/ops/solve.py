@@ -34,8 +34,8 @@ def solve_pair(
 ) -> tuple[Tensor, Tensor, int]:
     """Return the potentials f and g of ``OT_eps(a, b)`` and the rounds taken.
 
-    The last update is f's, so ``<a, f> + <b, g>`` is a value of the dual and the error is of 2nd
-    order in that of the potentials.
+    The last update of one of them is a plain one, so ``<a, f> + <b, g>`` is a value of the dual and
+    the error is of 2nd order in that of the potentials.
     """
     x, y = kernel.x, kernel.y
     if x.shape[-1] > 1:
