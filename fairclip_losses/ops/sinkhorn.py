@@ -102,7 +102,8 @@ def sinkhorn_divergence(
     Gradients in x, y, a and b follow the envelope theorem: they are read off the converged
     potentials (blur > 0) or the monotone coupling (blur = 0), no iteration is unrolled and O(N)
     per row is saved. A point to which no row gives weight is not looked at: the gradient in its
-    weights is as if it lay at the mean. They are once differentiable: a second derivative raises RuntimeError.
+    weights is as if it lay at the mean. They are once differentiable: a second derivative raises
+    RuntimeError.
 
     Raises:
         ValueError: shapes that do not fit, p not in {1, 2}, blur < 0, blur = 0 with D > 1,
