@@ -7,14 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "benchmarks"))
 
 from launches import launches
 
-pytestmark = pytest.mark.skipif(
-    not torch.backends.cuda.is_built(), reason="torch was built without CUDA"
-)
+
+def _pretends() -> bool:
+    """Whether tensors without values may say that they lie on a CUDA device that is not there."""
+    try:
+        with FakeTensorMode():
+            torch.empty(1, device="cuda")[:, None].add(1).to(torch.int64)
+    except (AssertionError, RuntimeError):  # torch without CUDA, or of 2.5
+        return False
+    return True
+
+
+pytestmark = pytest.mark.skipif(not _pretends(), reason="this torch asks a fake device for itself")
 
 
 @pytest.mark.parametrize(
@@ -36,9 +46,9 @@ def test_few_launches_and_no_value_read_back(p, blur, groups, n, most):
 
 
 def test_a_value_read_back_would_be_seen(monkeypatch):
-    def reads(scores, *_, **__):
-        return float(scores.sum())
+    def reads(x, *_, **__):
+        return x.sum() * float(x.amax())
 
-    monkeypatch.setattr("fairclip_losses.losses.sinkhorn_fairness.sinkhorn_fairness", reads)
-    with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
+    monkeypatch.setattr("fairclip_losses.functional.fairness.sinkhorn_divergence", reads)
+    with pytest.raises(DataDependentOutputException):
         launches(1, 0.0, 3, 32)

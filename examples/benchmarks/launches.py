@@ -19,7 +19,7 @@ from method import conditions, save
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairclip_losses import SinkhornFairnessLoss
+from fairclip_losses.functional import sinkhorn_fairness
 
 CASES = ((1, 0.0), (2, 0.0), (1, 0.05), (2, 0.05))
 SIZES = ((3, 32), (3, 256), (8, 512), (8, 1024))
@@ -71,13 +71,12 @@ class Launches(TorchDispatchMode):
 
 
 def launches(p: int, blur: float, groups: int, n: int) -> int:
-    """Return those of the forward pass of `SinkhornFairnessLoss` for ``n`` scores."""
+    """Return those of the forward pass of the fairness term for ``n`` scores."""
     with FakeTensorMode():
-        term = SinkhornFairnessLoss(p=p, blur=blur, num_groups=groups).to("cuda")
         scores = torch.empty(n, device="cuda", requires_grad=True)
         codes = torch.empty(n, device="cuda", dtype=torch.int64)
         with Launches() as counted:
-            term(scores, codes)
+            sinkhorn_fairness(scores, codes, (groups,), p=p, blur=blur)
     return counted.count
 
 
