@@ -50,7 +50,7 @@ def diffusion_rounds(
             f, taken = following, k + 1
             break
         if conductance is None or k < _MEASURED_FIRST or k % _MEASURED_EVERY == 0:
-            conductance = ladder.conductance(_drift(kernel, f, g, log_a, log_b, epsilon))
+            conductance = ladder.conductance(_moves(kernel, f, g, log_a, log_b, epsilon))
         answer = share * ladder.answer(miss, conductance)
         f = torch.where(better, torch.add(following, answer, alpha=epsilon), plain)
         plain = torch.where(better, following, plain)
@@ -62,13 +62,13 @@ def diffusion_rounds(
     return f, back.softmin(epsilon, log_a, f), taken
 
 
-def _drift(
+def _moves(
     kernel: Kernel, f: Tensor, g: Tensor, log_a: Tensor, log_b: Tensor, epsilon: float
 ) -> Tensor:
-    """Return what one round moves the mass of each point by, (*, N): mass times mean move."""
+    """Return by how far one round moves the mass of each point on average, (*, N)."""
     points = kernel.x[..., 0]
     home = kernel.transposed.average(epsilon, log_a, f, points)  # E[x' | y]
-    return log_a.exp() * (kernel.average(epsilon, log_b, g, home) - points)
+    return kernel.average(epsilon, log_b, g, home) - points
 
 
 class _Ladder:
@@ -79,13 +79,13 @@ class _Ladder:
         ordered, self._order = points.sort(-1)
         self._gaps, self._weights = ordered.diff(dim=-1), weights
 
-    def conductance(self, drift: Tensor) -> Tensor:
+    def conductance(self, moves: Tensor) -> Tensor:
         """Return that of the gaps, (*, N - 1), and where there is none a negative number.
 
         With W the flow of mass from x_i to x_j of one round, it is the sum of ``W_ij (x_j - x_i)``
-        over the flows across a gap. From gap to gap that grows by the drift.
+        over the flows across a gap. From gap to gap that grows by mass times mean move.
         """
-        found = along(drift, self._order).cumsum(-1)[..., :-1]
+        found = along(self._weights * moves, self._order).cumsum(-1)[..., :-1]
         return torch.where(found > 0, found, -torch.inf)
 
     def answer(self, miss: Tensor, conductance: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ Source: Tang et al. 2024, "Accelerating Sinkhorn algorithm with sparse Newton it
 from __future__ import annotations
 
 import math
+from functools import cache
 from inspect import signature
 from typing import NamedTuple
 
@@ -125,15 +126,16 @@ class _Plan:
 
     def __init__(self, i: Indices, j: Indices, cost: Array, a: Array, b: Array) -> None:
         self._i, self._j, self._cost, self._a, self._b = i, j, cost, a, b
+        self._log_a, self._log_b = np.log(a)[i], np.log(b)[j]  # of the entries
         self._rows, self._columns = _Order(i, len(a)), _Order(j, len(b))
 
     def _answer(self, f: Array, epsilon: float) -> Array:
         """Return the g that meets b."""
-        exponent = (f[self._i] - self._cost) / epsilon + np.log(self._a)[self._i]
+        exponent = (f[self._i] - self._cost) / epsilon + self._log_a
         return -epsilon * self._columns.log_sum_exp(exponent)
 
     def _answer_back(self, g: Array, epsilon: float) -> Array:
-        exponent = (g[self._j] - self._cost) / epsilon + np.log(self._b)[self._j]
+        exponent = (g[self._j] - self._cost) / epsilon + self._log_b
         return -epsilon * self._rows.log_sum_exp(exponent)
 
     def solve(self, f: Array, epsilon: float, tol: float) -> tuple[Array, Array, int]:
@@ -146,7 +148,7 @@ class _Plan:
         root_a, root_b, log_a = np.sqrt(a), np.sqrt(b), np.log(a)
         damping, g = _DAMPING, self._answer(f, epsilon)
         for taken in range(_STEPS):
-            share = np.exp((f[i] + g[j] - self._cost) / epsilon + log_a[i])
+            share = np.exp((f[i] + g[j] - self._cost) / epsilon + self._log_a)
             reached = np.bincount(i, share * b[j], len(a)).clip(np.finfo(float).tiny)
             miss = a - reached
             if np.abs(miss).sum() <= tol:
@@ -180,11 +182,17 @@ class _Plan:
 
         matrix = LinearOperator((n, n), matvec=product, dtype=float)
         inverse = LinearOperator((n, n), matvec=lambda v: v / own, dtype=float)
-        # SciPy before 1.12 calls it tol
-        relative = "rtol" if "rtol" in signature(cg).parameters else "tol"
-        precision = {relative: _RESIDUAL, "atol": 0.0}
-        step, _ = cg(matrix, right, maxiter=_PRODUCTS, M=inverse, **precision)
+        step, _ = cg(matrix, right, maxiter=_PRODUCTS, M=inverse, **_precision())
         return np.asarray(step)
+
+
+@cache
+def _precision() -> dict[str, float]:
+    """Return what tells `cg` how near is near enough; SciPy before 1.12 has another name for it."""
+    from scipy.sparse.linalg import cg
+
+    relative = "rtol" if "rtol" in signature(cg).parameters else "tol"
+    return {relative: _RESIDUAL, "atol": 0.0}
 
 
 class _Order:
