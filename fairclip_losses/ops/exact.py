@@ -44,6 +44,42 @@ def solve_exact(
     x (*, N) and y (*, M) are points, a (*, N) and b (*, M) weights whose rows sum to one; leading
     dimensions broadcast. ``same_points`` says that y is x; ``potentials`` asks for f and g too.
     """
+    line = _in_order(x, y, a, b, same_points)
+    if p == 1 and same_points:
+        solution = _solve_by_distribution_functions(line.x, line.a, line.b, potentials)
+    else:
+        walk = _Walk(line, ties=potentials)
+        cost, grad_x, grad_y = walk.cost_and_slopes(p, same_points)
+        f, g = walk.potentials(p) if potentials else (None, None)
+        solution = ExactSolution(cost, grad_x, grad_y, f, g)
+    return ExactSolution(
+        solution.cost,
+        unsort(solution.grad_x, line.order_x),
+        None if solution.grad_y is None else unsort(solution.grad_y, line.order_y),
+        None if solution.f is None else unsort(solution.f, line.order_x),
+        None if solution.g is None else unsort(solution.g, line.order_y),
+    )
+
+
+def exact_potentials(x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: int) -> tuple[Tensor, Tensor]:
+    """Return f and g of `solve_exact` alone, for points that are not common."""
+    line = _in_order(x, y, a, b, False)
+    f, g = _Walk(line, ties=True).potentials(p)
+    return unsort(f, line.order_x), unsort(g, line.order_y)
+
+
+class _Line(NamedTuple):
+    """Points and weights in order, and the orders that put them so."""
+
+    x: Tensor  # (*, N)
+    y: Tensor  # (*, M)
+    a: Tensor  # (*, N)
+    b: Tensor  # (*, M)
+    order_x: Tensor
+    order_y: Tensor
+
+
+def _in_order(x: Tensor, y: Tensor, a: Tensor, b: Tensor, same_points: bool) -> _Line:
     dtype = working_dtype(x.device)
     x_sorted, x_order = x.to(dtype).sort(dim=-1)
     a_sorted = along(a.to(dtype), x_order)
@@ -51,20 +87,7 @@ def solve_exact(
         y_sorted, y_order = x_sorted, x_order
     else:
         y_sorted, y_order = y.to(dtype).sort(dim=-1)
-    b_sorted = along(b.to(dtype), y_order)
-    if p == 1 and same_points:
-        solution = _solve_by_distribution_functions(x_sorted, a_sorted, b_sorted, potentials)
-    else:
-        solution = _solve_by_quantiles(
-            x_sorted, y_sorted, a_sorted, b_sorted, p, same_points, potentials
-        )
-    return ExactSolution(
-        solution.cost,
-        unsort(solution.grad_x, x_order),
-        None if solution.grad_y is None else unsort(solution.grad_y, y_order),
-        None if solution.f is None else unsort(solution.f, x_order),
-        None if solution.g is None else unsort(solution.g, y_order),
-    )
+    return _Line(x_sorted, y_sorted, a_sorted, along(b.to(dtype), y_order), x_order, y_order)
 
 
 def along(values: Tensor, order: Tensor) -> Tensor:
@@ -110,60 +133,67 @@ def _solve_by_distribution_functions(
     return ExactSolution(cost, grad, None, f, -f)
 
 
-def _solve_by_quantiles(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: int, same_points: bool, potentials: bool
-) -> ExactSolution:
-    """Any p: couple equal quantiles, walking the merged cumulative weights from 0 to 1.
+class _Walk:
+    """Any p: equal quantiles are coupled, along the merged cumulative weights from 0 to 1.
 
     The merge has N + M steps; step k carries the mass ``du_k`` from point i(k) to point j(k) and
-    ends at the level k, of which level 0 is 0.
+    ends at the level k, of which level 0 is 0. With ``ties`` rounding does not decide what is one:
+    potentials, but nothing else, depend on that.
     """
-    n, m = a.shape[-1], b.shape[-1]
-    lead = broadcast_shapes(x.shape[:-1], y.shape[:-1], a.shape[:-1], b.shape[:-1])
-    steps = torch.arange(n + m + 1, device=x.device)
-    upper_a, upper_b = _upper_levels(a).expand(*lead, n), _upper_levels(b).expand(*lead, m)
-    upper_a, upper_b = upper_a.contiguous(), upper_b.contiguous()
-    # Place of each point's upper level in the merge; at ties a's level comes first. Potentials, but
-    # nothing else, depend on what is a tie: there rounding may not decide.
-    merged_a = upper_a - _LEVEL * torch.finfo(upper_a.dtype).eps if potentials else upper_a
-    place_a = torch.searchsorted(upper_b, merged_a, right=False).add_(steps[1 : n + 1])
-    place_b = torch.searchsorted(merged_a, upper_b, right=True).add_(steps[1 : m + 1])
-    levels = upper_a.new_zeros(*lead, n + m + 1)
-    levels.scatter_(-1, place_a, upper_a).scatter_(-1, place_b, upper_b)
-    mass = levels.diff(dim=-1)
-    if potentials:
-        mass = mass.clamp_(min=0.0)  # of ties in the other order
 
-    from_a = torch.zeros_like(levels, dtype=place_a.dtype).scatter_(-1, place_a, 1)
-    passed_a = from_a.cumsum(-1)[..., :-1]  # before the step
-    at_b = (steps[:-1] - passed_a).clamp_(max=m - 1)
-    at_a = passed_a.clamp_(max=n - 1)
-    point_x = x.expand(*lead, n).gather(-1, at_a)
-    point_y = y.expand(*lead, m).gather(-1, at_b)
-    shift = point_x - point_y
-    cost = (mass * _ground_cost(shift, p)).sum(-1)
+    def __init__(self, line: _Line, *, ties: bool) -> None:
+        x, y, a, b, *_ = line
+        n, m = a.shape[-1], b.shape[-1]
+        lead = broadcast_shapes(x.shape[:-1], y.shape[:-1], a.shape[:-1], b.shape[:-1])
+        steps = torch.arange(n + m + 1, device=x.device)
+        upper_a, upper_b = _upper_levels(a).expand(*lead, n), _upper_levels(b).expand(*lead, m)
+        upper_a, upper_b = upper_a.contiguous(), upper_b.contiguous()
+        # place of each point's upper level in the merge; at ties a's level comes first
+        merged_a = upper_a - _LEVEL * torch.finfo(upper_a.dtype).eps if ties else upper_a
+        place_a = torch.searchsorted(upper_b, merged_a, right=False).add_(steps[1 : n + 1])
+        place_b = torch.searchsorted(merged_a, upper_b, right=True).add_(steps[1 : m + 1])
+        from_a = place_a.new_zeros(*lead, n + m + 1).scatter_(-1, place_a, 1)
+        passed_a = from_a.cumsum(-1)[..., :-1]  # before the step
+        self._at_b = (steps[:-1] - passed_a).clamp_(max=m - 1)
+        self._at_a = passed_a.clamp_(max=n - 1)
+        self._x, self._y = x.expand(*lead, n), y.expand(*lead, m)
+        self._shift = self._x.gather(-1, self._at_a) - self._y.gather(-1, self._at_b)
+        self._line, self._ties = line, ties
+        self._upper_a, self._upper_b, self._place_a, self._place_b = (
+            upper_a, upper_b, place_a, place_b,
+        )  # fmt: skip
 
-    pull = mass * (shift.sign() if p == 1 else shift)
-    total = torch.nn.functional.pad(pull.cumsum(-1), (1, 0))
-    runs_x = _Runs(x)
-    runs_y = runs_x if same_points else _Runs(y)
-    grad_x = runs_x.share_out(total.gather(-1, place_a), upper_a, a)
-    grad_y = runs_y.share_out(total.gather(-1, place_b), upper_b, b).neg_()
-    if same_points:
-        grad_x = grad_x + grad_y
-    if not potentials:
-        return ExactSolution(cost, grad_x, None if same_points else grad_y, None, None)
+    def cost_and_slopes(self, p: int, same_points: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the cost (*,) and its slopes in x and y; of common points the sum and None."""
+        levels = self._shift.new_zeros(*self._shift.shape[:-1], self._shift.shape[-1] + 1)
+        levels.scatter_(-1, self._place_a, self._upper_a)
+        levels.scatter_(-1, self._place_b, self._upper_b)
+        mass = levels.diff(dim=-1)
+        if self._ties:
+            mass = mass.clamp_(min=0.0)  # of ties in the other order
+        cost = (mass * _ground_cost(self._shift, p)).sum(-1)
+        pull = mass * (self._shift.sign() if p == 1 else self._shift)
+        total = torch.nn.functional.pad(pull.cumsum(-1), (1, 0))
+        runs_x = _Runs(self._line.x)
+        runs_y = runs_x if same_points else _Runs(self._line.y)
+        pulled_a, pulled_b = total.gather(-1, self._place_a), total.gather(-1, self._place_b)
+        grad_x = runs_x.share_out(pulled_a, self._upper_a, self._line.a)
+        grad_y = runs_y.share_out(pulled_b, self._upper_b, self._line.b).neg_()
+        return (cost, grad_x + grad_y, None) if same_points else (cost, grad_x, grad_y)
 
-    # Complementary slackness along the walk, f_i(k) + g_j(k) = c(x_i(k), y_j(k)): where the walk
-    # leaves i, f changes by what the cost changes against the point of b that it stands on.
-    ends_a, ends_b = place_a - 1, place_b - 1  # the last step of each point
-    partner = at_b.gather(-1, ends_a)[..., :-1]
-    anchor = y.expand(*lead, m).gather(-1, partner)
-    points = x.expand(*lead, n)
-    change = _ground_cost(points[..., 1:] - anchor, p) - _ground_cost(points[..., :-1] - anchor, p)
-    f = torch.nn.functional.pad(change.cumsum(-1), (1, 0))
-    g = _ground_cost(shift.gather(-1, ends_b), p) - f.gather(-1, at_a.gather(-1, ends_b))
-    return ExactSolution(cost, grad_x, None if same_points else grad_y, f, g)
+    def potentials(self, p: int) -> tuple[Tensor, Tensor]:
+        """Return Kantorovich potentials, by complementary slackness along the walk.
+
+        ``f_i(k) + g_j(k) = c(x_i(k), y_j(k))``: where the walk leaves i, f changes by what the cost
+        changes against the point of b that it stands on.
+        """
+        ends_a, ends_b = self._place_a - 1, self._place_b - 1  # the last step of each point
+        anchor = self._y.gather(-1, self._at_b.gather(-1, ends_a)[..., :-1])
+        change = _ground_cost(self._x[..., 1:] - anchor, p)
+        change = change - _ground_cost(self._x[..., :-1] - anchor, p)
+        f = torch.nn.functional.pad(change.cumsum(-1), (1, 0))
+        reached = f.gather(-1, self._at_a.gather(-1, ends_b))
+        return f, _ground_cost(self._shift.gather(-1, ends_b), p) - reached
 
 
 def _upper_levels(weights: Tensor) -> Tensor:

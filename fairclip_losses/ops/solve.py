@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .exact import solve_exact
+from .exact import exact_potentials
 from .kernels.dense import DenseKernel
 from .kernels.kinds import Kernel
 from .kernels.line import LaplaceLine
@@ -20,10 +20,8 @@ def _exact_potential(x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: int) -> Tens
     Where a level of one measure meets one of the other's, the walk along the plan picks an extreme
     potential, and the opposite one once the measures are exchanged.
     """
-    there = solve_exact(x[..., 0], y[..., 0], a, b, p=p, same_points=False, potentials=True)
-    back = solve_exact(y[..., 0], x[..., 0], b, a, p=p, same_points=False, potentials=True)
-    assert there.g is not None and back.f is not None  # asked for
-    one, other = there.g, back.f
+    _, one = exact_potentials(x[..., 0], y[..., 0], a, b, p)
+    other, _ = exact_potentials(y[..., 0], x[..., 0], b, a, p)
     weights = b.to(one.dtype)
     level = (weights * (one - other)).sum(-1, keepdim=True)
     return 0.5 * (one + other + level)
