@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from .functional import Normalization
-from .functional.options import check_integer
 from .losses import FairLoss, MiningUnit, Score, SinkhornFairnessLoss
 from .miners import BadPairMiner
+from .validation import check_integer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops import sinkhorn_divergence
 from ..ops.checks import should_validate, within
-from .options import check_integer
+from ..validation import check_integer
 
 GroupReduction = Literal["mean", "sum"]
 Detach = Literal["none", "groups", "total"]

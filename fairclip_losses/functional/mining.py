@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .options import is_number
+from ..validation import check_choice, is_number
 
 __all__ = [
     "CLEAN",
@@ -422,12 +422,6 @@ def _check_same_shape(name: str, value: Tensor, other_name: str, other: Tensor) 
             f"{name} and {other_name} must have one shape, "
             f"got {tuple(value.shape)} and {tuple(other.shape)}"
         )
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is none of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_sigma(name: str, value: float) -> None:

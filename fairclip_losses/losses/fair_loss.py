@@ -18,9 +18,9 @@ from ..functional import (
     pair_similarities,
     reweighting,
 )
-from ..functional.options import check_finite_number
 from ..miners import BadPairMiner
 from ..pair_terms import PairTerms, pair_terms
+from ..validation import check_finite_number
 from .base_loss import CallForm, changed, check_fit
 from .held_visit import HeldVisit, current_scale
 from .local_metadata import LocalMetadata

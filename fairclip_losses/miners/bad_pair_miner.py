@@ -24,8 +24,8 @@ from ..functional import (
     mixture_pair_kinds,
     visit_weight,
 )
-from ..functional.mining import check_choice, check_mixture_threshold, check_sigma
-from ..functional.options import check_integer
+from ..functional.mining import check_mixture_threshold, check_sigma
+from ..validation import check_choice, check_integer
 from .memory import INT64_MIN, PairMemory, Record
 from .report import EpochSummary, MinerReport
 from .shards import histories_of_all

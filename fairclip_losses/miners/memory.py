@@ -11,8 +11,7 @@ from torch._compile import _disable_dynamo
 
 from ..distributed import Processes
 from ..functional import History, pair_history, visit_weight
-from ..functional.mining import check_choice
-from ..functional.options import check_integer
+from ..validation import check_choice, check_integer
 from .shards import collect_shards
 
 Record = Literal["raw", "weighted"]

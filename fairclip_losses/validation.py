@@ -1,4 +1,8 @@
-"""Checks of options: numbers of the right type and range, or a ValueError."""
+"""Checks of options: the right type and range, or a ValueError that says what was expected.
+
+Each part checks its options in the constructor and its tensors at the public edge, by these, and
+never again below.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import math
 
 import numpy as np
 
-__all__ = ["check_finite_number", "check_integer", "is_number"]
+__all__ = ["check_choice", "check_finite_number", "check_integer", "is_number"]
 
 
 def is_number(value: object) -> bool:
@@ -27,3 +31,9 @@ def check_finite_number(name: str, value: float) -> float:
     if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
     return float(value)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
