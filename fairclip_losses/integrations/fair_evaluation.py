@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..errors import UsageError, usage_errors
-from ..report import FairnessReport
-from ..zero_shot import ZeroShotTask, evaluate_task
+from ..evaluation.report import FairnessReport
+from ..evaluation.zero_shot import ZeroShotTask, evaluate_task
 from .events import Callback, TrainState
 from .fair_options import FairOptions
 from .logs import log_scalars

@@ -23,24 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from fairclip_losses._weighted import FloatArray, IntArray, decide
-from fairclip_losses.data import (
-    CodeBook,
-    Table,
-    encode_attributes,
-    encode_labels,
-    write_table,
-)
-from fairclip_losses.report import FairnessReport, fairness_report
-
-__all__ = [
-    "Predictions",
-    "ZeroShotTask",
-    "class_text_features",
-    "evaluate_task",
-    "evaluate_zero_shot",
-    "zero_shot_probabilities",
-]
+from ..data import CodeBook, Table, encode_attributes, encode_labels, write_table
+from ..data.groups import IntArray
+from ..errors import reason
+from ..validation import check_integer
+from .group_metrics import FloatArray, decide
+from .report import FairnessReport, fairness_report
 
 Preprocess = Callable[[Image.Image], Tensor]
 Tokenizer = Callable[[list[str]], Tensor]
@@ -76,11 +64,10 @@ class ZeroShotTask:
 
         Args:
             table: the N rows.
-            label: column of the true class, coded as by `encode_labels`: prompt k is class k.
+            label: column of the true class, coded by `encode_labels`: prompt k is class k.
             prompts: one text per class.
-            attributes: columns of the protected attributes, coded as by `encode_attributes`.
-            codebook: labels of the groups decided earlier; None: this table decides.
-            others_unknown: attributes of which a value that the code book lacks is unknown.
+            attributes: columns of the protected attributes, coded by `encode_attributes` with
+                `codebook` and `others_unknown`.
             image_key: column of the image files, relative to the working directory.
 
         Raises:
@@ -140,52 +127,30 @@ class Predictions:
         write_table(path, task.header(), rows)
 
 
-def class_text_features(
-    model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str], device: torch.device | str
-) -> Tensor:
-    """Encode one prompt per class: L2-normalised text features (K, D), float32, on `device`.
-
-    The model is put in evaluation mode for the call, and left in the mode it had.
-    """
-    encoder: Any = model
-    with _evaluating(model):
-        features: Tensor = encoder.encode_text(tokenizer(list(prompts)).to(device))
-        return F.normalize(features.float(), dim=-1)
-
-
 def zero_shot_probabilities(
     model: nn.Module,
     images: Iterable[Tensor],
-    text_features: Tensor,
+    texts: Tensor,
     device: torch.device | str,
     *,
     input_dtype: torch.dtype = torch.float32,
 ) -> FloatArray:
-    """Class probabilities of images: p_i = softmax_k(tau v_i . t_k).
+    """Class probabilities of images: p_i = softmax_k(tau v_i . t_k), float64 (N, K).
 
-    tau is the model's logit scale, v_i the L2-normalised image feature. A logit bias (SigLIP) is
-    the same for every class and cancels. The products are taken in float64, so that a large tau
-    ties fewer scores. The model is put in evaluation mode for the call, and left in the mode it
-    had; under `torch.autocast` it computes as autocast says.
-
-    Args:
-        model: an open_clip model (`encode_image`, `logit_scale`).
-        images: batches (B, 3, H, W), such as a DataLoader gives.
-        text_features: L2-normalised (K, D), from `class_text_features`.
-        device: where the model is.
-        input_dtype: what the model takes images in.
-
-    Returns:
-        float64 (N, K), rows adding up to 1.
+    tau is the model's logit scale, v_i and t_k are the L2-normalised features of image i and of
+    class k's prompt; `images` are batches (B, 3, H, W), `texts` the prompts' tokens (K, L). A logit
+    bias (SigLIP) is the same for every class and cancels. The products are taken in float64, so
+    that a large tau ties fewer scores. The model is put in evaluation mode for the call, and left
+    in the mode it had; under `torch.autocast` it computes as autocast says.
 
     Raises:
         ValueError: no images, or features that are not finite.
     """
     encoder: Any = model
-    text = text_features.detach().cpu().double()
-    logits = []
     with _evaluating(model):
         scale = encoder.logit_scale.detach().cpu().double().exp()
+        text = F.normalize(encoder.encode_text(texts.to(device)).float(), dim=-1).cpu().double()
+        logits = []
         for batch in images:
             features: Tensor = encoder.encode_image(batch.to(device=device, dtype=input_dtype))
             features = F.normalize(features.float(), dim=-1)
@@ -216,26 +181,17 @@ def evaluate_task(
 ) -> tuple[FairnessReport, Predictions]:
     """Classify the images of a task and report how fairly.
 
-    Args:
-        model: an open_clip model, on `device`.
-        preprocess: image -> tensor (3, H, W), the model's own for inference.
-        tokenizer: texts -> token ids, the model's own.
-        task: the images, classes, prompts and groups.
-        batch_size: images per forward pass.
-        device: where the model is.
-        workers: processes that read images; 0: this one.
-        input_dtype: what the model takes images in.
-        threshold: as `n_bootstrap`, `confidence` and `seed`, for `fairness_report`.
-        n_bootstrap: number of resamples.
-        confidence: coverage of the intervals.
-        seed: of the resampling.
+    `model` is an open_clip model on `device` that takes images as `input_dtype`, `preprocess` its
+    transform for inference, image -> tensor (3, H, W), and `tokenizer` its own. `batch_size` images
+    are classified at a time; `workers` processes read them, with 0 this one. The other options are
+    those of `fairness_report`.
 
     Raises:
         ValueError: an image that cannot be read, output that is not finite, or a setting out of
             range.
     """
-    if batch_size < 1 or workers < 0:
-        raise ValueError(f"expected batch_size >= 1 and workers >= 0, got {batch_size}, {workers}")
+    check_integer("batch_size", batch_size, 1)
+    check_integer("workers", workers, 0)
     loader = DataLoader(
         _Images(task.files, preprocess),
         batch_size=batch_size,
@@ -243,10 +199,8 @@ def evaluate_task(
         # Without its own generator the loader would draw from, and so shift, the global one.
         generator=torch.Generator(),
     )
-    text_features = class_text_features(model, tokenizer, task.prompts, device)
-    probabilities = zero_shot_probabilities(
-        model, loader, text_features, device, input_dtype=input_dtype
-    )
+    texts = tokenizer(list(task.prompts))
+    probabilities = zero_shot_probabilities(model, loader, texts, device, input_dtype=input_dtype)
     report = fairness_report(
         task.labels,
         probabilities,
@@ -258,36 +212,6 @@ def evaluate_task(
         seed=seed,
     )
     return report, Predictions(task, probabilities, decide(probabilities, threshold))
-
-
-def evaluate_zero_shot(
-    model: nn.Module,
-    preprocess: Preprocess,
-    tokenizer: Tokenizer,
-    table: Table,
-    *,
-    label: str,
-    prompts: Sequence[str],
-    attributes: Sequence[str],
-    codebook: CodeBook | None = None,
-    others_unknown: Collection[str] = (),
-    image_key: str = "filepath",
-    **options: Any,
-) -> tuple[FairnessReport, Predictions]:
-    """Make a task of a table and evaluate it: `ZeroShotTask.from_table`, then `evaluate_task`.
-
-    `options` are those of `evaluate_task`: batch_size, device, workers and so on.
-    """
-    task = ZeroShotTask.from_table(
-        table,
-        label=label,
-        prompts=prompts,
-        attributes=attributes,
-        codebook=codebook,
-        others_unknown=others_unknown,
-        image_key=image_key,
-    )
-    return evaluate_task(model, preprocess, tokenizer, task, **options)
 
 
 class _Images(Dataset[Tensor]):
@@ -307,8 +231,9 @@ class _Images(Dataset[Tensor]):
                 image.load()
         # Pillow's decoders raise more than OSError for broken files (SyntaxError, struct.error).
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"row {index + 1}: cannot read image {file!r}: {reason}") from error
+            raise ValueError(
+                f"row {index + 1}: cannot read image {file!r}: {reason(error)}"
+            ) from error
         return self.preprocess(image)
 
 

@@ -8,22 +8,25 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fairclip_losses import _checks, _weighted
-from fairclip_losses._weighted import FloatArray, IntArray
-from fairclip_losses.data import CodeBook
-
-__all__ = ["AttributeReport", "Estimate", "FairnessReport", "GroupReport", "fairness_report"]
+from ..data.groups import CodeBook, IntArray
+from ..validation import check_integer
+from . import group_metrics as metrics
+from .group_metrics import FloatArray
 
 # Weights of one block of resamples: 32 MB, and as much for every temporary made of them.
 BLOCK_SIZE = 2**22
 
 Row = dict[str, str | int | float | None]
+# A number's place in the report: (metric,), (attribute, metric) or (attribute, metric, group).
+Key = tuple[str | int, ...]
+# By name: the group codes (N,) and the groups' labels.
+Attributes = Mapping[str, tuple[IntArray, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,7 @@ class FairnessReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested dicts and lists as JSON takes them; NaN becomes None."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        return {name: _plain(value) for name, value in asdict(self).items()}
 
     def to_rows(self) -> list[Row]:
         """Return one flat row per number: attribute, group, metric, value, low, high, count.
@@ -110,17 +112,10 @@ class FairnessReport:
         `attribute` and `group` are "" where the number is of all samples, or of all groups; `count`
         is the number of samples behind it. NaN becomes None.
         """
+        header = ("attribute", "group", "metric", "value", "low", "high", "count")
         return [
-            {
-                "attribute": attribute,
-                "group": group,
-                "metric": metric,
-                "value": _plain(estimate.value),
-                "low": _plain(estimate.low),
-                "high": _plain(estimate.high),
-                "count": count,
-            }
-            for attribute, group, metric, estimate, count in self._numbers()
+            dict(zip(header, (*names, *_plain(astuple(estimate)), count), strict=True))
+            for *names, estimate, count in self._numbers()
         ]
 
     def table(self) -> str:
@@ -171,22 +166,21 @@ def fairness_report(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> FairnessReport:
-    """All metrics of this module for one set of predictions, with bootstrap intervals.
+    """All metrics of this package for one set of predictions, with bootstrap intervals.
 
-    The predicted class is `scores >= threshold` with two classes, the largest score with more. An
-    interval is the percentile interval over `n_bootstrap` resamples of the N samples with
+    The predicted class is ``scores >= threshold`` with two classes, the largest score with more. An
+    interval is the percentile interval over ``n_bootstrap`` resamples of the N samples with
     replacement; a resample in which a metric does not exist is left out of that metric's interval.
     A gap between groups is never negative and resampling adds noise to it, so the intervals of the
     gaps lie high: with small groups the value itself can fall below its interval.
 
     Args:
         y_true: class codes (N,).
-        scores: probabilities of class 1, (N,); or of every class, (N, K). (N, 2) is binary too:
-            its column 1 counts.
+        scores: probabilities of class 1, (N,); or of every class, (N, K). Of (N, 2), which is
+            binary too, column 1 counts.
         groups: attribute name -> group codes (N,), -1 for unknown: left out of that attribute's
             numbers, kept in the overall ones.
-        labels: attribute name -> name of each group, as in `CodeBook`; None: the codes themselves.
-            A group that is named but has no samples is reported with count 0.
+        labels: attribute name -> name of each group, with samples or without; None: the codes.
         threshold: from which score on a binary sample is predicted positive.
         n_bootstrap: number of resamples; 0 for no intervals (NaN).
         confidence: coverage of the intervals, between 0 and 1.
@@ -202,83 +196,71 @@ def fairness_report(
             mapping, class or group codes out of range, an attribute without labels, or a setting
             out of range.
     """
-    y, s, num_classes = _checks.check_samples(y_true, scores)
+    y, s, num_classes = metrics.check_samples(y_true, scores)
     s = s[:, 1] if s.ndim == 2 and num_classes == 2 else s
+    check_integer("n_bootstrap", n_bootstrap, 0)
     if not 0 < confidence < 1:
         raise ValueError(f"expected a confidence between 0 and 1, got {confidence}")
-    if n_bootstrap < 0:
-        raise ValueError(f"expected n_bootstrap of 0 or more, got {n_bootstrap}")
     if not np.isfinite(threshold):
         raise ValueError(f"expected a finite threshold, got {threshold}")
-    if not isinstance(groups, Mapping):
-        raise ValueError(
-            "expected groups as a mapping, attribute name -> codes (N,), "
-            f"got {type(groups).__name__}"
-        )
-    predicted = _weighted.decide(s, threshold)
-
-    named = labels.labels if isinstance(labels, CodeBook) else labels
-    coded: dict[str, tuple[IntArray, tuple[str, ...]]] = {}
-    for name, values in groups.items():
-        if named is not None and name not in named:
-            raise ValueError(f"expected labels for attribute {name!r}, got {sorted(named)}")
-        try:
-            codes, size = _checks.check_groups(
-                values, len(y), None if named is None else len(named[name])
-            )
-        except ValueError as error:
-            raise ValueError(f"attribute {name!r}: {error}") from error
-        coded[name] = codes, tuple(map(str, range(size)) if named is None else named[name])
-
+    attributes = _check_attributes(groups, labels, len(y))
+    predicted = metrics.decide(s, threshold)
     blocks = [
-        _all_metrics(weights, y, s, predicted, num_classes, coded)
+        _all_metrics(weights, y, s, predicted, num_classes, attributes)
         for weights in _resamples(len(y), n_bootstrap, seed)
     ]
     tail = (1 - confidence) / 2
-
-    def estimate(*key: str | int) -> Estimate:
-        sample = float(blocks[0][key][0])
-        resamples = np.concatenate([block[key][1:] for block in blocks])
-        resamples = resamples[~np.isnan(resamples)]
-        if np.isnan(sample) or not len(resamples):
-            return Estimate(sample, np.nan, np.nan)
-        low, high = np.quantile(resamples, [tail, 1 - tail])
-        return Estimate(sample, float(low), float(high))
-
-    attributes = {}
-    for name, (codes, names) in coded.items():
-        counts = np.bincount(codes[codes >= 0], minlength=len(names))
-        members = tuple(
-            GroupReport(label, int(count), estimate(name, "auc", g), estimate(name, "accuracy", g))
+    estimates = {key: _estimate([block[key] for block in blocks], tail) for key in blocks[0]}
+    reports = {}
+    for name, (codes, names) in attributes.items():
+        counts = np.bincount(codes[codes >= 0], minlength=len(names)).tolist()
+        members = (
+            GroupReport(label, count, estimates[name, "auc", g], estimates[name, "accuracy", g])
             for g, (label, count) in enumerate(zip(names, counts, strict=True))
         )
-        for group in members:
-            if group.count and np.isnan(group.auc.value):
-                warnings.warn(
-                    f"attribute {name!r}: group {group.label!r} holds one class only: "
-                    f"its AUC is NaN",
-                    UserWarning,
-                    stacklevel=2,
-                )
-        attributes[name] = AttributeReport(
-            groups=members,
-            unknown=int((codes < 0).sum()),
-            **{metric: estimate(name, metric) for metric in _GAPS},
-        )
-    overall = estimate("auc")
-    if np.isnan(overall.value):
-        warnings.warn("one class only: the AUC is NaN", UserWarning, stacklevel=2)
-    return FairnessReport(
+        gaps = {metric: estimates[name, metric] for metric in _GAPS}
+        reports[name] = AttributeReport(tuple(members), int((codes < 0).sum()), **gaps)
+    report = FairnessReport(
         num_samples=len(y),
         num_classes=num_classes,
         threshold=threshold if num_classes == 2 else None,
         num_bootstrap=n_bootstrap,
         confidence=confidence,
         seed=seed,
-        auc=overall,
-        accuracy=estimate("accuracy"),
-        attributes=attributes,
+        auc=estimates["auc",],
+        accuracy=estimates["accuracy",],
+        attributes=reports,
     )
+    for name, group, metric, estimate, count in report._numbers():
+        if metric == "auc" and count and math.isnan(estimate.value):
+            holds = f"attribute {name!r}: group {group!r} holds one" if name else "one"
+            which = "its" if name else "the"
+            warnings.warn(f"{holds} class only: {which} AUC is NaN", UserWarning, stacklevel=2)
+    return report
+
+
+def _check_attributes(
+    groups: Mapping[str, npt.ArrayLike],
+    labels: CodeBook | Mapping[str, Sequence[str]] | None,
+    size: int,
+) -> Attributes:
+    if not isinstance(groups, Mapping):
+        raise ValueError(
+            "expected groups as a mapping, attribute name -> codes (N,), "
+            f"got {type(groups).__name__}"
+        )
+    named = labels.labels if isinstance(labels, CodeBook) else labels
+    attributes = {}
+    for name, values in groups.items():
+        if named is not None and name not in named:
+            raise ValueError(f"expected labels for attribute {name!r}, got {sorted(named)}")
+        try:
+            number = None if named is None else len(named[name])
+            codes, number = metrics.check_groups(values, size, number)
+        except ValueError as error:
+            raise ValueError(f"attribute {name!r}: {error}") from error
+        attributes[name] = codes, tuple(map(str, range(number)) if named is None else named[name])
+    return attributes
 
 
 def _all_metrics(
@@ -287,32 +269,36 @@ def _all_metrics(
     scores: FloatArray,
     predicted: IntArray,
     num_classes: int,
-    groups: Mapping[str, tuple[IntArray, tuple[str, ...]]],
-) -> dict[tuple[str | int, ...], FloatArray]:
+    attributes: Attributes,
+) -> dict[Key, FloatArray]:
     """Compute every number of the report for each row of the weights: key -> (R,)."""
-    auc = _weighted.macro_auc(weights, y, scores)
-    everyone = np.zeros_like(y)
-    right = _weighted.group_rates(weights, y, predicted, everyone, 1, num_classes).accuracy[:, 0]
-    out: dict[tuple[str | int, ...], FloatArray] = {("auc",): auc, ("accuracy",): right}
-    for name, (codes, labels) in groups.items():
-        size = len(labels)
-        aucs = _weighted.group_macro_auc(weights, y, scores, codes, size)
-        rates = _weighted.group_rates(weights, y, predicted, codes, size, num_classes)
-        std, spread = _weighted.disparities(auc, aucs)
-        odds = _weighted.odds_gap(rates.true_positive, rates.false_positive)
-        values = (
-            _weighted.equity_scaled(auc, aucs),
-            _weighted.equity_scaled(right, rates.accuracy),
-            _weighted.mean_gap(_weighted.gap(rates.selection)),
-            _weighted.mean_gap(odds),
-            std,
-            spread,
-        )
+    auc = metrics.macro_auc(weights, y, scores)
+    right = (weights * (y == predicted)).sum(axis=1) / weights.sum(axis=1)
+    out: dict[Key, FloatArray] = {("auc",): auc, ("accuracy",): right}
+    for name, (codes, labels) in attributes.items():
+        aucs = metrics.group_macro_auc(weights, y, scores, codes, len(labels))
+        rates = metrics.group_rates(weights, y, predicted, codes, len(labels), num_classes)
+        odds = metrics.odds_gap(rates.true_positive, rates.false_positive)
+        es_auc, std, spread = metrics.group_spread(auc, aucs)
+        es_accuracy, _, _ = metrics.group_spread(right, rates.accuracy)
+        parity = metrics.mean_gap(metrics.gap(rates.selection))
+        values = (es_auc, es_accuracy, parity, metrics.mean_gap(odds), std, spread)
         out.update({(name, metric): value for metric, value in zip(_GAPS, values, strict=True)})
-        for group in range(size):
+        for group in range(len(labels)):
             out[name, "auc", group] = aucs[:, group]
             out[name, "accuracy", group] = rates.accuracy[:, group]
     return out
+
+
+def _estimate(blocks: Sequence[FloatArray], tail: float) -> Estimate:
+    """Return row 0's value, the sample's, and the quantiles of all the other rows' values."""
+    sample = float(blocks[0][0])
+    resamples = np.concatenate([block[1:] for block in blocks])
+    resamples = resamples[~np.isnan(resamples)]
+    if np.isnan(sample) or not len(resamples):
+        return Estimate(sample, np.nan, np.nan)
+    low, high = np.quantile(resamples, [tail, 1 - tail])
+    return Estimate(sample, float(low), float(high))
 
 
 def _resamples(size: int, number: int, seed: int) -> Iterator[FloatArray]:
