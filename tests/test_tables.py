@@ -284,25 +284,14 @@ def test_attribute_names_must_be_given_once():
 # Code books
 
 
-def test_code_book_round_trip(tmp_path):
+def test_a_code_book_gives_every_code_one_meaning_and_is_written_as_json(tmp_path):
     book = CodeBook({"sex": ("f", "m"), "größe": ("s", "l")})
     path = tmp_path / "run" / "book.json"
     book.to_json(path)
-    assert CodeBook.from_json(path) == book
     assert json.loads(path.read_text()) == {"sex": ["f", "m"], "größe": ["s", "l"]}
-    for text, message in (
-        ("{", "cannot read the code book"),
-        ("[1]", "expected a JSON object"),
-        ('{"sex": "f"}', "expected a JSON object"),
-        ('{"sex": [1]}', "expected a JSON object"),
-        ('{"sex": ["f", "f"]}', "each label once"),
-        ('{"sex": []}', "at least one label"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=r"book.json: .*" + message):
-            CodeBook.from_json(path)
-    with pytest.raises(ValueError, match="cannot read the code book: No such file"):
-        CodeBook.from_json(tmp_path / "missing.json")
+    for labels, message in (((), "at least one label"), (("f", "f"), "each label once")):
+        with pytest.raises(ValueError, match=f"attribute 'sex': .*{message}"):
+            CodeBook({"sex": labels})
 
 
 # Ids

@@ -18,8 +18,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import reason
-
 IntArray = npt.NDArray[np.int64]
 
 UNKNOWN = -1
@@ -60,25 +58,6 @@ class CodeBook:
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the code book as a JSON object, attribute name to list of labels."""
         write_text(path, json.dumps(self.labels, indent=2) + "\n")
-
-    @classmethod
-    def from_json(cls, path: str | os.PathLike[str]) -> CodeBook:
-        """Read what `to_json` wrote; ValueError where the file is something else."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: cannot read the code book: {reason(error)}") from error
-        if not isinstance(content, dict) or not all(
-            isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-            for labels in content.values()
-        ):
-            raise ValueError(
-                f"{path}: expected a JSON object of attribute names, each with a list of labels"
-            )
-        try:
-            return cls({name: tuple(labels) for name, labels in content.items()})
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 def attribute_labels(

@@ -65,10 +65,8 @@ def read_table(path: str | os.PathLike[str], separator: str = "\t") -> Table:
     UTF-8, with or without a byte order mark; cells may be quoted with `"`. Lines that are empty or
     hold white space alone are skipped, as pandas does.
 
-    Args:
-        path: the file.
-        separator: one character between the cells. A backslash followed by t, which is what a
-            shell passes for "\t", is taken as the tab.
+    ``separator`` is one character between the cells. A backslash followed by t, which is what a
+    shell passes for "\t", is taken as the tab.
 
     Raises:
         ValueError: no such file, not UTF-8 text, an empty file, a header without rows, a header
@@ -162,8 +160,7 @@ def encode_attributes(
     Args:
         table: the N rows.
         names: the C columns to encode.
-        codebook: labels decided earlier (by the training set), which this table must keep to.
-            None: this table decides.
+        codebook: labels decided earlier, which this table must keep to. None: it decides.
         others_unknown: attributes of which a value that the code book lacks is unknown.
 
     Returns:

@@ -5,6 +5,7 @@ y_true, scores, groups -> fairness_report -> FairnessReport -> to_dict, to_rows,
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +24,6 @@ from .group_metrics import FloatArray
 BLOCK_SIZE = 2**22
 
 Row = dict[str, str | int | float | None]
-# A number's place in the report: (metric,), (attribute, metric) or (attribute, metric, group).
-Key = tuple[str | int, ...]
 # By name: the group codes (N,) and the groups' labels.
 Attributes = Mapping[str, tuple[IntArray, tuple[str, ...]]]
 
@@ -209,17 +208,17 @@ def fairness_report(
         _all_metrics(weights, y, s, predicted, num_classes, attributes)
         for weights in _resamples(len(y), n_bootstrap, seed)
     ]
-    tail = (1 - confidence) / 2
-    estimates = {key: _estimate([block[key] for block in blocks], tail) for key in blocks[0]}
+    values = np.hstack([blocks[0][:, :1], *(block[:, 1:] for block in blocks)])
+    estimates = (_estimate(row[0], row[1:], (1 - confidence) / 2) for row in values)
+    auc, accuracy = itertools.islice(estimates, 2)
     reports = {}
     for name, (codes, names) in attributes.items():
         counts = np.bincount(codes[codes >= 0], minlength=len(names)).tolist()
-        members = (
-            GroupReport(label, count, estimates[name, "auc", g], estimates[name, "accuracy", g])
-            for g, (label, count) in enumerate(zip(names, counts, strict=True))
+        gaps, aucs, accuracies = (
+            list(itertools.islice(estimates, size)) for size in (len(_GAPS), len(names), len(names))
         )
-        gaps = {metric: estimates[name, metric] for metric in _GAPS}
-        reports[name] = AttributeReport(tuple(members), int((codes < 0).sum()), **gaps)
+        members = tuple(map(GroupReport, names, counts, aucs, accuracies))
+        reports[name] = AttributeReport(members, int((codes < 0).sum()), *gaps)
     report = FairnessReport(
         num_samples=len(y),
         num_classes=num_classes,
@@ -227,8 +226,8 @@ def fairness_report(
         num_bootstrap=n_bootstrap,
         confidence=confidence,
         seed=seed,
-        auc=estimates["auc",],
-        accuracy=estimates["accuracy",],
+        auc=auc,
+        accuracy=accuracy,
         attributes=reports,
     )
     for name, group, metric, estimate, count in report._numbers():
@@ -270,35 +269,29 @@ def _all_metrics(
     predicted: IntArray,
     num_classes: int,
     attributes: Attributes,
-) -> dict[Key, FloatArray]:
-    """Compute every number of the report for each row of the weights: key -> (R,)."""
+) -> FloatArray:
+    """Compute each number for every row of the weights: (numbers, R), in the reports' order."""
     auc = metrics.macro_auc(weights, y, scores)
     right = (weights * (y == predicted)).sum(axis=1) / weights.sum(axis=1)
-    out: dict[Key, FloatArray] = {("auc",): auc, ("accuracy",): right}
-    for name, (codes, labels) in attributes.items():
+    numbers = [auc, right]
+    for codes, labels in attributes.values():
         aucs = metrics.group_macro_auc(weights, y, scores, codes, len(labels))
         rates = metrics.group_rates(weights, y, predicted, codes, len(labels), num_classes)
-        odds = metrics.odds_gap(rates.true_positive, rates.false_positive)
         es_auc, std, spread = metrics.group_spread(auc, aucs)
         es_accuracy, _, _ = metrics.group_spread(right, rates.accuracy)
         parity = metrics.mean_gap(metrics.gap(rates.selection))
-        values = (es_auc, es_accuracy, parity, metrics.mean_gap(odds), std, spread)
-        out.update({(name, metric): value for metric, value in zip(_GAPS, values, strict=True)})
-        for group in range(len(labels)):
-            out[name, "auc", group] = aucs[:, group]
-            out[name, "accuracy", group] = rates.accuracy[:, group]
-    return out
+        odds = metrics.mean_gap(metrics.odds_gap(rates.true_positive, rates.false_positive))
+        numbers += [es_auc, es_accuracy, parity, odds, std, spread, *aucs.T, *rates.accuracy.T]
+    return np.stack(numbers)
 
 
-def _estimate(blocks: Sequence[FloatArray], tail: float) -> Estimate:
-    """Return row 0's value, the sample's, and the quantiles of all the other rows' values."""
-    sample = float(blocks[0][0])
-    resamples = np.concatenate([block[1:] for block in blocks])
+def _estimate(sample: float, resamples: FloatArray, tail: float) -> Estimate:
+    """Return a number with the quantiles of its resamples that exist."""
     resamples = resamples[~np.isnan(resamples)]
     if np.isnan(sample) or not len(resamples):
-        return Estimate(sample, np.nan, np.nan)
+        return Estimate(float(sample), np.nan, np.nan)
     low, high = np.quantile(resamples, [tail, 1 - tail])
-    return Estimate(sample, float(low), float(high))
+    return Estimate(float(sample), float(low), float(high))
 
 
 def _resamples(size: int, number: int, seed: int) -> Iterator[FloatArray]:
