@@ -204,13 +204,11 @@ def test_bad_tasks(run, change, message):
         ZeroShotTask.from_table(read_table(run / "val.csv"), **options)
 
 
-def test_an_attribute_may_not_take_the_name_of_a_prediction_column(run, tmp_path):
-    file = run / "image 0.png"
-    write_table(tmp_path / "t.csv", ["filepath", "y", "id"], [[file, 0, "a"], [file, 1, "b"]])
+def test_an_attribute_may_not_take_the_name_of_a_prediction_column(run):
+    table = read_table(run / "val.csv")
+    table.columns["id"] = table.columns["sex"]
     with pytest.raises(ValueError, match=r"attributes named \['id'\]: taken"):
-        ZeroShotTask.from_table(
-            read_table(tmp_path / "t.csv", ","), label="y", prompts=PROMPTS, attributes=["id"]
-        )
+        ZeroShotTask.from_table(table, label="bright", prompts=PROMPTS, attributes=["id"])
 
 
 # Checkpoints and models
@@ -338,11 +336,10 @@ def test_command_takes_a_model_name_and_low_precision_and_writes_beside_the_chec
 
 def replaced(arguments, option, *values):
     """Give an option other values; no values: take the option away."""
-    at = arguments.index(option)
-    end = next(
-        (i for i in range(at + 1, len(arguments)) if arguments[i].startswith("--")), len(arguments)
-    )
-    return [*arguments[:at], *([option, *values] if values else []), *arguments[end:]]
+    at = arguments.index(option) if option in arguments else len(arguments)
+    later = (i for i in range(at + 1, len(arguments)) if arguments[i].startswith("--"))
+    new = [option, *values] if values else []
+    return [*arguments[:at], *new, *arguments[next(later, len(arguments)) :]]
 
 
 @pytest.mark.parametrize(
@@ -358,6 +355,9 @@ def replaced(arguments, option, *values):
         ("--bootstrap", ["-1"], "n_bootstrap must be an integer of 0 or more, got -1"),
         ("--bootstrap", ["many"], "argument --bootstrap: invalid int value: 'many'"),
         ("--output", ["{run}/val.csv"], "val.csv: File exists"),
+        ("--model", ["ViT-Z"], "open_clip cannot build model 'ViT-Z': "),
+        ("--model", ["local-dir:{run}/nowhere"], "cannot build model 'local-dir:"),
+        ("--checkpoint", ["{run}/val.csv"], "say which model this is with --model"),
     ],
 )
 def test_every_mistake_is_one_line(run, tmp_path, capsys, option, values, message):
@@ -376,38 +376,17 @@ def test_every_mistake_is_one_line(run, tmp_path, capsys, option, values, messag
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_mistakes_about_models_are_one_line(run, tmp_path, capsys):
-    def error(*arguments):
-        assert main(arguments) == 2
-        captured = capsys.readouterr()
-        assert captured.err.count("\n") == 1
-        return captured.err
-
-    out = tmp_path / "out"
-    assert "open_clip cannot build model 'ViT-Z': " in error(*command(run, out, "--model", "ViT-Z"))
-    name = f"local-dir:{tmp_path / 'nowhere'}"
-    assert f"cannot build model '{name}'" in error(*command(run, out, "--model", name))
-    (tmp_path / "text.pt").write_text("hello")
-    no_run = replaced(command(run, out), "--checkpoint", str(tmp_path / "text.pt"))
-    assert "say which model this is with --model" in error(*no_run)
-    message = error(*no_run, "--model", model_name(run / "tiny"))
-    assert "text.pt: not a checkpoint" in message
-
-
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_an_image_error_is_one_line_from_a_worker_too(run, tmp_path, capsys, workers):
+def test_an_image_error_in_a_worker_is_one_line(run, tmp_path, capsys):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     rows = [[broken, 0, "f"], [run / "image 1.png", 1, "f"]]
-    write_table(tmp_path / "t.csv", ["filepath", "bright", "sex"], rows)
-    arguments = command(run, tmp_path / "out", "--workers", workers, "--csv-separator", ",")
+    write_table(tmp_path / "t.csv", ["filepath", "bright", "sex"], rows, "\t")
+    arguments = command(run, tmp_path / "out", "--workers", "1")
     arguments = replaced(arguments, "--data", str(tmp_path / "t.csv"))
     assert main(replaced(arguments, "--attributes", "sex")) == 2
+    start = f"fairclip_losses.evaluate: error: row 1: cannot read image '{broken}': cannot identify"
     message = capsys.readouterr().err
-    assert message.startswith(
-        f"fairclip_losses.evaluate: error: row 1: cannot read image '{broken}': cannot identify"
-    )
-    assert message.count("\n") == 1
+    assert message.startswith(start) and message.count("\n") == 1
 
 
 def test_an_unexpected_error_is_one_line_unless_debugged(run, tmp_path, capsys, monkeypatch):
@@ -426,21 +405,14 @@ def test_an_unexpected_error_is_one_line_unless_debugged(run, tmp_path, capsys, 
 
 def test_as_a_module_with_a_warning(run, tmp_path):
     """In a process of its own: exit code, output, a warning in one line, open_clip kept quiet."""
-    files = [run / f"image {row}.png" for row in range(4)]
-    rows = [[file, row % 2, "ffmm"[row]] for row, file in enumerate(files)]
-    rows[3][1] = 0
-    write_table(tmp_path / "t.csv", ["filepath", "bright", "sex"], rows, ",")
-    arguments = command(run, tmp_path / "out", "--csv-separator", ",")
-    arguments = replaced(arguments, "--data", str(tmp_path / "t.csv"))
-    arguments = replaced(arguments, "--attributes", "sex")
+    rows = [[run / f"image {row}.png", row == 1, "ffmm"[row]] for row in range(4)]
+    write_table(tmp_path / "t.csv", ["filepath", "bright", "sex"], rows, "\t")
+    arguments = replaced(command(run, tmp_path / "out"), "--data", str(tmp_path / "t.csv"))
     module, environment = as_process(run / "tiny", "fairclip_losses.evaluate")
     result = subprocess.run(
-        [sys.executable, *module, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
+        [sys.executable, *module, *replaced(arguments, "--attributes", "sex")],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     # What else open_clip 2 pulls in has something to say of old versions of others.
     said = result.stderr if HAS_LOCAL_DIR else "".join(result.stderr.splitlines(True)[-1:])
