@@ -28,7 +28,7 @@ from fairclip_losses.metrics import (
 
 EXACT = {"rel": 0, "abs": 1e-12}
 SEEDS = st.integers(0, 2**32 - 1)
-drawn = settings(deadline=None, max_examples=40)
+drawn = settings(deadline=None, max_examples=30)
 ONE_CLASS = pytest.mark.filterwarnings("ignore:.*one class only:UserWarning")
 FAIRLEARN = tuple(map(int, fairlearn_version.split(".")[:2]))
 
@@ -158,7 +158,7 @@ def one_vs_rest_fairlearn(function, classes, y, predicted, **options):
     return np.mean([function(y == k, predicted == k, **options) for k in range(classes)])
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=15)
 @given(SEEDS, st.sampled_from([2, 4]), st.booleans())
 def test_gaps_are_fairlearns(seed, classes, weighted):
     # With few samples in a group, classes are often missing from it.
@@ -217,6 +217,7 @@ def test_one_group_or_none():
     assert math.isnan(equalized_odds_difference(y, predicted, [-1, -1, -1]))
 
 
+@drawn
 @given(st.floats(0.01, 1), st.lists(st.floats(0, 1) | st.just(math.nan), min_size=1, max_size=6))
 def test_equity_scaled_and_disparity_are_their_formulas(overall, values):
     known = [value for value in values if not math.isnan(value)]
@@ -363,11 +364,9 @@ def test_report_values_are_those_of_the_functions(classes):
 @pytest.mark.parametrize("classes", [2, 3])
 def test_intervals_are_those_of_a_loop_over_resamples(classes):
     y, scores, _, group, _ = sample(3, classes, size=80)
-    seed, rounds = 11, 40
-    report = fairness_report(
-        y, scores, {"race": group}, n_bootstrap=rounds, confidence=0.9, seed=seed
-    )
-    draws = np.random.default_rng(seed).integers(80, size=(rounds, 80))
+    options = {"n_bootstrap": 40, "confidence": 0.9, "seed": 11}
+    report = fairness_report(y, scores, {"race": group}, **options)
+    draws = np.random.default_rng(11).integers(80, size=(40, 80))
     loop = [fairness_report(y[i], scores[i], {"race": group[i]}, n_bootstrap=0) for i in draws]
     race = report.attributes["race"]
 
@@ -387,8 +386,6 @@ def test_intervals_are_those_of_a_loop_over_resamples(classes):
 def test_intervals_do_not_depend_on_how_the_resamples_are_cut_into_blocks(monkeypatch):
     y, scores, _, group, _ = sample(5, size=63)
     whole = fairness_report(y, scores, {"race": group}, n_bootstrap=50)
-    again = fairness_report(y, scores, {"race": group}, n_bootstrap=50)
-    assert whole == again
     assert whole != fairness_report(y, scores, {"race": group}, n_bootstrap=50, seed=1)
     monkeypatch.setattr("fairclip_losses.evaluation.report.BLOCK_SIZE", 63 * 7)
     assert fairness_report(y, scores, {"race": group}, n_bootstrap=50) == whole
@@ -397,11 +394,11 @@ def test_intervals_do_not_depend_on_how_the_resamples_are_cut_into_blocks(monkey
 def test_intervals_cover_about_as_often_as_they_say():
     rng = np.random.default_rng(0)
     truth, hits = 0.7602499389065233, 0  # P(N(1, 1) > N(0, 1)) = Phi(1 / sqrt 2)
-    for seed in range(60):
+    for seed in range(40):
         y = np.repeat([0, 1], 60)
         auc = fairness_report(y, y + rng.normal(size=120), {}, n_bootstrap=200, seed=seed).auc
         hits += auc.low <= truth <= auc.high
-    assert 50 <= hits <= 60
+    assert 34 <= hits <= 40
 
 
 def test_a_resample_without_a_value_is_left_out():
@@ -419,13 +416,9 @@ def test_a_group_of_one_class_is_nan_left_out_and_warned_of():
     y = [0, 1, 0, 1, 1, 1]
     scores = [0.1, 0.8, 0.6, 0.4, 0.9, 0.2]
     with pytest.warns(UserWarning, match="attribute 'sex': group 'm' holds one class only"):
-        report = fairness_report(
-            y,
-            scores,
-            {"sex": [0, 0, 0, 0, 1, 1]},
-            labels=CodeBook({"sex": ("f", "m", "x"), "more": ("a",)}),
-            n_bootstrap=10,
-        )
+        labels = CodeBook({"sex": ("f", "m", "x"), "more": ("a",)})
+        groups = {"sex": [0, 0, 0, 0, 1, 1]}
+        report = fairness_report(y, scores, groups, labels=labels, n_bootstrap=10)
     sex = report.attributes["sex"]
     assert math.isnan(sex.groups[1].auc.value) and math.isnan(sex.groups[1].auc.low)
     assert sex.es_auc.value == equity_scaled(report.auc.value, [sex.groups[0].auc.value])
@@ -439,19 +432,13 @@ def test_a_group_of_one_class_is_nan_left_out_and_warned_of():
     assert "n/a" in report.table()
 
 
-def test_overall_of_one_class():
-    with pytest.warns(UserWarning, match="one class only: the AUC is NaN"):
-        report = fairness_report([1, 1], [0.1, 0.9], {}, n_bootstrap=5)
-    assert math.isnan(report.auc.value)
-    assert report.accuracy.value == 0.5
-
-
-def test_nothing_known_of_an_attribute():
-    report = fairness_report([0, 1], [0.2, 0.9], {"sex": [-1, -1]}, n_bootstrap=5)
+def test_overall_of_one_class_and_nothing_known_of_an_attribute():
+    with pytest.warns(UserWarning, match="^one class only: the AUC is NaN"):
+        report = fairness_report([1, 1], [0.1, 0.9], {"sex": [-1, -1]}, n_bootstrap=5)
     sex = report.attributes["sex"]
+    assert math.isnan(report.auc.value) and report.accuracy.value == 0.5
     assert sex.groups == () and sex.unknown == 2
     assert math.isnan(sex.es_auc.value) and math.isnan(sex.demographic_parity_difference.value)
-    assert report.auc.value == 1.0
 
 
 def test_two_columns_of_probabilities_are_binary():
@@ -469,26 +456,15 @@ def test_report_as_dict_rows_and_table():
     )
     content = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert content["auc"]["value"] == report.auc.value
-    assert content["attributes"]["race"]["groups"][3] == {
-        "label": "d",
-        "count": 0,
-        "auc": {"value": None, "low": None, "high": None},
-        "accuracy": {"value": None, "low": None, "high": None},
-    }
+    nothing = {"value": None, "low": None, "high": None}
+    absent = {"label": "d", "count": 0, "auc": nothing, "accuracy": nothing}
+    assert content["attributes"]["race"]["groups"][3] == absent
     rows = report.to_rows()
     assert len(rows) == 2 + 6 + 2 * 4
-    assert rows[0] == {
-        "attribute": "",
-        "group": "",
-        "metric": "auc",
-        "value": report.auc.value,
-        "low": report.auc.low,
-        "high": report.auc.high,
-        "count": 60,
-    }
-    assert sum(row["count"] for row in rows if row["metric"] == "auc" and row["group"]) == (
-        60 - report.attributes["race"].unknown
-    )
+    auc = {"value": report.auc.value, "low": report.auc.low, "high": report.auc.high}
+    assert rows[0] == {"attribute": "", "group": "", "metric": "auc", **auc, "count": 60}
+    counts = [row["count"] for row in rows if row["metric"] == "auc" and row["group"]]
+    assert sum(counts) == 60 - report.attributes["race"].unknown
     table = report.table()
     assert table.startswith("60 samples, binary; [95 % interval, 10 resamples]")
     for text in ("ES-AUC", "AUC, a", "accuracy, d", "n=0", f"{report.auc.value:.3f}", "unknown"):

@@ -2,10 +2,9 @@
 
     python examples/benchmarks/files_that_run.py
 
-Counts the files in which a function runs; importing and building are not counted. Exits with status
-1 where there are more than may be. An accelerator's path runs on tensors without values that say
-that they lie on a CUDA device. Of the patch integrations/ alone is counted: what it calls is in the
-other rows.
+Counts the files in which a function runs, importing and building aside; exits with status 1 where
+there are more than may be. CUDA: tensors without values that say that they lie on such a device. Of
+the patch integrations/ alone is counted: what it calls is in the other rows.
 """
 
 from __future__ import annotations
@@ -42,10 +41,8 @@ def files_that_run(work: Callable[[], object]) -> list[str]:
             files.add(frame.f_code.co_filename)
 
     sys.setprofile(note)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
+    work()
+    sys.setprofile(None)
     paths = [Path(file) for file in files]
     return sorted(str(p.relative_to(PACKAGE)) for p in paths if p.is_relative_to(PACKAGE))
 
