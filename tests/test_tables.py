@@ -259,27 +259,12 @@ def test_a_value_outside_the_code_book_is_refused_or_unknown():
 
 
 @pytest.mark.parametrize(
-    ("cells", "message"),
-    [
-        (["1.5", "2"], "got the number 1.5; bin it first"),
-        (["1e3", "2"], "got the number 1e3; bin it first"),
-        (["inf", "2"], "got the number inf; bin it first"),
-        (["", "na", "-1"], "got no known value in 3 rows"),
-        (["+" + str(i) for i in range(65)], "at most 64 groups, got 65"),
-        ([f"id{i}" for i in range(65)], "at most 64 groups, got 65 distinct values: an id"),
-    ],
+    ("names", "message"),
+    [([], "attribute names, each once"), (["g", "g"], "each once"), (["h"], "no column 'h'")],
 )
-def test_columns_that_are_no_groups(cells, message):
-    with pytest.raises(ValueError, match=r"table.csv: attribute column 'g': .*" + message):
-        encode_attributes(table_of(g=cells), ["g"])
-
-
-def test_attribute_names_must_be_given_once():
-    for names in ([], ["g", "g"]):
-        with pytest.raises(ValueError, match="expected attribute names, each once"):
-            encode_attributes(table_of(g=["1"]), names)
-    with pytest.raises(ValueError, match="no column 'h'"):
-        encode_attributes(table_of(g=["1"]), ["h"])
+def test_attribute_names_must_be_given_once(names, message):
+    with pytest.raises(ValueError, match=message):
+        encode_attributes(table_of(g=["1"]), names)
 
 
 # Code books
@@ -304,25 +289,8 @@ def test_ids_are_row_numbers_or_a_column():
     ids = pair_ids(table, "id")
     assert ids.tolist() == [7, -3, 2**63 - 1, -(2**63)]
     assert ids.dtype == np.int64
-
-
-@pytest.mark.parametrize(
-    ("cells", "message"),
-    [
-        (["1", "a7", "b"], "expected integers, got 'a7' in row 2"),
-        (["1", "2.0"], "expected integers, got '2.0' in row 2"),
-        (["1", ""], "expected integers, got '' in row 2"),
-        (["1", "٣"], "expected integers, got '٣' in row 2"),
-        ([str(2**63)], "expected 64-bit integers, got 9223372036854775808 in row 1"),
-        (["7", "9" * 5000], "expected 64-bit integers, got 9{5000} in row 2"),
-        (["5", "6", "5", "06", "7"], r"expected each id once, got 2 of them more than once \(5, 6"),
-    ],
-)
-def test_bad_ids(cells, message):
-    with pytest.raises(ValueError, match=r"table.csv: id column 'id': .*" + message):
-        pair_ids(table_of(id=cells), "id")
     with pytest.raises(ValueError, match="no column 'key'"):
-        pair_ids(table_of(id=cells), "key")
+        pair_ids(table, "key")
 
 
 # Labels
@@ -347,18 +315,47 @@ def test_labels(cells, classes, codes, labels):
     assert names == labels
 
 
+# What cannot be coded
+
+
+def as_groups(cells):
+    encode_attributes(table_of(g=cells), ["g"])
+
+
+def as_ids(cells):
+    pair_ids(table_of(id=cells), "id")
+
+
+def as_labels(cells, classes=2):
+    encode_labels(table_of(y=cells), "y", classes)
+
+
 @pytest.mark.parametrize(
-    ("cells", "classes", "message"),
+    ("encode", "cells", "message"),
     [
-        (["a", "b", "c"], 2, "expected 2 classes, got 3 distinct values: 'a', 'b', 'c'"),
-        (["a", "a"], 2, "expected 2 classes, got 1 distinct values"),
-        (["1", "2", "3"], 2, "expected 2 classes, got 3"),
-        (["a", ""], 2, "expected a label in every row, got '' in row 2"),
-        (["1", "-1"], 2, "expected a label in every row, got '-1' in row 2"),
-        (["0.5", "1"], 2, "got the number 0.5"),
-        (["a", "b"], 1, "at least 2 classes, got 1"),
+        (as_groups, ["1.5", "2"], "attribute column 'g': .* got the number 1.5; bin it first"),
+        (as_groups, ["1e3", "2"], "got the number 1e3; bin it first"),
+        (as_groups, ["inf", "2"], "got the number inf; bin it first"),
+        (as_groups, ["", "na", "-1"], "got no known value in 3 rows"),
+        (as_groups, ["+" + str(i) for i in range(65)], "at most 64 groups, got 65"),
+        (as_groups, [f"id{i}" for i in range(65)], "at most 64 .* 65 distinct values: an id"),
+        (as_ids, ["1", "a7", "b"], "id column 'id': expected integers, got 'a7' in row 2"),
+        (as_ids, ["1", "2.0"], "expected integers, got '2.0' in row 2"),
+        (as_ids, ["1", ""], "expected integers, got '' in row 2"),
+        (as_ids, ["1", "٣"], "expected integers, got '٣' in row 2"),
+        (as_ids, [str(2**63)], "64-bit integers, got 9223372036854775808 in row 1"),
+        (as_ids, ["7", "9" * 5000], "64-bit integers, got 9{5000} in row 2"),
+        (as_ids, ["5", "6", "5", "06"], r"each id once, got 2 of them more than once \(5, 6"),
+        (as_labels, ["a", "b", "c"], "expected 2 classes, got 3 distinct values: 'a', 'b', 'c'"),
+        (as_labels, ["a", "a"], "expected 2 classes, got 1 distinct values"),
+        (as_labels, ["1", "2", "3"], "expected 2 classes, got 3"),
+        (as_labels, ["a", ""], "label column 'y': expected a label in every row, got '' in row 2"),
+        (as_labels, ["1", "-1"], "expected a label in every row, got '-1' in row 2"),
+        (as_labels, ["0.5", "1"], "got the number 0.5"),
     ],
 )
-def test_bad_labels(cells, classes, message):
-    with pytest.raises(ValueError, match=message):
-        encode_labels(table_of(y=cells), "y", classes)
+def test_what_cannot_be_coded_is_named(encode, cells, message):
+    with pytest.raises(ValueError, match=r"table\.csv: .*" + message):
+        encode(cells)
+    with pytest.raises(ValueError, match="at least 2 classes, got 1"):
+        as_labels(cells, 1)
