@@ -169,19 +169,15 @@ class PairMemory(nn.Module):
         finite = torch.isfinite(losses)
         ids, losses = ids[finite], losses[finite]
         self._log_count = 0
-        fresh = torch.unique(ids)
-        fresh = fresh[
-            self.rows_of(fresh, torch.ones_like(fresh, dtype=torch.bool)) == self.spare_row
-        ]
+        usable = torch.ones_like(ids, dtype=torch.bool)
+        fresh = torch.unique(ids[self.rows_of(ids, usable) == self.spare_row])
         if len(fresh):
             self.table_ids, order = torch.sort(torch.cat([self.table_ids, fresh]))
+            # New rows are zero as the spare one is: that is the first of them, the last is spare.
+            order = torch.cat([order, order.new_tensor([len(order)])])
             for name in self._pair_buffers():
                 old = getattr(self, name)
-                zeros = old.new_zeros(len(fresh))
-                # The old spare row is the first of the new ones, which are zero as well.
-                grown = torch.cat([old, zeros])[order]
-                setattr(self, name, torch.cat([grown, zeros[:1]]))
-        usable = torch.ones_like(ids, dtype=torch.bool)
+                setattr(self, name, torch.cat([old, old.new_zeros(len(fresh))])[order])
         self._accumulate(self.rows_of(ids, usable), losses, usable)
 
     def histories(self) -> Tensor:
