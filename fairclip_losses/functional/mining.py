@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..validation import check_choice, check_same_shape, check_sigma
+from ..validation import check_choice, check_integer, check_same_shape, check_sigma
 
 __all__ = [
     "CLEAN",
@@ -38,11 +38,10 @@ _MIN_SPREAD = 2.0**-20
 def visit_weight(epoch: int | Tensor, history: History = "mean") -> float | Tensor:
     r"""Weight of a visit in its pair's history.
 
-    ``mean``: :math:`1`. ``linear``: :math:`1 + e`, with `e` the number of epochs that were over at
-    the visit.
+    ``mean``: :math:`1`. ``linear``: :math:`1 + e`.
 
     Args:
-        epoch: `e`, an int or a tensor of integers.
+        epoch: `e`, the number of epochs that were over at the visit; an int or an integer tensor.
         history: ``"mean"`` or ``"linear"``.
 
     Returns:
@@ -77,8 +76,7 @@ def pair_history(
     Args:
         loss_sum: :math:`\sum_v u_v l_{k,v}`, shape (N,).
         visits: number of visits :math:`V_k`, shape (N,).
-        weight_sum: :math:`\sum_v u_v`, shape (N,); None where every weight is 1 (then it is
-            `visits`).
+        weight_sum: :math:`\sum_v u_v`, shape (N,); None = `visits`, every weight being 1.
         total_epochs: `E` for the form without normalisation, None for the weighted mean.
 
     Returns:
@@ -94,10 +92,8 @@ def pair_history(
         check_same_shape("loss_sum", loss_sum, "weight_sum", weight_sum)
     if total_epochs is None:
         divisor = (visits if weight_sum is None else weight_sum).double()
-    elif total_epochs < 1:
-        raise ValueError(f"total_epochs must be 1 or more, got {total_epochs!r}")
     else:
-        divisor = visits.double() * total_epochs
+        divisor = visits.double() * check_integer("total_epochs", total_epochs, 1)
     history = loss_sum.double() / divisor
     return torch.where(visits > 0, history, torch.nan)
 

@@ -116,10 +116,9 @@ class BadPairMiner(nn.Module):
     its precision. It takes 13 bytes for each pair, 17 with ``history="linear"``, and 8 more for the
     id itself where ids are streamed.
 
-    With ``num_pairs=None`` any int64 is an id. Visits are then kept in a log, which joins the table
-    of pairs at :meth:`end_epoch`, before the state is saved or reported, and when it holds 65,536
-    visits or, if that is more, an eighth of the table (only then does ``forward`` wait for the
-    device).
+    With ``num_pairs=None`` any int64 is an id. Visits then wait in a log, which joins the table of
+    pairs at :meth:`end_epoch`, before the state is saved or reported, and when it is full (of the
+    larger of 65,536 visits and an eighth of the table; only then ``forward`` waits for the device).
 
     Args:
         num_pairs: number of pairs, the ids being 0..num_pairs-1; None takes any int64 ids.
@@ -223,12 +222,10 @@ class BadPairMiner(nn.Module):
         memory = self.memory
         losses = pair_losses.detach()
         losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
-        ids = pair_ids.to(torch.int64)
-        ids = ids.to(losses.device, non_blocking=losses.device.type == "cuda")
+        ids = pair_ids.long().to(losses.device, non_blocking=losses.device.type == "cuda")
         if memory.visits.device != losses.device:
             with torch.inference_mode(False):
                 memory.to(losses.device)
-
         usable = losses.float().abs() < torch.inf
         in_range = None
         if self.num_pairs is not None and not self._checks_values(pair_ids):
@@ -251,7 +248,7 @@ class BadPairMiner(nn.Module):
             ValueError: as ``forward`` does.
         """
         check_pair_rows(pair_losses, pair_ids)
-        if self.num_pairs is None or not self._checks_values(pair_ids) or not len(pair_ids):
+        if self.num_pairs is None or not len(pair_ids) or not self._checks_values(pair_ids):
             return
         least, largest = torch.aminmax(pair_ids)
         if int(least) < 0 or int(largest) >= self.num_pairs:
