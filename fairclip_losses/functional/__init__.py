@@ -24,13 +24,12 @@ from .mining import (
     Weighting,
     bad_pair_kinds,
     bad_pair_weights,
-    gaussian_mixture_posterior,
     history_statistics,
     history_z_score,
-    mixture_pair_kinds,
     pair_history,
     visit_weight,
 )
+from .mixture import gaussian_mixture_posterior, mixture_pair_kinds
 from .pairs import (
     Normalization,
     caption_pair_losses,

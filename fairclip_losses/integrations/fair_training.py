@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ..distributed import Processes
 from ..errors import UsageError, usage_errors
 from ..losses import FairLoss
 from ..miners import BadPairMiner, EpochSummary, MinerReport
@@ -242,12 +241,10 @@ class FairTrainingCallback(Callback):
             self._load_shards(part["miner"] for part in parts)
 
     def _load_shards(self, states: Iterable[dict[str, Any]]) -> None:
-        if self.loss is not None and self.loss.miner is not None:
-            self.loss.miner.load_shards(states)
+        raise UsageError("a memory in shards is no longer read")
 
     def _sharded_miner(self) -> BadPairMiner | None:
-        miner = None if self.loss is None else self.loss.miner
-        return miner if miner is not None and miner.processes.world_size > 1 else None
+        return None
 
     @property
     def _known_source(self) -> PairSource:
@@ -262,7 +259,6 @@ class FairTrainingCallback(Callback):
             "warmup_epochs": options.fair_warmup_epochs,
             "noisy_sigma": options.fair_noisy_sigma,
             "faulty_sigma": options.fair_faulty_sigma,
-            "processes": Processes.of(base_loss) if options.fair_shard_memory else None,
         }
         fairness = {
             "p": options.fair_p,
@@ -303,7 +299,7 @@ class FairTrainingCallback(Callback):
             return None
         if rank != 0 and not self.options.fair_shard_memory:
             return None
-        return self.loss.miner.report(to=0)
+        return self.loss.miner.report()
 
     def _scalars(self) -> dict[str, float]:
         """What the log shows of the last step; reads values back, so only where the host does."""

@@ -186,17 +186,8 @@ class FairLoss(nn.Module):
 
         Args:
             scaler: a `torch.amp.GradScaler`, or None to record at once.
-
-        Raises:
-            ValueError: a miner without a method ``remember(losses, ids, kept=...)``.
         """
         following = scaler is not None and scaler.is_enabled()
-        waits = self.miner is None or callable(getattr(self.miner, "remember", None))
-        if following and not waits:
-            raise ValueError(
-                "to follow a scaler the miner needs a method remember, as BadPairMiner has, got "
-                f"{type(self.miner).__name__}"
-            )
         self.settle()
         self._scaler = scaler if following else None
 
@@ -208,7 +199,7 @@ class FairLoss(nn.Module):
         kept = held.kept()
         if held.visit is not None and self.miner is not None:
             losses, ids = held.visit
-            self.miner.remember(losses, ids, kept=kept.to(losses.device))
+            self.miner(losses.masked_fill(~kept.to(losses.device), torch.nan), ids, record=True)
             if self.mining_unit == "batch":
                 self.batch_position.add_(kept.to(self.batch_position))
         if held.scored is not None and self.fairness is not None:
