@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,3 +108,27 @@ def warn_unconverged(error: float, options: SinkhornOptions, rounds: int) -> Non
         ConvergenceWarning,
         stacklevel=2,
     )
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Identity on a gradient that refuses to be differentiated, instead of passing as constant."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, source: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "sinkhorn_divergence is once differentiable: its envelope gradient has no derivative"
+        )
+
+
+def refuse_second(grads: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> list[Any]:
+    """Guard the gradients found under ``create_graph=True``."""
+    if not torch.is_grad_enabled():
+        return list(grads)
+    return [
+        None if grad is None else _OnceDifferentiable.apply(grad, source)
+        for grad, source in zip(grads, sources, strict=True)
+    ]

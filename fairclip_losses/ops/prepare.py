@@ -44,11 +44,7 @@ def prepare(
 ) -> Prepared:
     """Check the values where asked for, centre the points and normalise the weights."""
     same_points = x is y
-    if should_validate(x, validate):
-        check_weights(a, "a")
-        check_weights(b, "b")
-        x = check_finite(x, [a, b] if same_points else [a], "x")
-        y = x if same_points else check_finite(y, [b], "y")
+    x, y = check_values(x, y, a, b, validate)
     result = torch.promote_types(x.dtype, y.dtype)
     dtype = working_dtype(x.device)
     weights_a, has_a = _normalise(a, x, dtype)
@@ -58,6 +54,19 @@ def prepare(
         points_x, None if same_points else points_y, weights_a, weights_b, _both(has_a, has_b),
         result if result == torch.float64 else torch.float32,
     )  # fmt: skip
+
+
+def check_values(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, validate: bool | None
+) -> tuple[Tensor, Tensor]:
+    """Refuse points and weights that are no numbers, where asked for; return absent points as 0."""
+    if not should_validate(x, validate):
+        return x, y
+    check_weights(a, "a")
+    check_weights(b, "b")
+    same_points = x is y
+    x = check_finite(x, [a, b] if same_points else [a], "x")
+    return x, x if same_points else check_finite(y, [b], "y")
 
 
 def check_options(

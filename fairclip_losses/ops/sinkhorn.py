@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import refuse_second
 from .compiled import solve_compiled
 from .entropic import solve_entropic
-from .exact import solve_exact
-from .host import solve_exact_on_host, suits_host, suits_host_solver, to_tensor
+from .exact import exact_cost
+from .host import suits_host_solver
 from .options import Backend, SinkhornOptions
-from .prepare import check_options, check_shapes, prepare
+from .prepare import check_options, check_shapes, check_values, prepare
 
 
 def sinkhorn_divergence(
@@ -122,11 +121,10 @@ def sinkhorn_divergence(
     check_shapes(x, y, a, b, options)
     if any(0 in tensor.shape for tensor in (x, y, a, b) if tensor is not None):
         return _no_measure(x, y, a, b)
-    if options.blur == 0 and suits_host(x, y, a, b):
-        cost = _HostDivergence.apply(x, None if y is x else y, a, b, p, validate is not False)
-        assert isinstance(cost, Tensor)
-        return cost
     with torch.autocast(x.device.type, enabled=False):
+        if options.blur == 0:
+            x, y = check_values(x, y, a, b, validate)
+            return exact_cost(x, y, a, b, options.p)
         problem = prepare(x, y, a, b, validate)
         cost = _Divergence.apply(
             problem.x, problem.y, problem.a, problem.b, options, problem.result == torch.float32,
@@ -148,59 +146,8 @@ def _graph_of(entry: Tensor | None) -> Tensor | None:
     return None if entry is None else entry.flatten()[:0].clone()
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """Identity on a gradient that refuses to be differentiated, instead of passing as constant."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, source: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        raise RuntimeError(
-            "sinkhorn_divergence is once differentiable: its envelope gradient has no derivative"
-        )
-
-
-def _refuse_second(grads: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> list[Any]:
-    """Guard the gradients found under ``create_graph=True``."""
-    if not torch.is_grad_enabled():
-        return list(grads)
-    return [
-        None if grad is None else _OnceDifferentiable.apply(grad, source)
-        for grad, source in zip(grads, sources, strict=True)
-    ]
-
-
-class _HostDivergence(torch.autograd.Function):
-    """The exact cost on the CPU, in NumPy; y None: both measures lie on x."""
-
-    @staticmethod
-    @np.errstate(over="ignore", invalid="ignore")
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor | None, a: Tensor | None, b: Tensor | None, p: int,
-        validate: bool,
-    ) -> Tensor:  # fmt: skip
-        solution = solve_exact_on_host(x, x if y is None else y, a, b, p=p, validate=validate)
-        ctx.gradients = solution.gradients
-        ctx.save_for_backward(x, y)
-        double = x.dtype == torch.float64 or (y is not None and y.dtype == torch.float64)
-        return to_tensor(solution.cost, torch.float64 if double else torch.float32)
-
-    @staticmethod
-    @np.errstate(over="ignore", invalid="ignore")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        points = ctx.saved_tensors
-        found = ctx.gradients(grad.detach().numpy())
-        grads = [
-            to_tensor(slope[..., None], source.dtype) if needed else None
-            for slope, source, needed in zip(found, points, ctx.needs_input_grad, strict=False)
-        ]
-        return (*_refuse_second(grads, points), None, None, None, None)
-
-
 class _Divergence(torch.autograd.Function):
-    """The cost of either path; its derivatives are found in forward, O(N) a row is kept.
+    """The entropic cost; its derivatives are found in forward, O(N) a row is kept.
 
     y None: both measures lie on x, whose gradient is then the sum of both sides'.
     """
@@ -211,25 +158,14 @@ class _Divergence(torch.autograd.Function):
         single: bool, *graphs: Tensor | None,
     ) -> Tensor:  # fmt: skip
         wants_x, wants_y, *wants_weights = ctx.needs_input_grad[:4]
-        if options.blur == 0:
-            solution = solve_exact(
-                x[..., 0], x[..., 0] if y is None else y[..., 0], a, b, p=options.p,
-                same_points=y is None, potentials=any(wants_weights),
-            )  # fmt: skip
-            cost = solution.cost
-            slopes = [
-                None if slope is None else slope[..., None]
-                for slope in (solution.grad_x, solution.grad_y)
-            ] + [solution.f, solution.g]
+        wanted = (wants_x, wants_x if y is None else wants_y, *wants_weights)
+        other = x if y is None else y
+        if torch.compiler.is_compiling() and suits_host_solver(x, other, options):
+            cost, found = solve_compiled(x, other, a, b, options, any(wants_weights))
+            slopes = [s if want else None for s, want in zip(found, wanted, strict=True)]
         else:
-            wanted = (wants_x, wants_x if y is None else wants_y, *wants_weights)
-            other = x if y is None else y
-            if torch.compiler.is_compiling() and suits_host_solver(x, other, options):
-                cost, found = solve_compiled(x, other, a, b, options, any(wants_weights))
-                slopes = [s if want else None for s, want in zip(found, wanted, strict=True)]
-            else:
-                entropic = solve_entropic(x, other, a, b, options, wanted, single)
-                cost, slopes = entropic.cost, list(entropic.slopes)
+            entropic = solve_entropic(x, other, a, b, options, wanted, single)
+            cost, slopes = entropic.cost, list(entropic.slopes)
         if y is None and slopes[0] is not None and slopes[1] is not None:
             slopes[:2] = [slopes[0] + slopes[1], None]
         ctx.shapes = [None if entry is None else entry.shape for entry in (x, y, a, b)]
@@ -246,4 +182,4 @@ class _Divergence(torch.autograd.Function):
                     continue
                 scale = grad[..., None, None] if k < 2 else grad[..., None]
                 grads[k] = (slope.to(grad.dtype) * scale).sum_to_size(shape)
-        return (*_refuse_second(grads, graphs), *[None] * 6)
+        return (*refuse_second(grads, graphs), *[None] * 6)

@@ -14,19 +14,6 @@ from .methods.space import solve_in_space
 from .options import SinkhornOptions
 
 
-def _exact_potential(x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: int) -> Tensor:
-    """Return a Kantorovich potential of b, in the middle of what the ties of the plan leave free.
-
-    Where a level of one measure meets one of the other's, the walk along the plan picks an extreme
-    potential, and the opposite one once the measures are exchanged.
-    """
-    _, one = exact_potentials(x[..., 0], y[..., 0], a, b, p)
-    other, _ = exact_potentials(y[..., 0], x[..., 0], b, a, p)
-    weights = b.to(one.dtype)
-    level = (weights * (one - other)).sum(-1, keepdim=True)
-    return 0.5 * (one + other + level)
-
-
 def solve_pair(
     kernel: Kernel, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
 ) -> tuple[Tensor, Tensor, int]:
@@ -39,7 +26,8 @@ def solve_pair(
     if x.shape[-1] > 1:
         assert not isinstance(kernel, LaplaceLine)
         return solve_in_space(kernel, log_a, log_b, options)
-    g = _exact_potential(x, y, log_a.exp(), log_b.exp(), options.p).to(x.dtype)
+    _, g = exact_potentials(x[..., 0], y[..., 0], log_a.exp(), log_b.exp(), options.p)
+    g = g.to(x.dtype)
     if not (isinstance(kernel, DenseKernel) and fits_newton(kernel.x, kernel.y)):
         return diffusion_rounds(kernel, g, log_a, log_b, options)
     f = kernel.softmin(options.epsilon, log_b, g)
