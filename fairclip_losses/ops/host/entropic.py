@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..checks import broadcast_shapes
+from ..laplace_line import LaplaceLine
 from ..options import SinkhornOptions
 from ..solution import EntropicSolution, Slopes
 from .arrays import Array, Shape, stretch
 from .gauss.rows import Rows, clouds, within_blocks
 from .gauss.solver import SmoothSolver, marginal_error
-from .host_solver import Between, Within
-from .laplace.solver import LineSolver
+from .host_solver import Between
 
 # Most rows with points of their own for p = 1 that are solved one after the other where they have
 # so few points.
@@ -96,27 +96,25 @@ def _solve_smooth(
 def _solve_on_one_line(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, potentials: bool
 ) -> EntropicSolution:
-    """Solve p = 1 on the sorted points of either measure."""
-    line = _Line.of(x, y)
-    lead = broadcast_shapes(x.shape[:-2], y.shape[:-2], a.shape[:-1], b.shape[:-1])
-    one, other = line.spread(a, line.x), line.spread(b, line.y)
-    every_a = one.reshape(1, -1) if one.size == line.z.size else stretch(one, lead)
-    every_a = every_a.reshape(-1, line.z.size)
-    every_b = stretch(other, lead).reshape(-1, line.z.size)
-    solver = LineSolver(line.z, options)
-    between = line.read_between(solver.between(every_a, every_b))
+    """Solve p = 1 where all rows share their points."""
+    lead_a, lead_b = a.shape[:-1], b.shape[:-1]
+    lead = broadcast_shapes(x.shape[:-2], y.shape[:-2], lead_a, lead_b)
+    points = x.detach().reshape(-1).numpy()
+    others = points if y is x else y.detach().reshape(-1).numpy()
+    one, other = a.detach().numpy(), b.detach().numpy()
+    line = LaplaceLine(points, others, options)
+    rows_a = one if math.prod(lead_a) == 1 else stretch(one, lead)
+    rows_b = stretch(other, lead)
+    found = line.between(rows_a.reshape(-1, one.shape[-1]), rows_b.reshape(-1, other.shape[-1]))
     own = None
     if options.debias:
-        within = solver.within(one.reshape(-1, line.z.size), other.reshape(-1, line.z.size))
-        own = line.read_within(within[0], line.x), line.read_within(within[1], line.y)
-        del within  # as large as all that follows
-    leads = one.shape[:-1], other.shape[:-1], lead
-    return _assemble(a, b, leads, between, own, potentials)
+        own = line.within(one.reshape(-1, one.shape[-1]), other.reshape(-1, other.shape[-1]))
+    return _assemble(a, b, (lead_a, lead_b, lead), found, own, potentials)
 
 
 def _assemble(
-    a: Tensor, b: Tensor, leads: tuple[Shape, Shape, Shape], between: Between,
-    own: tuple[Within, Within] | None, potentials: bool,
+    a: Tensor, b: Tensor, leads: tuple[Shape, Shape, Shape], between: Any,
+    own: tuple[Any, Any] | None, potentials: bool,
 ) -> EntropicSolution:  # fmt: skip
     """Put the divergence together; ``leads`` are the rows of a, of b and of both."""
 
@@ -128,7 +126,7 @@ def _assemble(
     if own is None:
         in_weights = (f, g) if potentials else (None, None)
         slopes = ((a * pull_x)[..., None], (b * pull_y)[..., None], *in_weights)
-        return EntropicSolution(transport, slopes, transport, f, g, None, None, between.rounds)
+        return EntropicSolution(transport, slopes, transport, f, g, None, None, between[5])
     cost_a, self_x, self_pull_x = (tensor(part, leads[0]) for part in own[0])
     cost_b, self_y, self_pull_y = (tensor(part, leads[1]) for part in own[1])
     cost = transport - 0.5 * cost_a - 0.5 * cost_b
@@ -136,7 +134,7 @@ def _assemble(
     in_x, in_y = a * (pull_x - self_pull_x), b * (pull_y - self_pull_y)
     return EntropicSolution(
         cost, (in_x[..., None], in_y[..., None], *in_weights), transport, f, g, self_x, self_y,
-        between.rounds,
+        between[5],
     )  # fmt: skip
 
 
@@ -164,54 +162,3 @@ def _solve_row_by_row(
     slopes = tuple(stacked(part) for part in zip(*(row.slopes for row in found), strict=True))
     rounds = max(row.rounds for row in found)
     return EntropicSolution(cost, cast(Slopes, slopes), transport, f, g, f_self, g_self, rounds)
-
-
-class _Line(NamedTuple):
-    """The sorted distinct points of both sides, and which of them each point is."""
-
-    z: Array  # (K,)
-    x: Array  # (N,) place of each point of x
-    y: Array  # (M,)
-    order: Array | None  # (K,) the points of x in order, where they are all there are
-
-    @classmethod
-    def of(cls, x: Tensor, y: Tensor) -> _Line:
-        """Sort the points of both together."""
-        own = x.detach().reshape(-1).numpy()
-        points = own if y is x else np.concatenate([own, y.detach().reshape(-1).numpy()])
-        order = points.argsort()
-        z = points[order]
-        new = z[1:] > z[:-1]
-        place = np.empty_like(order)
-        distinct = bool(new.all())
-        if distinct:
-            place[order] = np.arange(order.size)
-        else:
-            place[order] = np.concatenate([[0], np.add.accumulate(new)])
-            z = z[np.concatenate([[True], new])]
-        shared = y is x
-        return cls(
-            z, place if shared else place[: own.size], place if shared else place[own.size :],
-            order if shared and distinct else None,
-        )  # fmt: skip
-
-    def spread(self, weights: Tensor, places: Array) -> Array:
-        """Put weights (*, N) of points at these places on all of the line's, (*, K)."""
-        values = weights.detach().numpy()
-        if self.order is not None:
-            return values.take(self.order, -1)
-        spread = np.zeros((*values.shape[:-1], self.z.size))
-        rows = values.reshape(-1, places.size)
-        for row, own in zip(spread.reshape(-1, self.z.size), rows, strict=True):
-            row[:] = np.bincount(places, own, self.z.size)
-        return spread
-
-    def read_between(self, found: Between) -> Between:
-        """Read at the points of x and y what was found on the line."""
-        f, pull_x = (part.take(self.x, -1) for part in (found.f, found.pull_x))
-        g, pull_y = (part.take(self.y, -1) for part in (found.g, found.pull_y))
-        return Between(found.cost, f, g, pull_x, pull_y, found.rounds)
-
-    def read_within(self, found: Within, places: Array) -> Within:
-        """Read at points at these places what was found on the line."""
-        return Within(found.cost, found.f.take(places, -1), found.pull.take(places, -1))
