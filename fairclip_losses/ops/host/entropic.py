@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ..checks import broadcast_shapes
+from ..gauss_line import Measure, marginal_error, solve_between, solve_within
 from ..options import SinkhornOptions
 from ..solution import EntropicSolution, Slopes
 from .arrays import Array, Shape, stretch
-from .gauss.rows import Rows, clouds, within_blocks
-from .gauss.solver import SmoothSolver, marginal_error
 from .host_solver import Between, Within
 from .laplace.solver import LineSolver
 
@@ -59,14 +58,10 @@ def marginal_error_on_host(
 ) -> Tensor:
     """Return the L1 error (*,) of both marginals on all points, for p = 2 and potentials (*, N)."""
     lead = f.shape[:-1]
-    one, other = Rows.of(x, a, lead), Rows.of(y, b, lead)
-    rows_f, rows_g = f.reshape(-1, f.shape[-1]).numpy(), g.reshape(-1, g.shape[-1]).numpy()
-    error = [
-        marginal_error(ones, others, rows_f[rows], rows_g[rows], epsilon)
-        + marginal_error(others, ones, rows_g[rows], rows_f[rows], epsilon)
-        for rows, ones, others in clouds(one, other)
-    ]
-    return torch.from_numpy(np.concatenate(error)).view(lead)
+    potentials = (potential.reshape(-1, potential.shape[-1]).numpy() for potential in (f, g))
+    rows = zip(_measures(x, a, lead), _measures(y, b, lead), *potentials, strict=True)
+    error = [marginal_error(*row, epsilon) for row in rows]
+    return torch.tensor(error, dtype=torch.float64).view(lead)
 
 
 def _rows_of_points(x: Tensor, y: Tensor) -> int:
@@ -76,21 +71,39 @@ def _rows_of_points(x: Tensor, y: Tensor) -> int:
 def _solve_smooth(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, potentials: bool
 ) -> EntropicSolution:
-    """Solve p = 2, each row between points of its own."""
-    solver = SmoothSolver(options, potentials)
+    """Solve p = 2, row by row; a measure that rows share is solved against itself once."""
     lead_a = broadcast_shapes(x.shape[:-2], a.shape[:-1])
     lead_b = broadcast_shapes(y.shape[:-2], b.shape[:-1])
     lead = broadcast_shapes(lead_a, lead_b)
-    one, other = Rows.of(x, a, lead), Rows.of(y, b, lead)
-    between = Between.join([solver.between(ones, others) for _, ones, others in clouds(one, other)])
+    sides = _measures(x, a, lead_a), _measures(y, b, lead_b)
+    rows = zip(_rows(sides[0], lead_a, lead), _rows(sides[1], lead_b, lead), strict=True)
+    found = [solve_between(*pair, options, potentials) for pair in rows]
+    between = Between(
+        *(np.concatenate(part) for part in list(zip(*found, strict=True))[:5]),
+        max(some.iterations for some in found),
+    )
     own = None
     if options.debias:
-        if lead_a != lead:
-            one = Rows.of(x, a, lead_a)
-        if lead_b != lead:
-            other = Rows.of(y, b, lead_b)
-        own = within_blocks(solver, one, other)
+        one, other = (
+            Within(*(np.concatenate(part) for part in zip(*within, strict=True)))
+            for within in ([solve_within(side, options, potentials) for side in measures]
+                           for measures in sides)
+        )
+        own = one, other
     return _assemble(a, b, (lead_a, lead_b, lead), between, own, potentials)
+
+
+def _measures(points: Tensor, weights: Tensor, lead: Shape) -> list[Measure]:
+    """Return the measure of each row: points (*, N, 1), weights (*, N)."""
+    n = weights.shape[-1]
+    rows = (t.detach().expand(*lead, n).reshape(-1, n).numpy() for t in (points[..., 0], weights))
+    return [Measure(*row) for row in zip(*rows, strict=True)]
+
+
+def _rows(measures: list[Measure], own: Shape, lead: Shape) -> list[Measure]:
+    """Return the measure of each of the rows to which they broadcast."""
+    which = np.broadcast_to(np.arange(len(measures)).reshape(own), lead).reshape(-1)
+    return [measures[k] for k in which]
 
 
 def _solve_on_one_line(
