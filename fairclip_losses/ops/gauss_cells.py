@@ -21,8 +21,8 @@ from .line_newton import CUMULATIVE_WEIGHT_TOL, Array
 
 # Most parts of a cell in one pass: a few far points make the mean slope of a long cell a poor one.
 MAX_PARTS = 32
-# A polynomial's square, relative to a cell's mass, that is rounding: the cell has no more nodes.
-MIN_SQUARE_NORM = 1e-26
+# Norm of a polynomial, relative to a cell's mass, that is rounding: the cell has no more nodes.
+MIN_NORM = 1e-13
 
 
 def divide(
@@ -64,8 +64,8 @@ def divide(
 def cut(x: Array, edges: Array, parts: Array) -> Array:
     """Cut cells into so many parts (C,) of equal length; those without points are left out."""
     more = parts.astype(int) - 1
-    cell = np.repeat(np.arange(more.size), more)
-    part = np.arange(1, cell.size + 1) - np.repeat(np.add.accumulate(more) - more, more)
+    cell = np.arange(more.size).repeat(more)
+    part = np.arange(1, cell.size + 1) - (np.add.accumulate(more) - more).repeat(more)
     first, last = edges[cell], edges[cell + 1] - 1
     found = x.searchsorted(x[first] + (x[last] - x[first]) * (part / parts[cell]))
     # at least one point on either side, however near to each other they are
@@ -83,7 +83,7 @@ def gauss_points(x: Array, weights: Array, edges: Array, order: int) -> tuple[Ar
     count = np.minimum(sizes, order)
     node_edges = np.append(0, np.add.accumulate(count))
     nodes, node_weights = np.empty(node_edges[-1]), np.empty(node_edges[-1])
-    copied, into = np.repeat(~many, sizes), np.repeat(~many, count)
+    copied, into = (~many).repeat(sizes), (~many).repeat(count)
     nodes[into], node_weights[into] = x[copied], weights[copied]
     if many.any():
         found = _quadrature(x[~copied], weights[~copied], sizes[many], order)
@@ -103,24 +103,24 @@ def _quadrature(x: Array, weights: Array, sizes: Array, order: int) -> tuple[Arr
     starts = np.add.accumulate(sizes) - sizes
     low, high = x[starts], x[starts + sizes - 1]
     middle, half = 0.5 * (low + high), 0.5 * (high - low)
-    u = (x - np.repeat(middle, sizes)) / np.repeat(half, sizes)
+    u = (x - middle.repeat(sizes)) / half.repeat(sizes)
     mass = np.add.reduceat(weights, starts)
-    polynomial = np.repeat(1.0 / np.sqrt(mass), sizes)  # of norm one
-    previous = np.zeros_like(polynomial)
+    # polynomials of norm one, times the roots of the weights
+    own, previous = np.sqrt(weights / mass.repeat(sizes)), np.zeros_like(u)
+    norm = np.zeros_like(mass)
     jacobi = np.zeros((sizes.size, order, order))
     for k in range(order):
-        product = u * polynomial
-        jacobi[:, k, k] = np.add.reduceat(weights * product * polynomial, starts)
+        product = u * own
+        jacobi[:, k, k] = mean = np.add.reduceat(product * own, starts)
         if k == order - 1:
             break
-        product -= np.repeat(jacobi[:, k, k], sizes) * polynomial
-        if k:
-            product -= np.repeat(jacobi[:, k, k - 1], sizes) * previous
-        square = np.add.reduceat(weights * product * product, starts)
-        norm = np.sqrt(np.where(square > MIN_SQUARE_NORM, square, 0.0))
+        product -= mean.repeat(sizes) * own
+        product -= norm.repeat(sizes) * previous
+        norm = np.sqrt(np.add.reduceat(product * product, starts))
+        norm[norm < MIN_NORM] = 0.0
         jacobi[:, k + 1, k] = norm
-        inverse = np.where(norm > 0.0, 1.0 / np.where(norm > 0.0, norm, 1.0), 0.0)
-        previous, polynomial = polynomial, product * np.repeat(inverse, sizes)
+        inverse = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0.0)
+        previous, own = own, product * inverse.repeat(sizes)
     values, vectors = np.linalg.eigh(jacobi)  # reads the lower triangle
     nodes = middle[:, None] + half[:, None] * np.clip(values, -1.0, 1.0)
     return nodes, mass[:, None] * vectors[:, 0, :] ** 2
@@ -135,10 +135,10 @@ class Interpolation:
     def __init__(self, x: Array, edges: Array, order: int) -> None:
         sizes = np.diff(edges)
         many = sizes > order
-        self._order, self._copied = order, np.repeat(~many, sizes)
+        self._order, self._copied = order, (~many).repeat(sizes)
         low, high = x[edges[:-1][many]], x[edges[1:][many] - 1]
         middle, half = 0.5 * (low + high), 0.5 * (high - low)
-        self._cell = np.repeat(np.arange(middle.size), sizes[many])
+        self._cell = np.arange(middle.size).repeat(sizes[many])
         self._u = (x[~self._copied] - middle[self._cell]) / half[self._cell]
         roots = (middle[:, None] + half[:, None] * _chebyshev(order)[0]).reshape(-1)
         self.places = np.concatenate([x[self._copied], roots])

@@ -34,7 +34,7 @@ from .line_newton import (
 from .options import SinkhornOptions
 
 # Nodes of a cell, and points of a measure up to which laying out cells costs more than it saves.
-NODES, MIN_POINTS = 8, 64
+NODES, MIN_POINTS = 8, 128
 # Part of ``tol`` that cells are laid out for, and times that they may be made finer.
 CELL_TOL_FACTOR, MAX_REFINEMENTS = 0.1, 6
 # Most costs that are all kept: above, those in windows take less time.
@@ -69,7 +69,7 @@ class Measure:
         first = np.flatnonzero(np.append(True, x[1:] != x[:-1]))
         self._all, self._order, self._which = points, order, None
         if first.size < x.size:
-            self._which = np.repeat(np.arange(first.size), np.diff(np.append(first, x.size)))
+            self._which = np.arange(first.size).repeat(np.diff(first, append=x.size))
             x, a = x[first], np.add.reduceat(a, first)
         self.points, self.weights = x, a  # (P,), distinct and in order
 
@@ -240,7 +240,7 @@ def _solve_nodes(one: _Side, other: _Side, start: Array | None, options: Sinkhor
         f, g = state.f_next[0], state.g[0]
     else:
         back = kernel.transposed
-        g = -back.log_product(np.log(a) + f)
+        g = -back.log_product((np.log(a) + f)[None])
         state, iterations = newton_between(back, b, a, g, options)
         f, g = state.g[0], state.f_next[0]
     along = _Potential(base_f + epsilon * f, *kernel.moments(g, y))
@@ -339,7 +339,7 @@ class GaussKernel:
     def log_product(self, exponent: Array) -> Array:
         """See `LineKernel.log_product`; for (1, M)."""
         sums = self._sums(exponent[0] - self.log_weights[1 - self.side])
-        product: Array = np.log(sums[:, 0]) - self.potentials[self.side]
+        product: Array = np.log(sums) - self.potentials[self.side]
         return product[None]
 
     def moments(self, g: Array, y: Array) -> tuple[Array, Array]:
@@ -347,20 +347,21 @@ class GaussKernel:
 
         ``x - mean`` is the gradient of the cost in x, per unit of its mass.
         """
-        sums = self._sums(g, y, y * y)
-        mean, square = sums[:, 1] / sums[:, 0], sums[:, 2] / sums[:, 0]
-        return mean, np.sqrt(np.maximum(square - mean * mean, 0.0))
+        total, mean, square = self._sums(g, np.stack([np.ones_like(y), y, y * y], -1)).T
+        mean = mean / total
+        return mean, np.sqrt(np.maximum(square / total - mean * mean, 0.0))
 
-    def _sums(self, g: Array, *values: Array) -> Array:
-        """Return ``sum_j b_j exp(u_i + g_j - C_ij)`` times 1 and the values, (N, 1 + values)."""
+    def _sums(self, g: Array, values: Array | None = None) -> Array:
+        """Return ``sum_j b_j exp(u_i + g_j - C_ij)`` (N,), or that times values (M, k), first 1."""
         across = 1 - self.side
-        logs = self.log_weights[across]
         self._follow(g)
         for is_last in (False, True):
-            weight = np.exp(np.minimum(g - self.potentials[across] + logs, MAX_EXPONENT))
-            sums: Array = self.entries @ np.stack([weight, *(weight * v for v in values)], -1)
-            least, most = sums[:, 0].min(), sums[:, 0].max()
-            if is_last or (least > MIN_SUM and most < 1.0 / MIN_SUM):  # False for NaN
+            exponent = g - self.potentials[across]
+            exponent += self.log_weights[across]
+            weight = np.exp(np.minimum(exponent, MAX_EXPONENT))
+            sums: Array = self.entries @ (weight if values is None else weight[:, None] * values)
+            total = sums if values is None else sums[:, 0]
+            if is_last or (total.min() > MIN_SUM and total.max() < 1.0 / MIN_SUM):  # False for NaN
                 break
             self.rescale(across, g)
         return sums
@@ -461,7 +462,7 @@ class BandKernel(GaussKernel):
         indices, data = np.empty(ends[-1], np.int32), np.empty(ends[-1])
         for rows, columns, entries, runs in _in_windows(x, y, low, high, potential, epsilon):
             across[rows], _, _ = _softmin(entries + logs[columns], *runs)
-            entries += np.repeat(across[rows], runs[1])
+            entries += across[rows].repeat(runs[1])
             some = slice(ends[rows.start], ends[rows.stop])
             indices[some], data[some] = columns, np.exp(np.minimum(entries, MAX_EXPONENT))
         shape = (x.size, y.size)
@@ -481,7 +482,7 @@ class BandKernel(GaussKernel):
         place_x = np.arange(left.size) + middle
         every = np.arange(right.size)
         place_y = every + middle.searchsorted(every, "right")
-        rows = np.repeat(np.arange(left.size, dtype=np.int32), np.diff(scaled.indptr))
+        rows = np.arange(left.size, dtype=np.int32).repeat(np.diff(scaled.indptr))
         values = scaled.data * left[rows] * right[scaled.indices]
         kept = np.flatnonzero(values > MIN_COUPLING)
         rows, columns, values = rows[kept], scaled.indices[kept], values[kept]
@@ -508,7 +509,7 @@ def read(x: Array, y: Array, b: Array, g: Array, epsilon: float) -> tuple[Array,
     for rows, columns, entries, (starts, count) in _in_windows(x, y, low, high, exponent, epsilon):
         across, weights, total = _softmin(entries, starts, count)
         least[rows] = epsilon * across
-        weights *= np.repeat(x[rows], count) - y[columns]
+        weights *= x[rows].repeat(count) - y[columns]
         grad[rows] = np.add.reduceat(weights, starts) / total
     return least, grad
 
@@ -565,8 +566,8 @@ def _in_windows(
         size = count[rows]
         starts = ends[rows] - size
         starts -= starts[0]
-        columns = np.arange(starts[-1] + size[-1]) + np.repeat(low[rows] - starts, size)
-        entries = np.repeat(x[rows], size) - y[columns]
+        columns = np.arange(starts[-1] + size[-1]) + (low[rows] - starts).repeat(size)
+        entries = x[rows].repeat(size) - y[columns]
         entries *= entries
         entries *= -0.5 / epsilon
         entries += exponent[columns]
@@ -577,6 +578,6 @@ def _in_windows(
 def _softmin(entries: Array, starts: Array, count: Array) -> tuple[Array, Array, Array]:
     """Return softmins of runs of exponents, the terms in units of the largest, and their sums."""
     largest = np.maximum.reduceat(entries, starts)
-    weights = np.exp(entries - np.repeat(largest, count))
+    weights = np.exp(entries - largest.repeat(count))
     total = np.add.reduceat(weights, starts)
     return -(np.log(total) + largest), weights, total
