@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.linalg import solveh_banded
+from scipy.linalg.lapack import dposv
 
 from .gauss_cells import Interpolation, cut, divide, gauss_points
 from .line_newton import (
@@ -53,6 +54,8 @@ MIN_DIAGONAL = 1e-3
 # What is added to that diagonal keeps the matrix regular. It is above the rounding of a potential
 # (5e-17 of the largest cost), where all costs are kept the least.
 DIAGONAL_SHIFT, MAX_DIAGONAL_SHIFT, COST_ROUNDING = 1e-12, 1e-8, 5e-17
+# Entries below are 0 in Newton's equations: products of such are slow and add nothing.
+MIN_ENTRY = 1e-100
 # Sums below, and above its inverse, have lost what they were the sum of.
 MIN_SUM = 1e-200
 # Part of the roots of both weights below which an entry is left out of Newton's banded equations.
@@ -421,12 +424,16 @@ class DenseKernel(GaussKernel):
         """See `GaussKernel.solve`."""
         plan = self.entries * left[:, None]
         plan *= right
+        plan[plan < MIN_ENTRY] = 0.0
         of_rows = _null_diagonal(plan @ roots[1], roots[0])
         plan *= np.sqrt(1.0 / _null_diagonal(roots[0] @ plan, roots[1]))
         matrix = -(plan @ plan.T)
         matrix[np.diag_indices(left.size)] += of_rows + DIAGONAL_SHIFT
-        solved: Array = np.linalg.solve(matrix, violation)
-        return solved
+        _, solved, info = dposv(matrix, violation, overwrite_a=True)
+        if info:
+            raise np.linalg.LinAlgError("not positive definite")
+        found: Array = solved
+        return found
 
 
 class BandKernel(GaussKernel):
@@ -537,16 +544,15 @@ def windows(x: Array, y: Array, g: Array, epsilon: float) -> tuple[Array, Array]
     top, last = (-slopes).searchsorted(t), corners.size - 1
     needed = height[top] + t * place[top] - WINDOW_DEPTH - rounding
 
-    def farthest(end: Array, sign: int) -> Array:
-        """Return the farthest corner from the top on to one end that is above the threshold."""
-        near, far = top, end
-        while (near != far).any():
-            middle = (near + far + (sign > 0)) // 2
-            above = height[middle] + t * place[middle] >= needed
-            near, far = np.where(above, middle, near), np.where(above, far, middle - sign)
-        return near
-
-    first, final = farthest(np.zeros_like(top), -1), farthest(np.full_like(top, last), 1)
+    # bisect on either side of the top for the farthest corner above the threshold
+    near, t, needed = np.tile(top, 2), np.tile(t, 2), np.tile(needed, 2)
+    far = np.repeat([0, last], top.size)
+    outwards = np.repeat([0, 1], top.size)  # rounds the middle to the far end
+    while (near != far).any():
+        middle = (near + far + outwards) // 2
+        above = height[middle] + t * place[middle] >= needed
+        near, far = np.where(above, middle, near), np.where(above, far, middle + 1 - 2 * outwards)
+    first, final = near[: top.size], near[top.size :]
     # points between two corners lie under their chord
     low = np.where(first > 0, corners[np.maximum(first - 1, 0)] + 1, 0)
     high = np.where(final < last, corners[np.minimum(final + 1, last)] - 1, y.size - 1)
