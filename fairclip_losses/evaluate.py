@@ -80,15 +80,9 @@ def _run(options: argparse.Namespace) -> None:
         model_name, checkpoint, device=device, precision=options.precision, settings=settings
     )
     same = ("batch_size", "workers", "threshold", "n_bootstrap", "confidence", "seed")
-    report, predictions = evaluate_task(
-        model,
-        preprocess,
-        tokenizer,
-        task,
-        device=device,
-        input_dtype=_PRECISIONS[options.precision],
-        **{name: getattr(options, name) for name in same},
-    )
+    how = {name: getattr(options, name) for name in same}
+    how |= {"device": device, "input_dtype": _PRECISIONS[options.precision]}
+    report, predictions = evaluate_task(model, preprocess, tokenizer, task, **how)
     asked = {name: getattr(options, name) for name in ("checkpoint", "data", "label", "precision")}
     about = {"model": model_name, **asked, "classes": task.classes, "prompts": task.prompts}
     content = json.dumps({**about, **report.to_dict()}, indent=2, ensure_ascii=False)
@@ -177,11 +171,8 @@ def load_weights(checkpoint: str | Path) -> dict[str, Tensor]:
     except Exception as error:
         raise ValueError(f"{checkpoint}: not a checkpoint that torch.load can read") from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not (
-        isinstance(weights, dict)
-        and weights
-        and all(isinstance(value, Tensor) for value in weights.values())
-    ):
+    values = weights.values() if isinstance(weights, dict) else ()
+    if weights is None or not values or not all(isinstance(value, Tensor) for value in values):
         raise ValueError(f'{checkpoint}: expected model weights under "state_dict", got none')
     return {str(key).removeprefix("module."): value for key, value in weights.items()}
 

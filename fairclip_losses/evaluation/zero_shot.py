@@ -62,13 +62,9 @@ class ZeroShotTask:
     ) -> ZeroShotTask:
         """Make a task from the columns of a table.
 
-        Args:
-            table: the N rows.
-            label: column of the true class, coded by `encode_labels`: prompt k is class k.
-            prompts: one text per class.
-            attributes: columns of the protected attributes, coded by `encode_attributes` with
-                `codebook` and `others_unknown`.
-            image_key: column of the image files, relative to the working directory.
+        `label` is the column of the true class, coded by `encode_labels`: prompt k is class k.
+        `attributes` are those of the protected attributes, coded by `encode_attributes` with
+        `codebook` and `others_unknown`, `image_key` that of the image files.
 
         Raises:
             ValueError: fewer than two prompts, one twice, a number of prompts that is not that of
@@ -231,9 +227,8 @@ class _Images(Dataset[Tensor]):
                 image.load()
         # Pillow's decoders raise more than OSError for broken files (SyntaxError, struct.error).
         except Exception as error:
-            raise ValueError(
-                f"row {index + 1}: cannot read image {file!r}: {reason(error)}"
-            ) from error
+            where = f"row {index + 1}: cannot read image {file!r}"
+            raise ValueError(f"{where}: {reason(error)}") from error
         return self.preprocess(image)
 
 
