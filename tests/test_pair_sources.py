@@ -14,19 +14,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from host_runs import BATCH, arguments, one_line, rows_of
-from hypothesis import given
-from hypothesis import strategies as st
-from tiny_clip import write_model, write_pairs
-from tiny_shards import attributes_of, hashed, read_shards, write_shards
-from torch.utils.data import DataLoader, TensorDataset
-
-from fairclip_losses import train
-from fairclip_losses.data import CodeBook, Table, encode_attributes
-from fairclip_losses.data.groups import GroupCoder
-from fairclip_losses.errors import UsageError
-from fairclip_losses.integrations.events import Callback, default_registry, register
-from fairclip_losses.integrations.flags import split_flags
 from fairclip_losses.integrations.pair_files import attribute_column
 from fairclip_losses.integrations.pair_sources import exchange, pair_source
 from fairclip_losses.integrations.pair_sources.base import count_flagged, flag_rates
@@ -41,10 +28,23 @@ from fairclip_losses.integrations.pair_sources.shard_samples import (
     hashed_id,
     own_id,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_clip import write_model, write_pairs
+from tiny_shards import attributes_of, hashed, read_shards, write_shards
+from torch.utils.data import DataLoader, TensorDataset
+from training_runs import BATCH, arguments, one_line, rows_of
+
+from fairclip_losses import train
+from fairclip_losses.data import CodeBook, Table, encode_attributes
+from fairclip_losses.data.groups import GroupCoder
+from fairclip_losses.errors import UsageError
+from fairclip_losses.integrations.events import Callback, default_registry, register
+from fairclip_losses.integrations.flags import split_flags
 
 pytest.importorskip("open_clip_train.main")
 
-# The host's own warnings (no accelerator to pin memory for, and such) are not ours to fix.
+# open_clip's own warnings (no accelerator to pin memory for, and such) are not ours to fix.
 pytestmark = pytest.mark.filterwarnings("default", "ignore::ResourceWarning")
 
 

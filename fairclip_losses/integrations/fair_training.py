@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..distributed import Processes
 from ..errors import UsageError, usage_errors
 from ..losses import FairLoss
-from ..miners import BadPairMiner, EpochSummary, MinerReport
+from ..miners import EpochSummary
 from ..presets import build_fair_loss
+from .csv_pairs import PairBatch, PairSource, SyntheticSource, TableSource, is_table, read_pairs
 from .events import Callback, TrainState
-from .fair_options import FairOptions
-from .logs import log_scalars
-from .pair_files import FlagRates, is_table, read_pairs, write_pairs
-from .pair_sources import PairBatch, PairSource, pair_source
+from .flags import FairOptions
+from .pair_reports import FlagRates, log_scalars, write_pairs
 
 log = logging.getLogger(__name__)
 
-_MINER = "miner."  # before the names of its state in the loss's
 
+def pair_source(args: Any, options: FairOptions) -> PairSource:
+    """Return the source of the pairs that open_clip will train on, after checking its data.
 
-@contextlib.contextmanager
-def _unfit() -> Iterator[None]:
-    """Say in one line that a saved state does not fit."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(
-            f"the saved fair-loss state does not fit this run: {' '.join(str(error).split())}"
-        ) from None
+    Raises:
+        UsageError: data that open_clip cannot take its pairs from, or that do not fit the options.
+    """
+    if args.dataset_type == "synthetic":
+        return SyntheticSource(args, options)
+    if is_table(args.train_data, args):
+        return TableSource(args, options)
+    by_name = args.dataset_type == "auto" and str(args.train_data).endswith(".tar")
+    if args.train_data and (args.dataset_type == "webdataset" or by_name):
+        from .webdataset_pairs import ShardSource
+
+        return ShardSource(args, options)
+    raise UsageError(
+        "--fair-loss trains on a table (--train-data FILE.csv or .tsv), on webdataset shards "
+        "(SHARDS.tar) or with --dataset-type synthetic, got "
+        f"--train-data {args.train_data!r} --dataset-type {args.dataset_type}"
+    )
 
 
 class FairTrainingCallback(Callback):
@@ -74,7 +77,7 @@ class FairTrainingCallback(Callback):
             read_pairs(args.val_data, args)
         self.source = pair_source(args, self.options)
         with usage_errors():
-            # Built for its checks of the options alone; the real one wraps the host's loss.
+            # Built for its checks of the options alone; the real one wraps open_clip's loss.
             two_each = (2,) * len(self.options.fair_attributes)
             stand_in = torch.nn.Identity()
             vars(stand_in).update(rank=0, world_size=int(os.environ.get("WORLD_SIZE", "1")))
@@ -86,7 +89,7 @@ class FairTrainingCallback(Callback):
             self._known_source.attach(state.data["train"].dataloader)
 
     def on_loss_ready(self, state: TrainState) -> None:
-        """Wrap the host's loss."""
+        """Wrap open_clip's loss."""
         with usage_errors():
             num_groups = tuple(self._known_source.codebook.num_groups.values())
             self.loss = self._build(state.loss, state.args.epochs, num_groups)
@@ -96,17 +99,15 @@ class FairTrainingCallback(Callback):
             log.info("Fair loss: %s", self.loss)
 
     def on_epoch_start(self, state: TrainState) -> None:
-        """Forget pairs of a step that the last epoch did not complete; follow the scaler."""
+        """Forget pairs of a step that the last epoch did not complete."""
         self._pairs = deque(maxlen=state.args.accum_freq)
         # Only now, after a resume that fits: the book is the earlier run's too.
         if state.args.save_logs and state.epoch == state.start_epoch:
             book = Path(state.args.checkpoint_path).parent / "fair_codebook.json"
             self._known_source.codebook.to_json(book)
-        if self.loss is not None:
-            self.loss.follow(state.scaler)
 
     def on_batch_start(self, state: TrainState) -> None:
-        """Take ids and groups off the batch; the host gets its pair.
+        """Take ids and groups off the batch; open_clip gets its pair.
 
         Raises:
             UsageError: a callback has taken them off.
@@ -133,7 +134,7 @@ class FairTrainingCallback(Callback):
         state.loss_inputs["record"] = state.loss_call == state.args.accum_freq - 1
 
     def on_batch_end(self, state: TrainState) -> None:
-        """Log beside the host's own line, at the host's own cadence."""
+        """Log beside open_clip's own line, as often as it does."""
         args = state.args
         step_in_epoch = state.batch_index // args.accum_freq
         steps = state.data["train"].dataloader.num_batches // args.accum_freq
@@ -150,53 +151,39 @@ class FairTrainingCallback(Callback):
     def on_epoch_end(self, state: TrainState) -> None:
         """Refresh the flags and write the flagged pairs."""
         assert self.loss is not None  # set before any epoch
-        source = self._known_source
-        self.summary = self.loss.end_epoch()
-        completed = state.epoch + 1
-        # Every process has the same memory, or gives its part to the first, which speaks of it.
-        report = self._report(state.args.rank)
+        source, summary = self._known_source, self.loss.end_epoch()
+        self.summary = summary
+        # Every process has the same memory; the first speaks of it. The published unit has none.
+        report = None
+        if state.args.rank == 0 and self.loss.miner is not None and self.loss.mining_unit == "pair":
+            report = self.loss.miner.report()
         everything = self.options.fair_save_pairs
         self.rates = source.end_epoch(state.epoch, report, everything=everything)
-        if state.args.rank != 0:
+        if report is None or summary is None:
             return
-        if report is not None and self.summary is not None:
-            shown = " ".join(
-                f"{attribute}={label} {rate:.1%}"
-                for attribute, by_label in self.rates.items()
-                for label, rate in by_label.items()
-            )
-            log.info(
-                "Fair Epoch: %d flagged noisy %d faulty %d of %d pairs seen %s",
-                state.epoch, self.summary.noisy, self.summary.faulty, self.summary.seen,
-                f"| flag rate {shown}" if shown else "",
-            )  # fmt: skip
-        if not state.args.save_logs:
-            return
-        folder = Path(state.args.checkpoint_path)
-        if report is not None:
+        shown = " ".join(
+            f"{attribute}={label} {rate:.1%}"
+            for attribute, by_label in self.rates.items()
+            for label, rate in by_label.items()
+        )
+        log.info(
+            "Fair Epoch: %d flagged noisy %d faulty %d of %d pairs seen %s",
+            state.epoch, summary.noisy, summary.faulty, summary.seen,
+            f"| flag rate {shown}" if shown else "",
+        )  # fmt: skip
+        if state.args.save_logs:
             for name in ("flagged", "pairs") if everything else ("flagged",):
-                path = folder / f"{name}_epoch_{completed}.csv"
+                path = Path(state.args.checkpoint_path) / f"{name}_epoch_{state.epoch + 1}.csv"
                 write_pairs(path, report, source.describe, flagged_only=name == "flagged")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loss's state, the meaning of the group codes, and the flags it depends on.
-
-        A memory in shards is in the parts instead.
-        """
+        """Return the loss's state, the meaning of the group codes, and the flags it depends on."""
         assert self.loss is not None  # saved after an epoch
-        loss = self.loss.state_dict()
-        if self._sharded_miner() is not None:
-            loss = {name: value for name, value in loss.items() if not name.startswith(_MINER)}
         return {
-            "loss": loss,
+            "loss": self.loss.state_dict(),
             "labels": self._known_source.codebook.labels,
             "settings": self._settings(),
         }
-
-    def part_state_dict(self) -> dict[str, Any]:
-        """Return this process's shard of the memory, where it is in shards."""
-        miner = self._sharded_miner()
-        return {} if miner is None else {"miner": miner.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put the loss's state back.
@@ -221,33 +208,12 @@ class FairTrainingCallback(Callback):
                 f"the saved fair-loss state has the groups {state['labels']}, this run "
                 f"{self._known_source.codebook.labels}"
             )
-        saved = dict(state["loss"])
-        whole = {name: saved[name] for name in saved if name.startswith(_MINER)}
-        if not whole or self._sharded_miner() is not None:
-            # The memory was in shards, or is now: it is put together by `load_shards`.
-            own = self.loss.state_dict().items()
-            saved |= {name: value for name, value in own if name.startswith(_MINER)}
-        with _unfit():
-            self.loss.load_state_dict(saved)
-            if whole and self._sharded_miner() is not None:
-                self._load_shards([{k.removeprefix(_MINER): v for k, v in whole.items()}])
-
-    def load_part_state_dicts(self, parts: Iterable[dict[str, Any]]) -> None:
-        """Take this process's pairs out of the shards of a run of any number of processes.
-
-        Raises:
-            UsageError: the shards are not of a memory as this run's.
-        """
-        with _unfit():
-            self._load_shards(part["miner"] for part in parts)
-
-    def _load_shards(self, states: Iterable[dict[str, Any]]) -> None:
-        if self.loss is not None and self.loss.miner is not None:
-            self.loss.miner.load_shards(states)
-
-    def _sharded_miner(self) -> BadPairMiner | None:
-        miner = None if self.loss is None else self.loss.miner
-        return miner if miner is not None and miner.processes.world_size > 1 else None
+        try:
+            self.loss.load_state_dict(state["loss"])
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"the saved fair-loss state does not fit this run: {' '.join(str(error).split())}"
+            ) from None
 
     @property
     def _known_source(self) -> PairSource:
@@ -262,7 +228,6 @@ class FairTrainingCallback(Callback):
             "warmup_epochs": options.fair_warmup_epochs,
             "noisy_sigma": options.fair_noisy_sigma,
             "faulty_sigma": options.fair_faulty_sigma,
-            "processes": Processes.of(base_loss) if options.fair_shard_memory else None,
         }
         fairness = {
             "p": options.fair_p,
@@ -297,16 +262,8 @@ class FairTrainingCallback(Callback):
             **queued,
         }
 
-    def _report(self, rank: int) -> MinerReport | None:
-        """The first process's report by pair; the published unit has none."""
-        if self.loss is None or self.loss.miner is None or self.loss.mining_unit != "pair":
-            return None
-        if rank != 0 and not self.options.fair_shard_memory:
-            return None
-        return self.loss.miner.report(to=0)
-
     def _scalars(self) -> dict[str, float]:
-        """What the log shows of the last step; reads values back, so only where the host does."""
+        """What the log shows of the last step; reads values back, so only where open_clip does."""
         assert self.loss is not None and self.loss.last is not None  # a step has been made
         last = self.loss.last
         scalars: dict[str, float] = {}

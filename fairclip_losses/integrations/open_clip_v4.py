@@ -6,48 +6,41 @@ state of its own. What a callback sees is the same as with the released versions
 order that `Event` gives, and ``state.batch`` a tuple, of the entries that the task names as its
 data (images and texts). Other entries of a batch stay where they are.
 
-The host passes whole batches on to the model where it accumulates gradients or distils, so nothing
+open_clip passes whole batches on to the model where it accumulates gradients or distils, so nothing
 of ours is left in them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
-from torch._compile import _disable_dynamo
+import torch
 
 from ..errors import UsageError
+from .csv_pairs import PREFIX
 from .events import Event
 from .hooked import HookedLoader, HookedLoss, of_a_run
-from .patching import Hook, HostCall
-from .runs import Run
-from .samples import as_dict, as_tuple
+from .patching import Call, Hook
+from .run import Run
 
 KNOWN_VERSIONS = "open_clip_torch 4.2.0.dev0"
 _EVALUATED = ("val", "imagenet-val", "imagenet-v2", "audio-zeroshot")
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _eager(function: _F) -> _F:
-    disable: Any = _disable_dynamo
-    return cast(_F, disable(function))
-
 
 class TaskLoss(HookedLoss):
-    """`HookedLoss` for a host that compiles its loss too: callbacks stay out of the graph."""
+    """`HookedLoss` for a program that compiles its loss too: callbacks stay out of the graph."""
 
-    forward = _eager(HookedLoss.forward)
+    forward = cast(Any, torch.compiler.disable)(HookedLoss.forward)
 
 
 class _Tuples:
-    """The host's loader, with each batch as callbacks see it."""
+    """open_clip's loader, with each batch as callbacks see it."""
 
     def __init__(self, loader: Any, keys: tuple[str, ...]) -> None:
         self._loader = loader
         self._keys = keys
-        self.batch: Mapping[str, Any] = {}  # the last one, as the host's loader made it
+        self.batch: Mapping[str, Any] = {}  # the last one, as open_clip's loader made it
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -58,11 +51,12 @@ class _Tuples:
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         for batch in self._loader:
             self.batch = batch
-            yield as_tuple(batch, self._keys)
+            beside = (value for name, value in batch.items() if name.startswith(PREFIX))
+            yield (*(batch[key] for key in self._keys), *beside)
 
 
 class TaskLoader(HookedLoader):
-    """`HookedLoader` for a host whose batches are dicts."""
+    """`HookedLoader` for batches that are dicts."""
 
     def __init__(self, loader: Any, run: Run, keys: tuple[str, ...]) -> None:
         self._tuples = _Tuples(loader, keys)
@@ -71,15 +65,22 @@ class TaskLoader(HookedLoader):
         self._keys = keys
 
     def __iter__(self) -> Iterator[Any]:
-        if not self._run.pass_due:  # a callback's pass, which fires no events
+        if not self._run.awaits_pass:  # a callback's pass, which fires no events
             yield from self._dicts
             return
         for values in super().__iter__():
-            yield as_dict(values, self._keys, self._tuples.batch)
+            if not isinstance(values, (tuple, list)) or len(values) != len(self._keys):
+                got = type(values).__name__
+                got = f"{len(values)} values" if isinstance(values, (tuple, list)) else got
+                keys = ", ".join(self._keys)
+                raise ValueError(f"state.batch must be ({keys}) when open_clip gets it, got {got}")
+            batch = self._tuples.batch.items()
+            rest = {name: value for name, value in batch if not name.startswith(PREFIX)}
+            yield rest | dict(zip(self._keys, values, strict=True))
 
 
 @of_a_run
-def _create_task(call: HostCall, run: Run) -> Any:
+def _create_task(call: Call, run: Run) -> Any:
     task = call.proceed()
     if getattr(task, "loss", None) is None and vars(call["args"]).get("fair_loss"):
         raise UsageError(
@@ -91,7 +92,7 @@ def _create_task(call: HostCall, run: Run) -> Any:
 
 
 @of_a_run
-def _get_data(call: HostCall, run: Run) -> Any:
+def _get_data(call: Call, run: Run) -> Any:
     data = call.proceed()
     run.take_data(data, call["preprocess_fns"], call["tokenizer"], call["epoch"])
     if "train" in data:
@@ -107,44 +108,28 @@ def _get_data(call: HostCall, run: Run) -> Any:
 
 
 @of_a_run
-def _train_one_epoch(call: HostCall, run: Run) -> Any:
-    state, host_state = run.state, call["state"]
-    state.model = host_state.task.trainable_module
-    state.optimizer, state.scaler = host_state.optimizer, host_state.scaler
-    state.tb_writer, state.epoch = call["tb_writer"], host_state.epoch
+def _train_one_epoch(call: Call, run: Run) -> Any:
+    state, its_state = run.state, call["state"]
+    state.model = its_state.task.trainable_module
+    state.optimizer, state.scaler = its_state.optimizer, its_state.scaler
+    state.tb_writer, state.epoch = call["tb_writer"], its_state.epoch
     with run.epoch(evaluated=any(name in call["data"] for name in _EVALUATED)):
         return call.proceed()
 
 
 @of_a_run
-def _evaluate(call: HostCall, run: Run) -> Any:
+def _evaluate(call: Call, run: Run) -> Any:
     model = call["task"].trainable_module
     return run.evaluate(call.proceed, model, call["epoch"], call["tb_writer"])
 
 
+_TASK = ("args", "model", "dist_model", "naflex_data_config")
+_DATA = ("args", "preprocess_fns", "epoch", "tokenizer")
+_EPOCH = ("state", "data", "args", "tb_writer")
+_EVALUATION = ("task", "data", "epoch", "args", "tb_writer", "tokenizer")
 HOOKS = (
-    Hook(
-        "create_task",
-        _create_task,
-        reads=("args",),
-        known=("args", "model", "dist_model", "naflex_data_config"),
-    ),
-    Hook(
-        "get_data",
-        _get_data,
-        reads=("args", "preprocess_fns", "epoch", "tokenizer"),
-        known=("args", "preprocess_fns", "epoch", "tokenizer", "naflex_data_config"),
-    ),
-    Hook(
-        "train_one_epoch",
-        _train_one_epoch,
-        reads=("state", "data", "args", "tb_writer"),
-        known=("state", "data", "args", "tb_writer"),
-    ),
-    Hook(
-        "evaluate",
-        _evaluate,
-        reads=("task", "epoch", "args", "tb_writer"),
-        known=("task", "data", "epoch", "args", "tb_writer", "tokenizer"),
-    ),
+    Hook("create_task", _create_task, reads=("args",), known=_TASK),
+    Hook("get_data", _get_data, reads=_DATA, known=(*_DATA, "naflex_data_config")),
+    Hook("train_one_epoch", _train_one_epoch, reads=_EPOCH, known=_EPOCH),
+    Hook("evaluate", _evaluate, reads=("task", "epoch", "args", "tb_writer"), known=_EVALUATION),
 )
