@@ -281,7 +281,7 @@ def test_a_value_that_is_no_group_stops_the_training(
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path, registered, monkeypatch):
-    # The host shuffles samples by the clock; without that its order follows from the seed.
+    # open_clip shuffles samples by the clock; without that its order follows from the seed.
     monkeypatch.setattr(open_clip_data.wds, "shuffle", lambda **options: None)
     flags = (*FAIR, "--fair-faulty-sigma", "1", "--fair-queue", "4")
     registered(SeedEpochs())
@@ -343,7 +343,7 @@ def test_two_processes_share_findings_and_memory(data, tmp_path):
 
     shards = write_shards(folder, (BATCH,) * 4, member=member)
     flags = ("--fair-loss", "--fair-attributes", "race=0,1,Other", "--fair-save-pairs")
-    more = ("--batch-size", "4", "--workers", "1", "--train-num-samples", str(pairs))
+    more = ("--batch-size", "4", "--train-num-samples", str(pairs))
     argv = arguments({**data, "train": shards}, tmp_path, "run", *flags, *more, epochs=2)
     assert run_processes(argv, data["tiny"].parent, None, [[AllowCpu()], [AllowCpu()]]) == [0, 0]
     expected = {pair["id"]: pair for pair in read_shards(folder).values()}
