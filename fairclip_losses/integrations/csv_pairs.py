@@ -6,6 +6,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,14 +35,8 @@ class PairBatch(NamedTuple):
 class PairSource(ABC):
     """A source of training pairs that knows each pair's id and groups.
 
-    The data are checked when it is made, before open_clip builds its model. Then, in this order::
-
-        source.attach(loader)                         # the loader now carries the metadata
-        for each epoch:
-            for batch in loader:
-                pair, metadata = source.take(batch)   # open_clip gets the pair
-            source.end_epoch(report)                  # in every process
-            source.describe(ids)                      # in the first process
+    The data are checked when it is made, before open_clip builds its model. Its methods are called
+    in the order in which they stand here.
 
     Attributes:
         codebook: what the group codes mean, the same in every process.
@@ -53,19 +48,11 @@ class PairSource(ABC):
 
     @abstractmethod
     def attach(self, loader: Any) -> None:
-        """Make open_clip's training loader carry ids and groups beside its pairs.
-
-        Raises:
-            UsageError: the loader is not of the data that were checked, or is not known.
-        """
+        """Make open_clip's training loader carry ids and groups beside its pairs."""
 
     @abstractmethod
     def take(self, batch: Sequence[Any]) -> tuple[tuple[Any, ...], PairBatch]:
         """Return the batch as open_clip expects it, and what its last item, our own, says."""
-
-    @abstractmethod
-    def identity(self) -> str:
-        """Return what the ids depend on: two runs with the same text name the same pairs alike."""
 
     @abstractmethod
     def end_epoch(
@@ -81,7 +68,11 @@ class PairSource(ABC):
 
     @abstractmethod
     def describe(self, ids: IntArray) -> dict[str, Sequence[object]]:
-        """Return by column name what is known of each pair for those who look for it."""
+        """Return by column name what is known of each pair; in the first process."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """Return what the ids depend on: two runs with the same text name the same pairs alike."""
 
 
 def is_table(path: str | None, args: Any) -> bool:
@@ -161,23 +152,28 @@ class IndexedDataset(Dataset[Any]):
         return (*sample, index)
 
 
+@dataclass
 class RowSource(PairSource):
-    """Pairs that are rows: the dataset gives the row number, ids and groups are looked up by it."""
+    """Pairs that are rows: the dataset gives the row number, all else is looked up by it."""
 
-    def __init__(
-        self, args: Any, where: str, ids: Tensor, codes: Tensor, codebook: CodeBook
-    ) -> None:
-        self.where = where
-        self.ids = ids
-        self.codes = codes
-        self.codebook = codebook
+    where: str
+    ids: Tensor  # (N,)
+    codes: Tensor  # (N, C)
+    codebook: CodeBook
+    columns: Mapping[str, Sequence[str]]  # what `describe` returns, of all rows
+    name: str  # what `identity` returns
+    num_pairs: int | None = None
+
+    def check_one_step(self, args: Any) -> RowSource:
+        """Refuse fewer rows than one optimizer step takes: open_clip would train on nothing."""
         processes = int(os.environ.get("WORLD_SIZE", "1"))
-        if len(ids) < args.batch_size * args.accum_freq * processes:
-            raise UsageError(  # open_clip would train on nothing
-                f"{where} holds {len(ids)} pairs, fewer than one step takes "
+        if len(self.ids) < args.batch_size * args.accum_freq * processes:
+            raise UsageError(
+                f"{self.where} holds {len(self.ids)} pairs, fewer than one step takes "
                 f"(--batch-size {args.batch_size} x --accum-freq {args.accum_freq} x "
                 f"{processes} process{'es' * (processes > 1)})"
             )
+        return self
 
     def attach(self, loader: Any) -> None:
         """Make the loader's dataset give row numbers."""
@@ -195,104 +191,97 @@ class RowSource(PairSource):
         *pair, rows = batch
         return tuple(pair), PairBatch(self.ids[rows], self.codes[rows])
 
-    def rows_of(self, ids: IntArray) -> IntArray:
-        """Return the row of each id, -1 where it is not here: a resumed run may have lost it."""
-        known = self.ids.numpy()
-        order = np.argsort(known, kind="stable")
-        places = np.searchsorted(known, ids, sorter=order).clip(max=len(known) - 1)
-        rows = order[places]
-        return np.where(known[rows] == ids, rows, -1)
-
     def end_epoch(
         self, epoch: int, report: MinerReport | None, *, everything: bool = False
     ) -> FlagRates:
         """Return the flag rates of all pairs seen so far that are rows."""
         if report is None:
             return {}
-        rows = self.rows_of(report.ids)
-        here = rows >= 0
-        flagged = report.kind[here] != "clean"
-        codes = self.codes.numpy()[rows[here]]
+        rows = self._rows_of(report.ids)
+        flagged = report.kind[rows >= 0] != "clean"
+        codes = self.codes.numpy()[rows[rows >= 0]]
         return flag_rates(count_flagged(flagged, codes, self.codebook), self.codebook)
 
-
-class TableSource(RowSource):
-    """The rows of the training CSV, which is read once more than open_clip reads it.
-
-    Ids are the row numbers, or the column ``--fair-id-key``; groups the columns
-    ``--fair-attributes``.
-    """
-
-    def __init__(self, args: Any, options: FairOptions) -> None:
-        self.table = table = read_pairs(args.train_data, args)
-        self.pair_columns = (args.csv_img_key, args.csv_caption_key)
-        self.id_key = options.fair_id_key
-        codes, codebook = read_groups(table, options)
-        with usage_errors():
-            ids = torch.from_numpy(pair_ids(table, self.id_key))
-        super().__init__(args, args.train_data, ids, torch.from_numpy(codes), codebook)
-        self.num_pairs = len(ids) if self.id_key is None else None
-
-    def identity(self) -> str:
-        """Row numbers name pairs as long as the rows are the same; ids of their own always do."""
-        if self.id_key is not None:
-            return "named by their ids"
-        digest = hashlib.sha256()
-        for column in self.pair_columns:
-            digest.update("\n".join(self.table.column(column)).encode())
-        return f"{len(self.table)} rows {digest.hexdigest()[:12]}"
-
     def describe(self, ids: IntArray) -> dict[str, Sequence[object]]:
-        """Return image file, caption and the cells of the attributes; nothing for a lost pair."""
-        rows = self.rows_of(ids)
-        image, caption = self.pair_columns
-        columns = {"file": image, "caption": caption}
-        columns |= {attribute_column(name): name for name in self.codebook.labels}
-        cells = {name: self.table.column(column) for name, column in columns.items()}
+        """Return the cells of the rows; nothing for a lost pair."""
+        rows = self._rows_of(ids)
         return {
             name: [of_row[row] if row >= 0 else "" for row in rows]
-            for name, of_row in cells.items()
+            for name, of_row in self.columns.items()
         }
 
+    def identity(self) -> str:
+        """Return what the source was made with."""
+        return self.name
 
-class SyntheticSource(RowSource):
-    """open_clip's synthetic data set, in which all pairs are alike: for measuring speed.
+    def _rows_of(self, ids: IntArray) -> IntArray:
+        """Return the row of each id, -1 where it is not here: a resumed run may have lost it."""
+        known = self.ids.numpy()
+        order = np.argsort(known, kind="stable")
+        rows = order[np.searchsorted(known, ids, sorter=order).clip(max=len(known) - 1)]
+        return np.where(known[rows] == ids, rows, -1)
+
+
+def table_source(args: Any, options: FairOptions) -> PairSource:
+    """Return the rows of the training CSV, which is read once more than open_clip reads it.
+
+    Ids are the row numbers, which name pairs as long as the rows are the same, or the column
+    ``--fair-id-key``; groups the columns ``--fair-attributes``.
+
+    Raises:
+        UsageError: what `read_pairs` and `read_groups` refuse, ids that are none, or too few rows.
+    """
+    table, id_key = read_pairs(args.train_data, args), options.fair_id_key
+    codes, book = read_groups(table, options)
+    with usage_errors():
+        ids = torch.from_numpy(pair_ids(table, id_key))
+    names = {"file": args.csv_img_key, "caption": args.csv_caption_key}
+    digest = hashlib.sha256()
+    for column in names.values():
+        digest.update("\n".join(table.column(column)).encode())
+    rows = f"{len(table)} rows {digest.hexdigest()[:12]}"
+    names |= {attribute_column(name): name for name in book.labels}
+    columns = {name: table.column(column) for name, column in names.items()}
+    by_row, where = torch.from_numpy(codes), args.train_data
+    if id_key is None:
+        source = RowSource(where, ids, by_row, book, columns, rows, len(ids))
+    else:
+        source = RowSource(where, ids, by_row, book, columns, "named by their ids")
+    return source.check_one_step(args)
+
+
+def synthetic_source(args: Any, options: FairOptions) -> PairSource:
+    """Return open_clip's synthetic data set, in which all pairs are alike: for measuring speed.
 
     Ids are row numbers. There are no attributes to read; where labels are given with
     ``--fair-attributes`` they are dealt out to the rows in turn.
+
+    Raises:
+        UsageError: too few rows, attributes without labels, or a key of ids.
     """
-
-    def __init__(self, args: Any, options: FairOptions) -> None:
-        count = args.train_num_samples
-        if not count or count < 1:
-            raise UsageError(
-                f"--dataset-type synthetic needs --train-num-samples of 1 or more, got {count}"
-            )
-        bare = [name for name in options.fair_attributes if name not in options.fair_labels]
-        if bare:
-            raise UsageError(
-                f"--fair-attributes {bare[0]}: synthetic pairs have no attributes; give labels to "
-                f"be dealt out to them ({bare[0]}=a,b), or use --fair-loss dbpm alone"
-            )
-        if options.fair_id_key is not None:
-            raise UsageError(
-                f"--fair-id-key {options.fair_id_key}: synthetic pairs have no keys; drop the flag"
-            )
-        book = CodeBook(dict(options.fair_labels))
-        ids = torch.arange(count)
-        columns = [ids % groups for groups in book.num_groups.values()]
-        codes = torch.stack(columns, dim=1) if columns else ids.new_empty(count, 0)
-        super().__init__(args, "the synthetic data set", ids, codes, book)
-        self.num_pairs = count
-
-    def identity(self) -> str:
-        """Return the number of pairs."""
-        return f"{len(self.ids)} synthetic pairs"
-
-    def describe(self, ids: IntArray) -> dict[str, Sequence[object]]:
-        """Return the labels; nothing else tells synthetic pairs apart."""
-        codes = self.codes.numpy()[ids]
-        return {
-            attribute_column(name): [labels[code] for code in codes[:, column]]
-            for column, (name, labels) in enumerate(self.codebook.labels.items())
-        }
+    count = args.train_num_samples
+    if not count or count < 1:
+        raise UsageError(
+            f"--dataset-type synthetic needs --train-num-samples of 1 or more, got {count}"
+        )
+    bare = [name for name in options.fair_attributes if name not in options.fair_labels]
+    if bare:
+        raise UsageError(
+            f"--fair-attributes {bare[0]}: synthetic pairs have no attributes; give labels to "
+            f"be dealt out to them ({bare[0]}=a,b), or use --fair-loss dbpm alone"
+        )
+    if options.fair_id_key is not None:
+        raise UsageError(
+            f"--fair-id-key {options.fair_id_key}: synthetic pairs have no keys; drop the flag"
+        )
+    labels = dict(options.fair_labels)
+    ids = torch.arange(count)
+    codes = [ids % len(of_one) for of_one in labels.values()]
+    by_row = torch.stack(codes, dim=1) if codes else ids.new_empty(count, 0)
+    columns = {
+        attribute_column(name): [of_one[row % len(of_one)] for row in range(count)]
+        for name, of_one in labels.items()
+    }
+    where, name = "the synthetic data set", f"{count} synthetic pairs"
+    source = RowSource(where, ids, by_row, CodeBook(labels), columns, name, count)
+    return source.check_one_step(args)

@@ -132,25 +132,15 @@ class Callback:
         """See `Event`; likewise the methods below."""
 
     def on_data_ready(self, state: TrainState) -> None: ...
-
     def on_loss_ready(self, state: TrainState) -> None: ...
-
     def on_epoch_start(self, state: TrainState) -> None: ...
-
     def on_batch_start(self, state: TrainState) -> None: ...
-
     def on_loss_start(self, state: TrainState) -> None: ...
-
     def on_loss_end(self, state: TrainState) -> None: ...
-
     def on_batch_end(self, state: TrainState) -> None: ...
-
     def on_epoch_end(self, state: TrainState) -> None: ...
-
     def on_eval_start(self, state: TrainState) -> None: ...
-
     def on_eval_end(self, state: TrainState) -> None: ...
-
     def on_run_end(self, state: TrainState) -> None: ...
 
 
@@ -235,11 +225,7 @@ class CallbackRegistry:
         return callback
 
     def unregister(self, callback: Callback) -> None:
-        """Remove a callback.
-
-        Raises:
-            ValueError: it is not registered.
-        """
+        """Remove a callback, which must be registered."""
         for position, known in enumerate(self._callbacks):
             if known is callback:
                 del self._callbacks[position]
@@ -247,21 +233,12 @@ class CallbackRegistry:
         raise ValueError(f"{getattr(callback, 'name', repr(callback))} is not registered")
 
     def fire(self, event: Event, state: TrainState) -> None:
-        """Deliver an event to every callback, after-events in reverse order.
-
-        Raises:
-            CallbackError: a callback raised; the message names it and the event.
-            UsageError: a callback raised it.
-        """
+        """Deliver an event to every callback, after-events in reverse order."""
         for callback in tuple(self)[:: -1 if event.is_after else 1]:
             _call(callback, f"on_{event.value}", state)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Return the state of each callback that keeps one, by name.
-
-        Raises:
-            CallbackError: a callback raised; the message names it.
-        """
+        """Return the state of each callback that keeps one, by name."""
         return {name: _call(callback, "state_dict") for name, callback in self.stateful.items()}
 
     def load_state_dict(
@@ -270,7 +247,6 @@ class CallbackRegistry:
         """Give each callback that keeps state its own back, except those named in ``fresh``.
 
         Raises:
-            CallbackError: a callback raised; the message names it.
             UsageError: ``states`` has none for a callback, or a callback raised it.
         """
         mine = {name: own for name, own in self.stateful.items() if name not in fresh}
@@ -289,9 +265,5 @@ default_registry = CallbackRegistry()
 
 
 def register(callback: CallbackT) -> CallbackT:
-    """Add a callback to `default_registry`: it takes part in every patched run of the process.
-
-    Raises:
-        ValueError: it is no `Callback`, or is registered already.
-    """
+    """Add a callback to `default_registry`: it takes part in every patched run of the process."""
     return default_registry.register(callback)

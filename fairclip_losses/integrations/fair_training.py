@@ -14,7 +14,14 @@ from ..errors import UsageError, usage_errors
 from ..losses import FairLoss
 from ..miners import EpochSummary
 from ..presets import build_fair_loss
-from .csv_pairs import PairBatch, PairSource, SyntheticSource, TableSource, is_table, read_pairs
+from .csv_pairs import (
+    PairBatch,
+    PairSource,
+    is_table,
+    read_pairs,
+    synthetic_source,
+    table_source,
+)
 from .events import Callback, TrainState
 from .flags import FairOptions
 from .pair_reports import FlagRates, log_scalars, write_pairs
@@ -29,9 +36,9 @@ def pair_source(args: Any, options: FairOptions) -> PairSource:
         UsageError: data that open_clip cannot take its pairs from, or that do not fit the options.
     """
     if args.dataset_type == "synthetic":
-        return SyntheticSource(args, options)
+        return synthetic_source(args, options)
     if is_table(args.train_data, args):
-        return TableSource(args, options)
+        return table_source(args, options)
     by_name = args.dataset_type == "auto" and str(args.train_data).endswith(".tar")
     if args.train_data and (args.dataset_type == "webdataset" or by_name):
         from .webdataset_pairs import ShardSource
@@ -51,10 +58,11 @@ class FairTrainingCallback(Callback):
     loader carry their ids and groups, which the loss is given beside what the model returns.
     """
 
+    source: PairSource  # from ARGS_PARSED on
+    loss: FairLoss  # from LOSS_READY on
+
     def __init__(self, options: FairOptions) -> None:
         self.options = options
-        self.source: PairSource | None = None
-        self.loss: FairLoss | None = None
         self.rates: FlagRates = {}
         self.summary: EpochSummary | None = None
         self._pairs: deque[PairBatch] = deque()
@@ -86,12 +94,12 @@ class FairTrainingCallback(Callback):
     def on_data_ready(self, state: TrainState) -> None:
         """Make the training loader give ids and groups."""
         if "train" in state.data:
-            self._known_source.attach(state.data["train"].dataloader)
+            self.source.attach(state.data["train"].dataloader)
 
     def on_loss_ready(self, state: TrainState) -> None:
         """Wrap open_clip's loss."""
         with usage_errors():
-            num_groups = tuple(self._known_source.codebook.num_groups.values())
+            num_groups = tuple(self.source.codebook.num_groups.values())
             self.loss = self._build(state.loss, state.args.epochs, num_groups)
         state.loss = self.loss
         self.loss.to(state.args.device)
@@ -104,23 +112,18 @@ class FairTrainingCallback(Callback):
         # Only now, after a resume that fits: the book is the earlier run's too.
         if state.args.save_logs and state.epoch == state.start_epoch:
             book = Path(state.args.checkpoint_path).parent / "fair_codebook.json"
-            self._known_source.codebook.to_json(book)
+            self.source.codebook.to_json(book)
 
     def on_batch_start(self, state: TrainState) -> None:
-        """Take ids and groups off the batch; open_clip gets its pair.
-
-        Raises:
-            UsageError: a callback has taken them off.
-        """
+        """Take ids and groups off the batch; open_clip gets its pair."""
         if not isinstance(state.batch, (tuple, list)) or len(state.batch) <= 2:
-            got = type(state.batch).__name__
-            if isinstance(state.batch, (tuple, list)):
-                got = f"{len(state.batch)} items"
+            is_sequence = isinstance(state.batch, (tuple, list))
             raise UsageError(
                 "a callback that replaces state.batch must keep its last item, which says whose "
-                f"pairs they are: expected (images, texts, pairs), got {got}"
+                "pairs they are: expected (images, texts, pairs), got "
+                f"{f'{len(state.batch)} items' if is_sequence else type(state.batch).__name__}"
             )
-        state.batch, pairs = self._known_source.take(state.batch)
+        state.batch, pairs = self.source.take(state.batch)
         self._pairs.append(pairs)
 
     def on_loss_start(self, state: TrainState) -> None:
@@ -140,7 +143,7 @@ class FairTrainingCallback(Callback):
         steps = state.data["train"].dataloader.num_batches // args.accum_freq
         completes_step = (state.batch_index + 1) % args.accum_freq == 0
         due = step_in_epoch % args.log_every_n_steps == 0 or step_in_epoch + 1 == steps
-        if not (completes_step and due and self.loss is not None and args.rank == 0):
+        if not (completes_step and due and args.rank == 0):
             return
         scalars = self._scalars()
         step = steps * state.epoch + step_in_epoch
@@ -150,15 +153,13 @@ class FairTrainingCallback(Callback):
 
     def on_epoch_end(self, state: TrainState) -> None:
         """Refresh the flags and write the flagged pairs."""
-        assert self.loss is not None  # set before any epoch
-        source, summary = self._known_source, self.loss.end_epoch()
-        self.summary = summary
+        self.summary = summary = self.loss.end_epoch()
         # Every process has the same memory; the first speaks of it. The published unit has none.
         report = None
         if state.args.rank == 0 and self.loss.miner is not None and self.loss.mining_unit == "pair":
             report = self.loss.miner.report()
         everything = self.options.fair_save_pairs
-        self.rates = source.end_epoch(state.epoch, report, everything=everything)
+        self.rates = self.source.end_epoch(state.epoch, report, everything=everything)
         if report is None or summary is None:
             return
         shown = " ".join(
@@ -174,14 +175,13 @@ class FairTrainingCallback(Callback):
         if state.args.save_logs:
             for name in ("flagged", "pairs") if everything else ("flagged",):
                 path = Path(state.args.checkpoint_path) / f"{name}_epoch_{state.epoch + 1}.csv"
-                write_pairs(path, report, source.describe, flagged_only=name == "flagged")
+                write_pairs(path, report, self.source.describe, flagged_only=name == "flagged")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loss's state, the meaning of the group codes, and the flags it depends on."""
-        assert self.loss is not None  # saved after an epoch
         return {
             "loss": self.loss.state_dict(),
-            "labels": self._known_source.codebook.labels,
+            "labels": self.source.codebook.labels,
             "settings": self._settings(),
         }
 
@@ -191,7 +191,6 @@ class FairTrainingCallback(Callback):
         Raises:
             UsageError: the state is of other settings, groups or parts; the message names them.
         """
-        assert self.loss is not None  # loaded before an epoch
         names = ("settings", "labels", "loss")
         missing = [name for name in names if not isinstance(state.get(name), dict)]
         if missing:
@@ -203,10 +202,10 @@ class FairTrainingCallback(Callback):
                     f"the saved fair-loss state is of {flag} {saved}, this run of {flag} "
                     f"{settings.get(flag)}"
                 )
-        if state["labels"] != self._known_source.codebook.labels:
+        if state["labels"] != self.source.codebook.labels:
             raise UsageError(
                 f"the saved fair-loss state has the groups {state['labels']}, this run "
-                f"{self._known_source.codebook.labels}"
+                f"{self.source.codebook.labels}"
             )
         try:
             self.loss.load_state_dict(state["loss"])
@@ -215,42 +214,32 @@ class FairTrainingCallback(Callback):
                 f"the saved fair-loss state does not fit this run: {' '.join(str(error).split())}"
             ) from None
 
-    @property
-    def _known_source(self) -> PairSource:
-        assert self.source is not None  # known before anything else
-        return self.source
-
     def _build(
         self, base_loss: torch.nn.Module, epochs: int, num_groups: tuple[int, ...]
     ) -> FairLoss:
         options = self.options
-        miner = {
-            "warmup_epochs": options.fair_warmup_epochs,
-            "noisy_sigma": options.fair_noisy_sigma,
-            "faulty_sigma": options.fair_faulty_sigma,
-        }
-        fairness = {
-            "p": options.fair_p,
-            "blur": options.fair_blur,
-            "queue_size": options.fair_queue,
-        }
         return build_fair_loss(
             base_loss,
             preset=options.fair_preset or "aligned",
             mining="dbpm" in options.fair_loss,
             fairness="sinkhorn" in options.fair_loss,
-            num_pairs=self._known_source.num_pairs,
+            num_pairs=self.source.num_pairs,
             total_epochs=epochs,
             num_groups=num_groups or None,
-            miner_options={k: v for k, v in miner.items() if v is not None},
-            fairness_options={k: v for k, v in fairness.items() if v is not None},
+            miner_options=_given(
+                warmup_epochs=options.fair_warmup_epochs,
+                noisy_sigma=options.fair_noisy_sigma,
+                faulty_sigma=options.fair_faulty_sigma,
+            ),
+            fairness_options=_given(
+                p=options.fair_p, blur=options.fair_blur, queue_size=options.fair_queue
+            ),
             fairness_weight=options.fair_weight,
             score=options.fair_score,  # type: ignore[arg-type]  # argparse has checked it
         )
 
     def _settings(self) -> dict[str, str]:
         """Return what a saved state depends on, by the flags that decide it."""
-        assert self.loss is not None  # saved and loaded with it
         options = self.options
         queued = {"--fair-score": self.loss.score} if options.fair_queue else {}
         return {
@@ -258,14 +247,14 @@ class FairTrainingCallback(Callback):
             "--fair-preset": options.fair_preset or "aligned",
             "--fair-queue": str(options.fair_queue or 0),
             "--fair-id-key": options.fair_id_key or "not given",
-            "--train-data": self._known_source.identity(),
+            "--train-data": self.source.identity(),
             **queued,
         }
 
     def _scalars(self) -> dict[str, float]:
         """What the log shows of the last step; reads values back, so only where open_clip does."""
-        assert self.loss is not None and self.loss.last is not None  # a step has been made
         last = self.loss.last
+        assert last is not None  # a step has been made
         scalars: dict[str, float] = {}
         if self.summary is not None:
             scalars["flagged_noisy"] = float(self.summary.noisy)
@@ -277,8 +266,12 @@ class FairTrainingCallback(Callback):
         if last.fairness is not None:
             names = [
                 f"distance/{attribute}={label}"
-                for attribute, labels in self._known_source.codebook.labels.items()
+                for attribute, labels in self.source.codebook.labels.items()
                 for label in labels
             ]
             scalars |= zip(names, last.fairness.per_group.tolist(), strict=True)
         return scalars
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}

@@ -39,7 +39,8 @@ class HookedLoader:
     """The training loader, firing events around every batch; all else is the loader's own.
 
     Only the pass of open_clip's training loop fires events: a callback that passes over the loader
-    besides gets the batches as the loader makes them.
+    besides gets the batches as the loader makes them. Where open_clip's batch is no pair of images
+    and texts, a subclass says how it becomes one and back.
     """
 
     def __init__(self, loader: Any, run: Run) -> None:
@@ -60,12 +61,20 @@ class HookedLoader:
         state = self._run.state
         accum_freq = getattr(state.args, "accum_freq", 1)
         for index, batch in enumerate(self._loader):
-            state.batch_index, state.batch = index, batch
+            state.batch_index, state.batch = index, self.as_pair(batch)
             if index % accum_freq == 0:
                 state.loss_call = 0
             self._run.fire(Event.BATCH_START)
-            yield state.batch
+            yield self.as_batch(state.batch, batch)
             self._run.fire(Event.BATCH_END)
+
+    def as_pair(self, batch: Any) -> Any:
+        """Return a batch as callbacks see it."""
+        return batch
+
+    def as_batch(self, pair: Any, batch: Any) -> Any:
+        """Return what open_clip gets: what callbacks have left, and the batch it was."""
+        return pair
 
 
 class HookedLoss(nn.Module):

@@ -147,25 +147,17 @@ def _evaluate(call: Call, run: Run) -> Any:
 
 
 _COMMON_HOOKS = (Hook("main", _main), Hook("parse_args", _parse_args))
-_DATA = ("args", "preprocess_fns", "epoch", "tokenizer")
 _HOOKS = (
     *_COMMON_HOOKS,
-    Hook("get_data", _get_data, reads=_DATA, known=_DATA),
-    Hook("create_loss", _create_loss, reads=("args",), known=("args",)),
+    Hook("get_data", _get_data, ("args", "preprocess_fns", "epoch", "tokenizer")),
+    Hook("create_loss", _create_loss, ("args",)),
     Hook(
         "train_one_epoch",
         _train_one_epoch,
-        reads=("model", "data", "epoch", "optimizer", "scaler", "args", "tb_writer"),
-        known=("model", "data", "loss", "epoch", "optimizer", "scaler", "scheduler", "dist_model",
-               "args", "tb_writer"),
+        ("model", "data", "epoch", "optimizer", "scaler", "args", "tb_writer"),
     ),
-    Hook(
-        "evaluate",
-        _evaluate,
-        reads=("model", "epoch", "args", "tb_writer"),
-        known=("model", "data", "epoch", "args", "tb_writer", "tokenizer"),
-    ),
-)  # fmt: skip
+    Hook("evaluate", _evaluate, ("model", "epoch", "args", "tb_writer")),
+)
 HOOKS = tuple(hook.name for hook in _HOOKS)
 
 

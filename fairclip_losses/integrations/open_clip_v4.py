@@ -4,15 +4,13 @@ Of the functions that ``open_clip_train.main`` looks up, ``create_task`` stands 
 ``create_loss`` (and runs before ``get_data``), batches are dicts, and the training loop hands on a
 state of its own. What a callback sees is the same as with the released versions: events in the
 order that `Event` gives, and ``state.batch`` a tuple, of the entries that the task names as its
-data (images and texts). Other entries of a batch stay where they are.
-
-open_clip passes whole batches on to the model where it accumulates gradients or distils, so nothing
-of ours is left in them.
+data (images and texts). Other entries of a batch stay where they are; ours are taken out, for
+open_clip passes whole batches on to the model where it accumulates gradients or distils.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -34,49 +32,28 @@ class TaskLoss(HookedLoss):
     forward = cast(Any, torch.compiler.disable)(HookedLoss.forward)
 
 
-class _Tuples:
-    """open_clip's loader, with each batch as callbacks see it."""
-
-    def __init__(self, loader: Any, keys: tuple[str, ...]) -> None:
-        self._loader = loader
-        self._keys = keys
-        self.batch: Mapping[str, Any] = {}  # the last one, as open_clip's loader made it
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        for batch in self._loader:
-            self.batch = batch
-            beside = (value for name, value in batch.items() if name.startswith(PREFIX))
-            yield (*(batch[key] for key in self._keys), *beside)
-
-
 class TaskLoader(HookedLoader):
     """`HookedLoader` for batches that are dicts."""
 
     def __init__(self, loader: Any, run: Run, keys: tuple[str, ...]) -> None:
-        self._tuples = _Tuples(loader, keys)
-        super().__init__(self._tuples, run)
-        self._dicts = loader
+        super().__init__(loader, run)
         self._keys = keys
 
-    def __iter__(self) -> Iterator[Any]:
-        if not self._run.awaits_pass:  # a callback's pass, which fires no events
-            yield from self._dicts
-            return
-        for values in super().__iter__():
-            if not isinstance(values, (tuple, list)) or len(values) != len(self._keys):
-                got = type(values).__name__
-                got = f"{len(values)} values" if isinstance(values, (tuple, list)) else got
-                keys = ", ".join(self._keys)
-                raise ValueError(f"state.batch must be ({keys}) when open_clip gets it, got {got}")
-            batch = self._tuples.batch.items()
-            rest = {name: value for name, value in batch if not name.startswith(PREFIX)}
-            yield rest | dict(zip(self._keys, values, strict=True))
+    def as_pair(self, batch: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return the entries that are the task's data, and what travels beside them."""
+        beside = (value for name, value in batch.items() if name.startswith(PREFIX))
+        return (*(batch[key] for key in self._keys), *beside)
+
+    def as_batch(self, pair: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the batch with the pair in place of its own, and nothing beside it."""
+        is_sequence = isinstance(pair, (tuple, list))
+        if not is_sequence or len(pair) != len(self._keys):
+            raise ValueError(
+                f"state.batch must be ({', '.join(self._keys)}) when open_clip gets it, got "
+                f"{f'{len(pair)} values' if is_sequence else type(pair).__name__}"
+            )
+        rest = {name: value for name, value in batch.items() if not name.startswith(PREFIX)}
+        return rest | dict(zip(self._keys, pair, strict=True))
 
 
 @of_a_run
@@ -123,13 +100,9 @@ def _evaluate(call: Call, run: Run) -> Any:
     return run.evaluate(call.proceed, model, call["epoch"], call["tb_writer"])
 
 
-_TASK = ("args", "model", "dist_model", "naflex_data_config")
-_DATA = ("args", "preprocess_fns", "epoch", "tokenizer")
-_EPOCH = ("state", "data", "args", "tb_writer")
-_EVALUATION = ("task", "data", "epoch", "args", "tb_writer", "tokenizer")
 HOOKS = (
-    Hook("create_task", _create_task, reads=("args",), known=_TASK),
-    Hook("get_data", _get_data, reads=_DATA, known=(*_DATA, "naflex_data_config")),
-    Hook("train_one_epoch", _train_one_epoch, reads=_EPOCH, known=_EPOCH),
-    Hook("evaluate", _evaluate, reads=("task", "epoch", "args", "tb_writer"), known=_EVALUATION),
+    Hook("create_task", _create_task, ("args",)),
+    Hook("get_data", _get_data, ("args", "preprocess_fns", "epoch", "tokenizer")),
+    Hook("train_one_epoch", _train_one_epoch, ("state", "data", "args", "tb_writer")),
+    Hook("evaluate", _evaluate, ("task", "epoch", "args", "tb_writer")),
 )

@@ -43,6 +43,7 @@ def write_pairs(
     if flagged_only:
         order = order[report.kind[order] != "clean"]
     described = describe(report.ids[order])
+    descriptions = zip(*described.values(), strict=True) if described else [()] * len(order)
     write_table(
         path,
         ("id", *described, "visits", "mean_loss", "z_score", "kind"),
@@ -55,13 +56,9 @@ def write_pairs(
                 f"{report.z_score[k]:.4f}",
                 report.kind[k],
             )
-            for k, known in zip(order, _rows(described, len(order)), strict=True)
+            for k, known in zip(order, descriptions, strict=True)
         ),
     )
-
-
-def _rows(columns: Mapping[str, Sequence[object]], count: int) -> Iterable[tuple[object, ...]]:
-    return zip(*columns.values(), strict=True) if columns else [()] * count
 
 
 def count_flagged(

@@ -43,27 +43,16 @@ class Hook:
 
     ``around`` gets the call and returns what the caller shall see. Of the arguments it may read
     those named in ``reads``; where it reads none by name, the function is called with one by
-    position. ``known`` are the parameters of the known versions, in order: they tell the arguments
-    of a function that somebody has wrapped in ``(*args, **kwargs)``.
+    position.
     """
 
     name: str
     around: Callable[[Call], Any]
     reads: tuple[str, ...] = ()
-    known: tuple[str, ...] = ()
-
-    def signature_of(self, function: Callable[..., Any]) -> inspect.Signature:
-        """Return by which signature to read the arguments of a call."""
-        signature = inspect.signature(function)
-        if not self.known or tuple(p.kind for p in signature.parameters.values()) != _VARIABLE:
-            return signature
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        named = [inspect.Parameter(name, kind, default=None) for name in self.known]
-        return inspect.Signature([*named, *list(signature.parameters.values())[1:]])
 
     def missing(self, function: Callable[..., Any]) -> str:
         """Return what a function does not take of what the hook relies on, in words."""
-        parameters = list(self.signature_of(function).parameters.values())
+        parameters = list(inspect.signature(function).parameters.values())
         if self.reads:
             names = [p.name for p in parameters if p.kind not in _VARIABLE]
             return ", ".join(name for name in self.reads if name not in names)
@@ -113,7 +102,7 @@ class ModulePatch:
         self._wrappers.clear()
 
     def _wrap(self, hook: Hook, original: Callable[..., Any]) -> Callable[..., Any]:
-        signature = hook.signature_of(original)
+        signature = inspect.signature(original)
 
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:

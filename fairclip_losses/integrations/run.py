@@ -51,7 +51,6 @@ class Run:
         self._unsaved: int | None = None  # the epoch completed last, until its state is written
         self._to_be_latest: int | None = None
         self._folder: StateFolder | None = None
-        self._resumed: SavedStates | None = None
 
     def fire(self, event: Event) -> None:
         """Deliver an event of this run to its callbacks."""
@@ -62,20 +61,7 @@ class Run:
         state = self.state
         state.data, state.preprocess, state.tokenizer = data, preprocess, tokenizer
         state.start_epoch = state.epoch = epoch
-        if "train" in data:
-            self._find_saved_states(epoch)
         self.fire(Event.DATA_READY)
-
-    def _find_saved_states(self, epoch: int) -> None:
-        """Read what was saved with the checkpoint that open_clip has resumed."""
-        wanted = [name for name in self.registry.stateful if name not in self.fresh]
-        if epoch > 0 and self.fresh:
-            log.warning("Resuming with a fresh state of %s", ", ".join(sorted(self.fresh)))
-        if epoch > 0 and wanted:
-            with _way_on():
-                self._resumed = read_states(str(self.state.args.resume), epoch)
-            for name in self._resumed.callbacks.keys() - self.registry.stateful.keys():
-                log.warning("The saved state of %s is left: no such callback in this run", name)
 
     @contextlib.contextmanager
     def epoch(self, *, evaluated: bool) -> Iterator[None]:
@@ -121,21 +107,25 @@ class Run:
         their workers would stay until the garbage collector comes by.
         """
         self.state = TrainState()
-        self._resumed = None
 
     def restore(self) -> None:
-        """Give the callbacks what was saved for them; LOSS_READY has come.
+        """Give the callbacks what was saved with the checkpoint that open_clip has resumed.
 
         Raises:
-            UsageError: it does not fit this run.
+            UsageError: a callback keeps state, and there is none of it, or it does not fit.
         """
-        resumed, self._resumed = self._resumed, None
-        if resumed is None:
+        epoch = self.state.start_epoch
+        if epoch > 0 and self.fresh:
+            log.warning("Resuming with a fresh state of %s", ", ".join(sorted(self.fresh)))
+        wanted = [name for name in self.registry.stateful if name not in self.fresh]
+        if epoch == 0 or not wanted:
             return
         with _way_on():
-            self.registry.load_state_dict(resumed.callbacks, self.fresh)
-        names = ", ".join(name for name in self.registry.stateful if name not in self.fresh)
-        log.info("Resumed the state of epoch %d of %s", resumed.epoch, names)
+            saved = read_states(str(self.state.args.resume), epoch)
+            self.registry.load_state_dict(saved.callbacks, self.fresh)
+        for name in saved.callbacks.keys() - self.registry.stateful.keys():
+            log.warning("The saved state of %s is left: no such callback in this run", name)
+        log.info("Resumed the state of epoch %d of %s", epoch, ", ".join(wanted))
 
     def _save(self) -> None:
         """Write the callbacks' state just before open_clip saves its checkpoint, if it will."""

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..data import MAX_GROUPS, UNKNOWN, CodeBook
-from ..data.groups import GroupCoder, IntArray, shortened
+from ..data.groups import GroupCoder, IntArray, is_missing, shortened
 from ..errors import UsageError, one_line
 from ..miners import MinerReport
 from .csv_pairs import PREFIX, PairBatch, PairSource
@@ -50,8 +50,8 @@ of attribute c.
 FIELDS = (f"{PREFIX}row", f"{PREFIX}key")
 """Names under which a sample carries its row and its key."""
 
-Place = tuple[int, str, tuple[int, ...]]
-"""Where a streamed pair is: its shard's number, its key and its group codes."""
+Shards = Mapping[str, tuple[int, str]]  # url -> number and name
+Place = tuple[int, str, tuple[int, ...]]  # of a streamed pair: shard number, key, group codes
 
 # A first look: enough to know a wrong key, and cheap on remote storage.
 LOOK_SHARDS, LOOK_PAIRS = 3, 100
@@ -97,32 +97,28 @@ def _cell(value: object) -> str | None:
 class PairStage:
     """A stage of open_clip's pipeline that puts each sample's row and key beside its members.
 
-    Args:
-        shards: url -> its number and name.
-        options: the attributes, with their labels where these are given, and the id's key.
-        num_codes: number of codes of an attribute without labels.
+    ``num_codes`` is the number of codes of an attribute without labels.
     """
 
-    def __init__(
-        self,
-        shards: Mapping[str, tuple[int, str]],
-        options: FairOptions,
-        num_codes: Mapping[str, int],
-    ) -> None:
+    def __init__(self, shards: Shards, options: FairOptions, num_codes: Mapping[str, int]) -> None:
         self.shards = shards
         self.id_key = options.fair_id_key
+        self.given = options.fair_labels
         self.coders: dict[str, GroupCoder] = {}
-        self.expected: dict[str, str] = {}  # what to say of a value that is refused
         for name in options.fair_attributes:
-            count = num_codes.get(name, MAX_GROUPS)
-            labels = options.fair_labels.get(name, tuple(map(str, range(count))))
-            coder = GroupCoder(labels, others_unknown=name in options.fair_others_unknown)
-            self.coders[name], self.expected[name] = coder, coder.expected
-            if name not in options.fair_labels:
-                self.expected[name] = (
-                    f"expected a code from 0 to {count - 1}, or labels given as --fair-attributes "
-                    f"{name}=LABEL,LABEL,..."
-                )
+            codes = tuple(map(str, range(num_codes.get(name, MAX_GROUPS))))
+            others_unknown = name in options.fair_others_unknown
+            labels = self.given.get(name, codes)
+            self.coders[name] = GroupCoder(labels, others_unknown=others_unknown)
+
+    def expected(self, name: str) -> str:
+        """Return what to say of a value that is no group."""
+        if name in self.given:
+            return self.coders[name].expected
+        return (
+            f"expected a code from 0 to {len(self.coders[name].labels) - 1}, or labels given as "
+            f"--fair-attributes {name}=LABEL,LABEL,..."
+        )
 
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Pass the samples on, each with the fields `FIELDS`."""
@@ -150,7 +146,7 @@ class PairStage:
             if code is None:
                 raise ValueError(
                     f"shard {shard}, sample {_plain(key)}: key {name!r} of the json member: "
-                    f"{self.expected[name]}, got {reprlib.repr(found[name])}"
+                    f"{self.expected(name)}, got {reprlib.repr(found[name])}"
                 )
             codes[position] = code
         return [hashed_id(shard, key) if identity is None else identity, number, lacks, *codes]
@@ -191,22 +187,16 @@ def _check_sizes(args: Any, shards: int) -> None:
     """Refuse what open_clip would refuse only after building the model, or wait for forever."""
     from open_clip_train.data import get_dataset_size
 
-    size = args.train_num_samples
-    if size is None:
+    if args.train_num_samples is None:
         try:
             size, _ = get_dataset_size(args.train_data)
+            wrong = "" if size else "there is no sizes.json or __len__ beside its shards"
         except Exception as error:  # a sizes.json that lacks a shard, or is none
-            raise UsageError(
-                f"--train-data: cannot read the sizes beside its shards ({error!r}); give "
-                "--train-num-samples"
-            ) from error
-        if not size:
-            raise UsageError(
-                "--train-data: there is no sizes.json or __len__ beside its shards; give "
-                "--train-num-samples"
-            )
-    if size < 1:
-        raise UsageError(f"--train-num-samples must be 1 or more, got {size}")
+            wrong = f"cannot read the sizes beside its shards ({error!r})"
+        if wrong:
+            raise UsageError(f"--train-data: {wrong}; give --train-num-samples")
+    elif args.train_num_samples < 1:
+        raise UsageError(f"--train-num-samples must be 1 or more, got {args.train_num_samples}")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if not args.dataset_resampled and shards < max(1, args.workers) * processes:
         raise UsageError(
@@ -263,41 +253,40 @@ def look_at(stage: PairStage, urls: Sequence[str], where: str) -> dict[str, int]
         )
     members = [pair["json"] for pair in pairs if isinstance(pair["json"], Mapping)]
     keys = dict.fromkeys(key for member in members for key in member)
-    wanted = [("--fair-attributes", name) for name in stage.coders]
-    for flag, name in [*wanted, *[("--fair-id-key", stage.id_key)] * (stage.id_key is not None)]:
+    flags = dict.fromkeys(stage.coders, "--fair-attributes")
+    for name, flag in (flags | {stage.id_key: "--fair-id-key"} if stage.id_key else flags).items():
         if name not in keys:
             lacks = f"no key {name!r}, only {', '.join(map(repr, keys))}"
             raise UsageError(f"{flag} {name}: {first} have {lacks if keys else 'no json member'}")
-    _check_labels(stage, members, first)
     try:
         rows = torch.tensor([stage.row(pair) for pair in pairs])
     except ValueError as error:
         raise UsageError(f"{where}: {error}") from None
+    num_codes = dict(zip(stage.coders, (rows[:, GROUPS:].amax(dim=0) + 1).tolist(), strict=True))
+    for name, count in num_codes.items():
+        cells = sorted({cell for m in members if not is_missing(cell := _cell(m.get(name)) or "")})
+        # That a group with labels is rare is no mistake; that no value is one of them is.
+        if not count and (cells or name not in stage.given):
+            got = f"none, but {shortened(cells)}" if cells else "no known value"
+            raise UsageError(
+                f"--fair-attributes {name}: {first}: {stage.expected(name)}, got {got}"
+            )
     if stage.id_key is not None:
-        if bad := sum(own_id(m[stage.id_key]) is None for m in members if stage.id_key in m):
-            raise UsageError(
-                f"--fair-id-key {stage.id_key}: expected 64-bit integers or strings, got something "
-                f"else in {bad} of {first}"
-            )
-        ids = Counter(rows[:, ID].tolist())
-        if twice := [identity for identity, count in ids.items() if count > 1]:
-            raise UsageError(
-                f"--fair-id-key {stage.id_key}: {first}: expected each id once, got {len(twice)} "
-                f"of them more than once ({', '.join(map(str, twice[:3]))})"
-            )
-    return dict(zip(stage.coders, (rows[:, GROUPS:].amax(dim=0) + 1).tolist(), strict=True))
+        _check_ids(stage.id_key, members, rows[:, ID].tolist(), first)
+    return num_codes
 
 
-def _check_labels(stage: PairStage, members: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Refuse labels that fit no value."""
-    for name, coder in stage.coders.items():
-        cells = {cell for member in members if (cell := _cell(member.get(name)))}
-        is_given = stage.expected[name] == coder.expected
-        if is_given and cells and all(coder.code(cell) in (None, UNKNOWN) for cell in cells):
-            raise UsageError(
-                f"--fair-attributes {name}: {where} have none of the labels "
-                f"{shortened(coder.labels)}, but {shortened(sorted(cells))}"
-            )
+def _check_ids(name: str, members: Sequence[Any], ids: Sequence[int], where: str) -> None:
+    if bad := sum(own_id(member[name]) is None for member in members if name in member):
+        raise UsageError(
+            f"--fair-id-key {name}: expected 64-bit integers or strings, got something else in "
+            f"{bad} of {where}"
+        )
+    if twice := [identity for identity, count in Counter(ids).items() if count > 1]:
+        raise UsageError(
+            f"--fair-id-key {name}: {where}: expected each id once, got {len(twice)} of them more "
+            f"than once ({', '.join(map(str, twice[:3]))})"
+        )
 
 
 def insert_stage(loader: Any, stage: PairStage) -> None:
@@ -388,12 +377,6 @@ class ShardSource(PairSource):
         places = np.linspace(0, len(urls) - 1, LOOK_SHARDS).round().astype(int)
         looked = [list(urls)[place] for place in np.unique(places)]
         num_codes = look_at(PairStage(urls, options, {}), looked, self.where)
-        for name in options.fair_attributes:
-            if name not in options.fair_labels and not num_codes[name]:
-                raise UsageError(
-                    f"--fair-attributes {name}: {self.where}: the first pairs have no known code; "
-                    f"give the labels: {name}=LABEL,LABEL,..."
-                )
         self._stage = PairStage(urls, options, num_codes)
         coders = self._stage.coders.items()
         self.codebook = CodeBook({name: tuple(coder.labels) for name, coder in coders})
