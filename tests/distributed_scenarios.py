@@ -196,9 +196,9 @@ def uneven_captions(rank, world_size):
     rows = torch.arange(rank * local, (rank + 1) * local)
     base = base_loss("coca", False, True, rank, world_size)
     loss = FairLoss(base, BadPairMiner(PAIRS))
-    loss.miner.kind.fill_(2)
-    loss.miner.mean.fill_(2.0)
-    loss.miner.std.fill_(0.5)
+    loss.miner.memory.kind.fill_(2)
+    loss.miner.memory.mean.fill_(2.0)
+    loss.miner.memory.std.fill_(0.5)
     out = model(images[rows], texts[rows], tokens[rows])
     loss(**out, pair_ids=rows, output_dict=True)["caption_loss"].backward()
     grad = model.caption.weight.grad
@@ -277,10 +277,10 @@ def refusals(rank, world_size):
             loss(**(wrong(name) if rank == 1 else batch(rank, world_size)))
         except ValueError as error:
             found[name] = str(error)
-    untouched = not loss.miner.visits.any() and bool(loss.fairness.queue.isnan().all())
+    untouched = not loss.miner.memory.visits.any() and bool(loss.fairness.queue.isnan().all())
     total = sum(loss(**batch(rank, world_size)).values())
     total.backward()
-    return found, untouched, float(total.detach()), int(processes.total(loss.miner.visits.sum()))
+    return found, untouched, float(total.detach()), int(processes.total(loss.miner.memory.visits.sum()))
 
 
 # ------------------------------ exchanges

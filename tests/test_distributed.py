@@ -249,7 +249,7 @@ def test_shards_are_taken_up_by_another_number_of_processes(name, world_size, co
                     torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
                 )
         if count == 1:
-            assert torch.equal(miner.loss_sum, original["loss_sum"])
+            assert torch.equal(miner.memory.loss_sum, original["loss_sum"])
             assert_same_report(miner.report(), whole(name)[2])
 
 

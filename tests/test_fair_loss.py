@@ -180,8 +180,8 @@ def test_what_is_not_finite_comes_out_as_the_base_gives_it(kind, bad, place, sco
         else:
             output[place][2, 3] = bad
     check_equals_base(fair, kind, output, "named", True, metadata())
-    assert torch.isfinite(fair.miner.loss_sum).all()
-    assert torch.isfinite(fair.miner.last_loss).all()
+    assert torch.isfinite(fair.miner.memory.loss_sum).all()
+    assert torch.isfinite(fair.miner.memory.last_loss).all()
     held = fair.fairness.queue[~fair.fairness.queue.isnan()]
     assert torch.isfinite(held).all()
     # The next good batch is what it would have been, but for the visits that were finite.
@@ -195,7 +195,7 @@ def test_a_nan_batch_is_forgotten():
     with torch.no_grad():
         output["image_features"].fill_(math.nan)
     hit(**output, **metadata())
-    assert not hit.miner.visits.any() and hit.fairness.queue.isnan().all()
+    assert not hit.miner.memory.visits.any() and hit.fairness.queue.isnan().all()
     for seed in (1, 2):
         step = model_output(seed=seed) | metadata(seed=seed)
         assert torch.equal(hit(**step).detach(), clean(**step).detach())
@@ -209,7 +209,7 @@ def test_empty_batch():
     base = ClipLoss()(**output, output_dict=True)
     assert same(result["contrastive_loss"], base["contrastive_loss"])
     assert float(result["fairness_loss"].detach()) == 0.0
-    assert not fair.miner.visits.any()
+    assert not fair.miner.memory.visits.any()
 
 
 # ------------------------------ re-weighting
@@ -435,7 +435,7 @@ def test_recording():
 
     def state():
         held = ~fair.fairness.queue.isnan()
-        return int(fair.miner.visits.sum()), int(held[0].sum())
+        return int(fair.miner.memory.visits.sum()), int(held[0].sum())
 
     fair(**output, **given_metadata, record=False)
     assert state() == (0, 0)
@@ -692,7 +692,7 @@ def test_missing_metadata_is_refused_before_anything_is_recorded(output_dict):
         rest = {k: v for k, v in given_metadata.items() if k != name}
         with pytest.raises(ValueError, match=message):
             fair(**output, **rest, output_dict=output_dict)
-    assert not fair.miner.visits.any() and fair.fairness.queue.isnan().all()
+    assert not fair.miner.memory.visits.any() and fair.fairness.queue.isnan().all()
 
 
 def code_2(groups):
@@ -796,7 +796,7 @@ def test_terms_of_different_lengths_are_refused_before_anything_is_recorded():
     fair = FairLoss(Uneven(), BadPairMiner(3))
     with pytest.raises(ValueError, match=r"B = 3, got distance_loss of shape \(2,\)"):
         fair(distances=torch.ones(3), pair_ids=torch.arange(3))
-    assert not fair.miner.visits.any()
+    assert not fair.miner.memory.visits.any()
 
 
 @pytest.mark.parametrize(
@@ -822,7 +822,7 @@ def test_what_cannot_be_gathered_is_refused(monkeypatch, wrong, message):
     fair.processes = Processes(0, 2)
     with pytest.raises(ValueError, match=f"process 0: .*{message}"):
         fair(**(model_output() | metadata() | wrong))
-    assert not fair.miner.visits.any() and fair.fairness.queue.isnan().all()
+    assert not fair.miner.memory.visits.any() and fair.fairness.queue.isnan().all()
 
 
 def test_arguments_that_do_not_fit_the_base():
@@ -917,7 +917,7 @@ def test_compiles_into_one_graph(kind):
             torch.testing.assert_close(got[name], value)
         for a, b in zip(gradients(got, output), gradients(expected, output), strict=True):
             torch.testing.assert_close(a, b)
-    assert torch.equal(inner.miner.visits, eager.miner.visits)
+    assert torch.equal(inner.miner.memory.visits, eager.miner.memory.visits)
     torch.testing.assert_close(inner.fairness.queue, eager.fairness.queue, equal_nan=True)
 
 

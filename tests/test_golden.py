@@ -13,10 +13,10 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from host_runs import arguments, rows_of
 from open_clip.loss import DistillClipLoss, SigLipLoss
 from tiny_clip import HAS_LOCAL_DIR, write_model, write_pairs
 from torch import Tensor
+from training_runs import arguments, rows_of
 
 from fairclip_losses import BadPairMiner, FairLoss, SinkhornFairnessLoss, sinkhorn_divergence, train
 from fairclip_losses.presets import build_fair_loss

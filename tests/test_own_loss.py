@@ -80,10 +80,10 @@ def test_a_flagged_pair_weighs_less_and_nothing_flagged_changes_nothing():
     loss = FairLoss(base, BadPairMiner(6))
     assert torch.equal(loss(**out, pair_ids=ids), base(**out))
     loss.end_epoch()
-    loss.miner.kind[2], loss.miner.std[...] = 2, 0.5
+    loss.miner.memory.kind[2], loss.miner.memory.std[...] = 2, 0.5
     terms = base.pair_terms(**out).contrastive
     weights = torch.ones(6)
-    weights[2] = torch.exp(-0.5 * ((terms[2].detach() - loss.miner.mean) / 0.5) ** 2)
+    weights[2] = torch.exp(-0.5 * ((terms[2].detach() - loss.miner.memory.mean) / 0.5) ** 2)
     assert weights[2] < 0.999
     total = loss(**out, pair_ids=ids, output_dict=True)["contrastive_loss"]
     torch.testing.assert_close(total, (weights * terms).mean())

@@ -1,4 +1,4 @@
-"""Zero-shot fairness metrics on the validation set after each of the host's evaluations."""
+"""Zero-shot fairness metrics on the validation set after each of open_clip's evaluations."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from ..errors import UsageError, usage_errors
 from ..evaluation.report import FairnessReport
 from ..evaluation.zero_shot import ZeroShotTask, evaluate_task
+from .csv_pairs import is_table, read_groups, read_pairs
 from .events import Callback, TrainState
-from .fair_options import FairOptions
-from .logs import log_scalars
-from .pair_files import is_table, read_groups, read_pairs
+from .flags import FairOptions
+from .pair_reports import log_scalars
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class FairEvaluationCallback(Callback):
             )
 
     def on_eval_end(self, state: TrainState) -> None:
-        """Evaluate the model that the host has just evaluated."""
+        """Evaluate the model that open_clip has just evaluated."""
         args = state.args
         if args.rank != 0 or self.task is None or not _is_due(args, state.epoch):
             return
@@ -79,7 +79,7 @@ class FairEvaluationCallback(Callback):
         scalars = _scalars(report)
         shown = "\t".join(f"{name}: {value:.4f}" for name, value in scalars.items())
         log.info("Fair Eval Epoch: %d %s", state.epoch, shown)
-        # The host counts its TensorBoard evaluations in epochs and its W&B ones in steps.
+        # open_clip counts its TensorBoard evaluations in epochs and its W&B ones in steps.
         loader = state.data["train"].dataloader if "train" in state.data else None
         steps = loader.num_batches // args.accum_freq * state.epoch if loader is not None else None
         log_scalars(
@@ -92,7 +92,7 @@ class FairEvaluationCallback(Callback):
 
 
 def _is_due(args: Any, epoch: int) -> bool:
-    """Whether the host has evaluated on its validation data, by its own rule."""
+    """Whether open_clip has evaluated on its validation data, by its own rule."""
     frequency = args.val_frequency
     return bool(frequency) and (epoch % frequency == 0 or epoch == args.epochs)
 

@@ -88,7 +88,7 @@ def run_under_torchrun(folder, argv):
 
 
 class SeedEpochs(Callback):
-    """Starts each epoch from a random state of its own: the host does not save its own."""
+    """Starts each epoch from a random state of its own: open_clip does not save its own."""
 
     def on_epoch_start(self, state):
         torch.manual_seed(state.epoch)
@@ -109,7 +109,7 @@ def arguments(data, logs, name, *more, epochs=EPOCHS):
         *(("--device", "cpu") if HAS_LOCAL_DIR else ()),  # 2.x has no such flag
         *("--batch-size", str(BATCH), "--epochs", str(epochs), "--workers", "0"),
         *("--warmup", "2", "--lr", "1e-3", "--logs", str(logs), "--name", name),
-        # Not the host's default, amp: its scaler skips first steps, of which nothing is recorded.
+        # Not open_clip's default, amp, whose scaler skips first steps.
         *("--log-every-n-steps", "2", "--precision", "fp32", *more),
     ]
 

@@ -6,19 +6,17 @@ import argparse
 import glob
 import os
 import re
-import threading
-import time
 import types
 
 import torch
 from torch import nn
 
 from fairclip_losses.integrations.events import Callback, Event
-from fairclip_losses.integrations.open_clip import HOST
+from fairclip_losses.integrations.open_clip import PROGRAM
 
 
 class Loader:
-    """Four batches of a pair, with the attributes that the host's loop reads."""
+    """Four batches of a pair, with the attributes that open_clip's loop reads."""
 
     num_batches = 4
     num_samples = 8
@@ -30,9 +28,9 @@ class Loader:
         return 4
 
 
-def make_host():
+def make_program():
     """A module with the five hook points and a main() that uses them as open_clip's does."""
-    host = types.ModuleType(HOST)
+    program = types.ModuleType(PROGRAM)
 
     def parse_args(argv):
         parser = argparse.ArgumentParser()
@@ -53,30 +51,30 @@ def make_host():
             images, _texts = batch
             if (i + 1) % args.accum_freq == 0:
                 for _ in range(args.accum_freq):
-                    host.seen.append(loss(image_features=images, output_dict=True))
+                    program.seen.append(loss(image_features=images, output_dict=True))
 
     def evaluate(model, data, epoch, args, tb_writer=None, tokenizer=None):
         return {"epoch": epoch}
 
     def main(argv):
-        args = host.parse_args(argv)
-        data = host.get_data(args, (None, None), epoch=0, tokenizer=None)
-        loss = host.create_loss(args)
-        host.args = args
+        args = program.parse_args(argv)
+        data = program.get_data(args, (None, None), epoch=0, tokenizer=None)
+        loss = program.create_loss(args)
+        program.args = args
         for epoch in range(args.epochs):
-            host.train_one_epoch(None, data, loss, epoch, None, None, None, None, args)
-            host.evaluate(None, data, epoch + 1, args)
-        return host.status
+            program.train_one_epoch(None, data, loss, epoch, None, None, None, None, args)
+            program.evaluate(None, data, epoch + 1, args)
+        return program.status
 
     for function in (parse_args, get_data, create_loss, train_one_epoch, evaluate, main):
-        setattr(host, function.__name__, function)
-    host.seen, host.status = [], None
-    return host
+        setattr(program, function.__name__, function)
+    program.seen, program.status = [], None
+    return program
 
 
-def make_saving_host():
+def make_saving_program():
     """One whose main() trains a small model, and saves and resumes by open_clip's rules."""
-    host = make_host()
+    program = make_program()
 
     def parse_args(argv):
         parser = argparse.ArgumentParser()
@@ -115,7 +113,7 @@ def make_saving_host():
         return max(found, key=numbers.get, default=None)
 
     def main(argv):
-        args = host.parse_args(argv)
+        args = program.parse_args(argv)
         args.checkpoint_path = os.path.join(args.logs, "checkpoints")
         args.save_logs = bool(args.logs) and args.logs != "none"
         if args.save_logs:
@@ -128,14 +126,14 @@ def make_saving_host():
             checkpoint = torch.load(args.resume, weights_only=True)
             start = checkpoint["epoch"]
             model.load_state_dict(checkpoint["state_dict"])
-        data = host.get_data(args, (None, None), epoch=start, tokenizer=None)
-        loss = host.create_loss(args)
-        host.args = args
+        data = program.get_data(args, (None, None), epoch=start, tokenizer=None)
+        loss = program.create_loss(args)
+        program.args = args
         for epoch in range(start, args.epochs):
-            host.train_one_epoch(model, data, loss, epoch, None, None, None, None, args)
+            program.train_one_epoch(model, data, loss, epoch, None, None, None, None, args)
             completed = epoch + 1
             if "val" in data:
-                host.evaluate(model, data, completed, args)
+                program.evaluate(model, data, completed, args)
             if not args.save_logs:
                 continue
             content = {"epoch": completed, "state_dict": model.state_dict()}
@@ -152,8 +150,8 @@ def make_saving_host():
                 os.replace(os.path.join(folder, "tmp.pt"), os.path.join(folder, "epoch_latest.pt"))
 
     for function in (parse_args, get_data, create_loss, train_one_epoch, main):
-        setattr(host, function.__name__, function)
-    return host
+        setattr(program, function.__name__, function)
+    return program
 
 
 def recorder(journal):
@@ -170,23 +168,21 @@ def recorder(journal):
 
 
 class Journal(Callback):
-    """Made anew for each run: notes what it hears and in which thread."""
+    """Made anew for each run: notes what it hears."""
 
     made: list[Journal] = []  # noqa: RUF012  # of the whole process
 
     def __init__(self):
-        self.heard, self.threads = [], set()
+        self.heard = []
         self.made.append(self)
 
 
 for _event in Event:
-
-    def _hear(self, state, event=_event):
-        self.heard.append((event, state.args.epochs))
-        self.threads.add(threading.get_ident())
-        time.sleep(0)  # let the others in
-
-    setattr(Journal, f"on_{_event.value}", _hear)
+    setattr(
+        Journal,
+        f"on_{_event.value}",
+        lambda self, state, event=_event: self.heard.append((event, state.args.epochs)),
+    )
 
 
 def events_of(epochs):
