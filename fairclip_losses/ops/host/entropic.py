@@ -86,8 +86,9 @@ def _solve_smooth(
     if options.debias:
         one, other = (
             Within(*(np.concatenate(part) for part in zip(*within, strict=True)))
-            for within in ([solve_within(side, options, potentials) for side in measures]
-                           for measures in sides)
+            for within in (
+                [solve_within(side, options, potentials) for side in measures] for measures in sides
+            )
         )
         own = one, other
     return _assemble(a, b, (lead_a, lead_b, lead), between, own, potentials)
