@@ -31,9 +31,8 @@ from torch.nn.functional import pad
 
 from .checks import broadcast_shapes, is_readable, refuse_second
 
-# Cumulative weights nearer to each other than this, in units of the last place of 1, are the same:
-# sums of thousands of weights are off by some tens of these.
-SAME_WEIGHT_ULPS = 64
+# Cumulative weights nearer than this are the same: sums of thousands are off by tens of roundings.
+SAME_WEIGHT = 64 * torch.finfo(torch.float64).eps
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
@@ -45,6 +44,8 @@ def along(values: Tensor, order: Tensor) -> Tensor:
     """Read ``values`` (*, K) at the places ``order`` (*, N), (*, N); leading dims broadcast."""
     if order.dim() == 1:
         return values.index_select(-1, order)
+    if values.dim() == 1:
+        return values.take(order)
     lead = broadcast_shapes(values.shape[:-1], order.shape[:-1])
     return values.expand(*lead, -1).gather(-1, order.expand(*lead, -1))
 
@@ -73,7 +74,7 @@ def exact_potentials(x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: int) -> tupl
     x (*, N) and y (*, M) are points, a (*, N) and b (*, M) weights. Where cumulative weights of a
     and b meet, potentials are free within an interval: these are in its middle.
     """
-    _, saved = (_areas if p == 1 else _coupling)(x, y, a, b)
+    _, saved, _ = (_areas if p == 1 else _coupling)(x, y, a, b)
     return _potentials(p, saved, a, b, x.shape[-1], y.shape[-1])
 
 
@@ -86,12 +87,8 @@ class _ExactCost(torch.autograd.Function):
     ) -> Tensor:
         points_x = _settled(x[..., 0], a, b) if y is None else _settled(x[..., 0], a)
         points_y = None if y is None else _settled(y[..., 0], b)
-        cost, saved = (_areas if p == 1 else _coupling)(points_x, points_y, a, b)
-        ctx.p = p
-        # Without ties the gradient takes half the calls; to know waits for no device on the CPU.
-        ctx.tied = not is_readable(x) or not all(
-            bool(points.diff(dim=-1).all()) for points in (saved[:1] if y is None else saved[:2])
-        )
+        cost, saved, tied = (_areas if p == 1 else _coupling)(points_x, points_y, a, b)
+        ctx.p, ctx.tied = p, tied
         ctx.save_for_backward(x, y, a, b, *saved)
         double = x.dtype == torch.float64 or (y is not None and y.dtype == torch.float64)
         return _of_measures(cost, a, b).to(torch.float64 if double else torch.float32)
@@ -107,7 +104,8 @@ class _ExactCost(torch.autograd.Function):
                 shapes = x.shape[:-1], None if y is None else y.shape[:-1]
                 by_x, by_y = by_points(saved, a, b, grad, shapes, ctx.tied)
                 grads[0] = by_x[..., None].to(x.dtype)
-                grads[1] = None if y is None else by_y[..., None].to(y.dtype)
+                if y is not None and by_y is not None:
+                    grads[1] = by_y[..., None].to(y.dtype)
             if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
                 m = (x if y is None else y).shape[-2]
                 f, g = _potentials(ctx.p, saved, a, b, x.shape[-2], m)
@@ -120,14 +118,13 @@ def _settled(points: Tensor, *weights: Tensor | None) -> Tensor:
 
     There, NaN or far away, they can neither overflow nor find mass that rounding leaves.
     """
-    shape, used = points.shape, None
-    for rows in weights:
-        if rows is None:
-            return points
-        # counted in float32: a sum of booleans is none
-        there = (rows > 0).to(torch.float32).expand(broadcast_shapes(shape, rows.shape))
-        there = there.sum_to_size(shape) > 0
-        used = there if used is None else used | there
+    given = [rows for rows in weights if rows is not None]
+    if len(given) < len(weights):
+        return points
+    used = torch.zeros_like(points, dtype=torch.bool)
+    for rows in given:  # counted in float32: a sum of booleans is none
+        there = (rows > 0).to(torch.float32).expand(broadcast_shapes(points.shape, rows.shape))
+        used = used | (there.sum_to_size(points.shape) > 0)
     total = torch.where(used, points, 0.0).sum(dtype=working_dtype(points.device))
     return torch.where(used, points, total / used.sum().clamp(min=1))
 
@@ -143,12 +140,16 @@ def _sums(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def _normalised(weights: Tensor | None, points: Tensor) -> Tensor:
     """Return weights whose rows sum to one, or are zeros."""
-    dtype = working_dtype(points.device)
     if weights is None:
         n = points.shape[-1]
-        return torch.full((n,), 1.0 / n, dtype=dtype, device=points.device)
+        return torch.full((n,), 1.0 / n, dtype=working_dtype(points.device), device=points.device)
     weights, total = _sums(weights)
-    return weights / total.clamp_(min=torch.finfo(dtype).tiny)
+    return weights / total.clamp_(min=torch.finfo(total.dtype).tiny)
+
+
+def _may_tie(*gaps: Tensor) -> bool:
+    """Whether points may coincide. Without ties a gradient takes fewer calls."""
+    return not (is_readable(gaps[0]) and all([bool(gap.all()) for gap in gaps]))
 
 
 def _of_measures(costs: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
@@ -172,10 +173,11 @@ def _by_weights(weights: Tensor | None, potential: Tensor, grad: Tensor) -> Tens
 
 def _areas(
     x: Tensor, y: Tensor | None, a: Tensor | None, b: Tensor | None
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return W_1 (*,), and for the points of both measures (K of them; y None: those of x):
+) -> tuple[Tensor, Sequence[Tensor], bool]:
+    """Return W_1 (*,), what follows for the K points of both measures, and whether any may tie:
 
-    points in order, their order, a - b of each, and A - B before and behind each, (*, K + 1).
+    points in order, their order, a - b of each, and A - B before and behind each, (*, K + 1). If y
+    is None they are those of x.
     """
     surplus, other = _normalised(a, x), _normalised(b, x if y is None else y)
     if y is None:
@@ -184,10 +186,10 @@ def _areas(
         points, surplus = _side_by_side(x, y), _side_by_side(surplus, -other)
     points, order = points.sort(dim=-1)
     points, surplus = points.to(surplus.dtype), along(surplus, order)
-    end = surplus.new_zeros(()).expand(*surplus.shape[:-1], 1)
-    excess = torch.cat([end, surplus.cumsum(-1)[..., :-1], end], -1)
-    cost = (excess[..., 1:-1].abs() * points.diff(dim=-1)).sum(-1)
-    return cost, (points, order, surplus, excess)
+    excess = pad(surplus.cumsum(-1)[..., :-1], (1, 1))
+    gap = points.diff(dim=-1)
+    cost = (excess[..., 1:-1].abs() * gap).sum(-1)
+    return cost, (points, order, surplus, excess), _may_tie(gap)
 
 
 def _side_by_side(one: Tensor, other: Tensor) -> Tensor:
@@ -207,7 +209,7 @@ def _area_gradients(
         behind = along(excess, torch.searchsorted(points, points, right=True))
         # (|before| - |behind|) / (behind - before), -sign(before) where they are the same, and 0
         # where rounding alone tells them from 0
-        most = (before.abs() + behind.abs()).clamp_(min=_rounding(before))
+        most = (before.abs() + behind.abs()).clamp_(min=SAME_WEIGHT)
         slopes = surplus * (before + behind).div_(most)
         found = (slopes * -grad[..., None]).sum_to_size(points.shape)
     else:
@@ -223,34 +225,39 @@ def _area_gradients(
 
 def _coupling(
     x: Tensor, y: Tensor | None, a: Tensor | None, b: Tensor | None
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return ``W_2^2 / 2`` (*,), and for its N + M - 1 steps along the merged cumulative weights:
+) -> tuple[Tensor, Sequence[Tensor], bool]:
+    """Return ``W_2^2 / 2`` (*,), what follows for its N + M - 1 steps, and whether any points tie:
 
-    x and y in order, their orders, which y each step is at, and mass times x - y of each. A step
-    begins where one of the points does, and the first of both measures begin at 0.
+    x and y in order, their orders, which y each step is at, and mass times x - y of each. Steps go
+    along the merged cumulative weights; one begins where a point does, the first of both at 0.
     """
     dtype = working_dtype(x.device)
     x, order_x = x.sort(dim=-1)
-    x, y, order_y = x.to(dtype), None if y is None else y.to(dtype), order_x
-    y, order_y = (x, order_x) if y is None else y.sort(dim=-1)
-    n, m = x.shape[-1], y.shape[-1]
+    x, order_y = x.to(dtype), order_x
+    if y is not None:
+        y, order_y = y.sort(dim=-1)
+        y = y.to(dtype)
+    n = x.shape[-1]
     begins = _side_by_side(_begins(a, order_x, dtype), _begins(b, order_y, dtype)[..., 1:])
     begins, source = begins.sort(dim=-1, stable=True)
     at_y = (source >= n).cumsum(-1)
-    mass = begins.diff(dim=-1, append=begins.new_ones(()).expand(*begins.shape[:-1], 1))
-    shift = along(x, torch.arange(n + m - 1, device=x.device) - at_y) - along(y, at_y)
+    mass = pad(begins[..., 1:], (0, 1), value=1.0) - begins
+    at_x = torch.arange(at_y.shape[-1], device=x.device) - at_y
+    shift = along(x, at_x) - along(x if y is None else y, at_y)
     moved = mass * shift
-    return (moved * shift).sum(-1) * 0.5, (x, y, order_x, order_y, at_y, moved)
+    cost = (moved * shift).sum(-1) * 0.5
+    tied = not is_readable(x) or _may_tie(*[z.diff(dim=-1) for z in (x, y) if z is not None])
+    return cost, (x, x if y is None else y, order_x, order_y, at_y, moved), tied
 
 
 def _begins(weights: Tensor | None, order: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the cumulative weights, of sum one, before each point in order, (*, N)."""
     n = order.shape[-1]
     if weights is None:
-        return torch.arange(n, dtype=dtype, device=order.device) / n
+        return torch.arange(n, dtype=dtype, device=order.device).div_(n)
     weights, total = _sums(weights)
-    sums = pad(along(weights, order)[..., :-1].cumsum(-1, dtype=dtype), (1, 0))
-    return sums / total.clamp_(min=torch.finfo(dtype).tiny)
+    sums = pad(along(weights, order).cumsum(-1, dtype=dtype), (1, 0))
+    return sums[..., :-1] / total.clamp_(min=torch.finfo(total.dtype).tiny)
 
 
 def _coupling_gradients(
@@ -282,8 +289,7 @@ def _gathered(
         run = torch.searchsorted(points, points).expand(found.shape)
         total = torch.zeros_like(found).scatter_add_(-1, run, found)
         mass = torch.zeros_like(found).scatter_add_(-1, run, share.expand(found.shape))
-        mass = mass.clamp_(min=torch.finfo(mass.dtype).tiny)
-        found = share * (total / mass).gather(-1, run)
+        found = share * total.div_(mass.clamp_(min=torch.finfo(mass.dtype).tiny)).gather(-1, run)
     return found.sum_to_size(points.shape)
 
 
@@ -299,7 +305,7 @@ def _potentials(
     # A unit of mass at a point adds to A - B in every gap behind it.
     points, order, _, excess = saved
     inner = excess[..., 1:-1]
-    sign = torch.where(inner.abs() > _rounding(inner), inner.sign(), 0.0)
+    sign = torch.where(inner.abs() > SAME_WEIGHT, inner.sign(), 0.0)
     rise = (sign * points.diff(dim=-1)).flip(-1).cumsum(-1).flip(-1)
     f = unsort(pad(rise, (0, 1)), order)
     return f[..., :n], -f[..., -m:]
@@ -310,7 +316,7 @@ def _potential(x: Tensor, begins_x: Tensor, y: Tensor, begins_y: Tensor) -> Tens
 
     Where a point of b begins there, Q_b is the mean of both sides.
     """
-    step = _rounding(begins_x)
+    step = SAME_WEIGHT
     lead = broadcast_shapes(begins_x.shape[:-1], begins_y.shape[:-1])
     begins_y = begins_y.expand(*lead, -1).contiguous()
     partner: Tensor | float = 0.0
@@ -321,7 +327,3 @@ def _potential(x: Tensor, begins_x: Tensor, y: Tensor, begins_y: Tensor) -> Tens
         partner = partner + along(y, at)
     rise = 0.5 * x.diff(dim=-1) * (x[..., 1:] + x[..., :-1] - partner)
     return pad(rise.cumsum(-1), (1, 0))
-
-
-def _rounding(values: Tensor) -> float:
-    return SAME_WEIGHT_ULPS * torch.finfo(values.dtype).eps

@@ -43,8 +43,8 @@ MAX_DENSE_COSTS = 2**15
 # Largest cost, in units of epsilon, whose rounding potentials stand; beyond, so many are all kept,
 # less the potentials of the optimal coupling.
 MAX_ROUNDED_COST_EPS, MAX_REDUCED_COSTS = 1e10, 2**20
-# Entries of the kernel below exp(-depth) times the largest of their row are left out.
-WINDOW_DEPTH = 45.0
+# Terms of a sum below exp(-depth) times the largest are left out: less than its rounding.
+WINDOW_DEPTH = 40.0
 # Rounding of an exponent, relative to its largest term.
 ROUNDING = 1e-15
 # Entries that are looked at at once: temporary arrays stay in the processor's cache.
@@ -96,7 +96,7 @@ class Measure:
         return taken[np.flatnonzero(np.append(True, np.diff(self._which)))]
 
     def spread(self, values: Array, beyond: Callable[[Array], Array] | None = None) -> Array:
-        """Put values (P,) in the order of the points, (1, N); absent points have 0 or ``beyond``."""
+        """Put values (P,) in the order of the points, (1, N); those absent have 0 or ``beyond``."""
         full = np.zeros(self._all.size)
         full[self._order] = values if self._which is None else values[self._which]
         if beyond is not None and self.absent.size:
@@ -105,7 +105,7 @@ class Measure:
 
 
 def solve_between(x: Measure, y: Measure, options: SinkhornOptions, potentials: bool) -> Between:
-    """Solve ``OT_eps(x, y)``; at points without weight potentials are found only where asked for."""
+    """Solve ``OT_eps(x, y)``; ``potentials`` asks for those at points without weight."""
     epsilon, start, iterations = options.epsilon, None, 0
     one, other = _Side(x, y, options), _Side(y, x, options)
     for left in range(MAX_REFINEMENTS, -1, -1):
@@ -176,7 +176,8 @@ class _Side:
 
     def __init__(self, own: Measure, image: Measure, options: SinkhornOptions) -> None:
         self.own, self._epsilon = own, options.epsilon
-        self.nodes, self.weights, self._edges = own.points, own.weights, None
+        self.nodes, self.weights = own.points, own.weights
+        self._edges: Array | None = None
         radius = min(CELL_TOL_FACTOR * options.tol, 0.01) ** (-0.5 / NODES)
         self._max_length = 2.0 * np.pi / (radius - 1.0 / radius)
         if own.points.size > MIN_POINTS:
@@ -322,7 +323,7 @@ class GaussKernel:
         return view
 
     def rescale(self, side: int, potential: Array) -> None:
-        """Set u (side 0) or v, the other so that the entries add to 1 beyond it, and the entries."""
+        """Set u (side 0) or v (1), its softmin as the other one, and the entries."""
         raise NotImplementedError
 
     def solve(self, left: Array, right: Array, roots: list[Array], violation: Array) -> Array:
@@ -454,11 +455,13 @@ class BandKernel(GaussKernel):
         epsilon, logs = self._blur2, self.log_weights[side]
         x, y = self._points[1 - side], self._points[side]
         self.shared["entries"] = None  # before there are others: the two are most of what is held
-        low, high = windows(x, y, epsilon * potential, epsilon)
+        # the coupling's density is at most 1 / a_i, and what is below exp(-depth) adds nothing
+        depths = [WINDOW_DEPTH - logs for logs in self.log_weights]
+        low, high = windows(x, y, epsilon * potential, epsilon, depths[1 - side])
         across = np.empty_like(x)
         for rows, columns, entries, runs in _in_windows(x, y, low, high, potential, epsilon):
             across[rows], _, _ = _softmin(entries + logs[columns], *runs)
-        first, last = windows(y, x, epsilon * across, epsilon)
+        first, last = windows(y, x, epsilon * across, epsilon, depths[side])
         first = np.minimum.accumulate(first[::-1])[::-1]
         every = np.arange(x.size)
         low = np.minimum(low, np.maximum.accumulate(last).searchsorted(every))
@@ -509,8 +512,8 @@ class BandKernel(GaussKernel):
 
 def read(x: Array, y: Array, b: Array, g: Array, epsilon: float) -> tuple[Array, Array]:
     """Return the c-transform at x (N,) of a potential g of ordered y (M,), and its gradient."""
-    low, high = windows(x, y, g, epsilon)
     exponent, least, grad = np.log(b) + g / epsilon, np.empty_like(x), np.empty_like(x)
+    low, high = windows(x, y, epsilon * exponent, epsilon, WINDOW_DEPTH)
     for rows, columns, entries, (starts, count) in _in_windows(x, y, low, high, exponent, epsilon):
         across, weights, total = _softmin(entries, starts, count)
         least[rows] = epsilon * across
@@ -519,11 +522,13 @@ def read(x: Array, y: Array, b: Array, g: Array, epsilon: float) -> tuple[Array,
     return least, grad
 
 
-def windows(x: Array, y: Array, g: Array, epsilon: float) -> tuple[Array, Array]:
+def windows(
+    x: Array, y: Array, g: Array, epsilon: float, depth: Array | float
+) -> tuple[Array, Array]:
     """Return the first and the last point of ordered y (M,) that each point of x (N,) needs.
 
-    Beyond, ``exp((g_j - C_ij) / eps)`` is less than ``exp(-WINDOW_DEPTH)`` times the largest of the
-    row. The exponent is, but for a term of x, ``psi_j + x y_j / eps`` with ``psi = (g - y^2 / 2) /
+    Beyond, ``exp((g_j - C_ij) / eps)`` is less than ``exp(-depth)`` times the largest of the row,
+    ``depth`` a number or (N,). The exponent is, but for a term of x, ``psi_j + x y_j / eps`` with ``psi = (g - y^2 / 2) /
     eps``. Where psi is concave, the points above a threshold are a run. A softmin's psi is; of
     others the concave hull is taken, under which they lie.
     """
@@ -540,7 +545,7 @@ def windows(x: Array, y: Array, g: Array, epsilon: float) -> tuple[Array, Array]
         # a point under the chord of any two others is no corner; of neighbours, both may be
         corners = corners[np.concatenate([[True], ~bent, [True]])]
     top, last = (-slopes).searchsorted(t), corners.size - 1
-    needed = height[top] + t * place[top] - WINDOW_DEPTH - rounding
+    needed = height[top] + t * place[top] - depth - rounding
 
     # bisect on either side of the top for the farthest corner above the threshold
     near, t, needed = np.tile(top, 2), np.tile(t, 2), np.tile(needed, 2)
@@ -560,7 +565,7 @@ def windows(x: Array, y: Array, g: Array, epsilon: float) -> tuple[Array, Array]
 def _in_windows(
     x: Array, y: Array, low: Array, high: Array, exponent: Array, epsilon: float
 ) -> Iterator[tuple[slice, Array, Array, tuple[Array, Array]]]:
-    """Yield some rows at a time: their columns, ``exponent_j - C_ij / eps``, and starts and sizes."""
+    """Yield rows, their columns, ``exponent_j - C_ij / eps``, and each row's start and size."""
     count = high - low + 1
     ends = np.add.accumulate(count)
     begin = 0
