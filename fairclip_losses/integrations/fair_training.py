@@ -96,14 +96,12 @@ class FairTrainingCallback(Callback):
             log.info("Fair loss: %s", self.loss)
 
     def on_epoch_start(self, state: TrainState) -> None:
-        """Forget pairs of a step that the last epoch did not complete; follow the scaler."""
+        """Forget pairs of a step that the last epoch did not complete."""
         self._pairs = deque(maxlen=state.args.accum_freq)
         # Only now, after a resume that fits: the book is the earlier run's too.
         if state.args.save_logs and state.epoch == state.start_epoch:
             book = Path(state.args.checkpoint_path).parent / "fair_codebook.json"
             self._known_source.codebook.to_json(book)
-        if self.loss is not None:
-            self.loss.follow(state.scaler)
 
     def on_batch_start(self, state: TrainState) -> None:
         """Take ids and groups off the batch; the host gets its pair.

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
-import torch
-
 from ..distributed import Processes
 from ..errors import CallbackError, UsageError, one_line, usage_errors
 from .events import CallbackRegistry, Event, TrainState, default_registry
@@ -199,15 +197,11 @@ class Run:
         """Write this process's part, and wait until every process has written its own."""
         args = self.state.args
         processes = Processes(getattr(args, "rank", 0), part.world_size)
-        refusal = None
         try:
             self._states_folder().write(part, processes)
         except (CallbackError, OSError, RuntimeError) as error:
-            refusal = one_line(error)
-        try:
-            processes.agree(refusal, (), torch.device(getattr(args, "device", "cpu")))
-        except ValueError as error:
-            raise CallbackError(f"a part of the state could not be saved: {error}") from None
+            text = one_line(error)
+            raise CallbackError(f"a part of the state could not be saved: {text}") from None
 
     def _tidy(self) -> None:
         """Remove states whose checkpoint the host has removed, after it has saved the last."""
