@@ -28,9 +28,10 @@ class PairTerms(NamedTuple):
     """Per-pair terms of a batch loss.
 
     ``named`` maps each entry of the loss's dict form to its terms (B,), whose mean is that entry.
-    ``contrastive`` (B,) is what the miner records and the fairness term compares, unscaled.
-    Over several processes B is either the global batch, the same everywhere, or this process's
-    part, with terms whose mean over pairs and processes is that of the entry.
+    `FairLoss` makes the loss of them alone: one name is returned as a scalar in plain form, several
+    as a tuple in their order. ``contrastive`` (B,) is what the miner records and the fairness term
+    compares, unscaled. Over several processes B is either the global batch, the same everywhere, or
+    this process's part, with terms whose mean over pairs and processes is that of the entry.
     """
 
     contrastive: Tensor

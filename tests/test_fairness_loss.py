@@ -433,14 +433,14 @@ def test_repr_shows_the_settings():
         ({"num_groups": 2.0}, "num_groups must be integers >= 1, got 2.0"),
         ({"num_groups": (2, True)}, "num_groups must be integers >= 1"),
         ({"num_groups": {"a": 2, "b": -1}}, "num_groups must be integers >= 1"),
-        ({"num_groups": (2, 2), "attribute_weights": [1.0]}, "must have 2 entries, got 1"),
+        ({"num_groups": (2, 2), "attribute_weights": [1.0]}, "has 1 entries for 2 attributes"),
         ({"num_groups": 2, "attribute_weights": [-1.0]}, "must be finite and >= 0"),
         ({"num_groups": 2, "attribute_weights": [math.nan]}, "must be finite and >= 0"),
         ({"num_groups": 2, "attribute_weights": ["a"]}, "must be finite and >= 0"),
         ({"num_groups": 2, "attribute_weights": 1.0}, "must be a sequence or .*, got float"),
         (
             {"num_groups": {"a": 2}, "attribute_weights": {"b": 1.0}},
-            r"attribute_weights must name \['a'\], got \['b'\]",
+            r"attribute_weights names \['b'\], the groups are \['a'\]",
         ),
     ],
 )

@@ -61,31 +61,29 @@ class FairLoss(nn.Module):
         mining_unit: ``"pair"``, or ``"batch"``: the published code's unit, the batch's mean loss by
             its position in the epoch, for comparison only.
 
-    ``forward`` takes what ``base_loss`` takes, positional or by name, and besides ``pair_ids``
-    (B,) int64 (needed by the miner in training), ``groups`` (needed by the fairness term) and
-    ``record`` (None: record the visit in training mode; False: only read, as for all but the last
-    pass over one accumulated batch, so that every pass sees the same queue). It returns what
-    ``base_loss`` returns; in dict form (``output_dict=True``) the fairness term is the entry
-    ``fairness_loss``, otherwise it is added to the first term. Where miner and fairness are None,
-    or nothing is flagged and the weight is 0, the result equals the base loss bit for bit. Scores
-    that are not finite take no part in the fairness term and are not recorded; the base loss then
-    is what it is without this module.
+    ``forward`` takes what ``base_loss`` takes and besides ``pair_ids`` (B,) int64 (needed by the
+    miner in training), ``groups`` (needed by the fairness term) and ``record`` (None: record the
+    visit in training mode; False: only read, as for all but the last pass over one accumulated
+    batch, so that every pass sees the same queue). It returns what ``base_loss`` returns; in dict
+    form (``output_dict=True``) the fairness term is the entry ``fairness_loss``, otherwise it is
+    added to the first term. Where miner and fairness are None the base loss is called, and the
+    result is its own bit for bit. Otherwise the loss is computed once, from the per-pair terms,
+    and ``base_loss.forward`` is not called; where all weights are 1 and the fairness weight is 0 it
+    equals the base loss to rounding. Scores that are not finite take no part in the fairness term
+    and are not recorded; the total then is not finite, as the base loss would be.
 
     Over several processes (a base loss with ``world_size`` > 1) each process passes its own pairs,
     as many as every other; mining and fairness see the global batch, every process keeps the
-    same memory (or its shard of it, as the miner is built), and gradients averaged over processes
-    are those of one process on that batch where the base loss's are (``gather_with_grad``). What
-    one process refuses all refuse: they agree before they exchange anything else. On an
-    accelerator, where that would wait for the device, they do so at the first call only.
+    same memory, and gradients averaged over processes are those of one process on that batch where
+    the base loss's are (``gather_with_grad``).
 
-    Call `end_epoch` after each epoch, and `follow` once where a gradient scaler may skip steps.
-    `last` holds the last call's `FairLossState`.
+    Call `end_epoch` after each epoch. `last` holds the last call's `FairLossState`.
 
     Raises:
         ValueError: a loss, miner or fairness that is no module, or options out of range; in
-            ``forward`` a base loss whose per-pair terms are not known or do not fit what it
-            returns, missing ids or groups, and what miner and fairness refuse. A batch that is
-            refused is recorded nowhere, so that it can be repaired and passed again.
+            ``forward`` a base loss whose per-pair terms are not known or not (B,), missing ids or
+            groups, and what miner and fairness refuse. A batch that is refused is recorded nowhere,
+            so that it can be repaired and passed again.
 
     Source: Bansal et al. (arXiv:2505.03153).
     """

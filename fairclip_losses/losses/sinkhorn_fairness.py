@@ -91,9 +91,9 @@ class SinkhornFairnessLoss(nn.Module):
         self.divide_by_group_sum = divide_by_group_sum
         self.validate = validate
         self.attribute_names, self.num_groups = _name_groups(num_groups)
-        self.attribute_weights = _order_weights(
-            attribute_weights, self.attribute_names, self.num_groups
-        )
+        self.attribute_weights = _checked_weights(attribute_weights)
+        if self.num_groups and (self.attribute_names or not isinstance(attribute_weights, Mapping)):
+            _in_order(self.attribute_weights, self.attribute_names, len(self.num_groups))
         rows = 1 + sum(self.num_groups or ()) if queue_size else 0
         self.register_buffer("queue", torch.full((rows, queue_size), float("nan")))
         self.register_buffer("queue_next", torch.zeros(rows, dtype=torch.int64))
@@ -130,7 +130,7 @@ class SinkhornFairnessLoss(nn.Module):
             num_groups,
             p=self.p,
             blur=self.blur,
-            attribute_weights=self._weights(names, codes.shape[1]),
+            attribute_weights=_in_order(self.attribute_weights, names, codes.shape[1]),
             group_reduction=self.group_reduction,
             min_group_size=self.min_group_size,
             detach=self.detach,
@@ -187,16 +187,6 @@ class SinkhornFairnessLoss(nn.Module):
             _refuse_codes(codes, names, given)
         return names, codes, counts
 
-    def _weights(self, names: tuple[str, ...], count: int) -> tuple[float, ...] | None:
-        given = self.attribute_weights
-        # A mapping is still one where no names were known before this batch.
-        if isinstance(given, dict) and set(given) != set(names):
-            raise ValueError(f"attribute_weights names {list(given)}, the groups are {list(names)}")
-        weights = tuple(given[name] for name in names) if isinstance(given, dict) else given
-        if weights is not None and len(weights) != count:
-            raise ValueError(f"attribute_weights has {len(weights)} entries for {count} attributes")
-        return weights
-
     def _enqueue(
         self, scores: Tensor, codes: Tensor, num_groups: tuple[int, ...], valid: Tensor | None
     ) -> None:
@@ -226,14 +216,13 @@ def _refuse_codes(
     if num_groups is not None:
         wrong |= codes >= torch.tensor(num_groups, device=codes.device)
     row, column = (int(index) for index in wrong.nonzero()[0])
-    attribute = repr(names[column]) if names else column
     expected = "must be -1 (unknown) or more"
     if num_groups is not None:
         count = num_groups[column]
         groups = "1 group" if count == 1 else f"{count} groups"
         expected = f"must lie in -1..{count - 1} ({groups}; -1 is unknown)"
     raise ValueError(
-        f"attribute {attribute}: group codes {expected}, "
+        f"attribute {repr(names[column]) if names else column}: group codes {expected}, "
         f"got {int(codes[row, column])} at position {row}"
     )
 
@@ -253,12 +242,9 @@ def _name_groups(
     return names, tuple(int(n) for n in given)
 
 
-def _order_weights(
+def _checked_weights(
     weights: Sequence[float] | Mapping[str, float] | None,
-    names: tuple[str, ...],
-    num_groups: tuple[int, ...] | None,
 ) -> tuple[float, ...] | dict[str, float] | None:
-    """Return the weights in the attributes' order, or as they are while no names are known."""
     if weights is None:
         return None
     if not isinstance(weights, Iterable):
@@ -269,14 +255,19 @@ def _order_weights(
     values = tuple(weights.values()) if isinstance(weights, Mapping) else tuple(weights)
     if any(not is_number(w) or not 0 <= w < float("inf") for w in values):
         raise ValueError(f"attribute_weights must be finite and >= 0, got {weights!r}")
-    if isinstance(weights, Mapping):
-        if not names:
-            return dict(weights)
+    return dict(weights) if isinstance(weights, Mapping) else values
+
+
+def _in_order(
+    weights: tuple[float, ...] | dict[str, float] | None, names: tuple[str, ...], count: int
+) -> tuple[float, ...] | None:
+    """Return the weights in the order of the attributes."""
+    if isinstance(weights, dict):
         if set(weights) != set(names):
-            raise ValueError(f"attribute_weights must name {list(names)}, got {list(weights)}")
-        return tuple(weights[name] for name in names)
-    if num_groups is not None and len(values) != len(num_groups):
-        raise ValueError(
-            f"attribute_weights must have {len(num_groups)} entries, got {len(values)}"
-        )
-    return values
+            raise ValueError(
+                f"attribute_weights names {list(weights)}, the groups are {list(names)}"
+            )
+        weights = tuple(weights[name] for name in names)
+    if weights is not None and len(weights) != count:
+        raise ValueError(f"attribute_weights has {len(weights)} entries for {count} attributes")
+    return weights
