@@ -128,7 +128,7 @@ def test_functional_twins():
         "siglip_pair_losses",
         "caption_pair_losses",
         "distill_pair_losses",
-        "reweighting",
+        "weighted_mean",
     ):
         assert callable(getattr(functional, name))
 

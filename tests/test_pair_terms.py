@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ from fairclip_losses.functional import (
     official_scores,
     pair_logits,
     pair_similarities,
-    reweighting,
     siglip_pair_losses,
+    weighted_mean,
 )
 from fairclip_losses.pair_terms import PairTerms, pair_terms
 
@@ -151,6 +152,42 @@ def test_float64_stays_float64():
             assert values.dtype == torch.float64
 
 
+# ------------------------------ one pass over the matrix
+
+
+@pytest.mark.parametrize("function", [clip_pair_losses, siglip_pair_losses])
+@pytest.mark.parametrize("entries", [1, 20, 2**18])
+def test_blocks_of_rows_change_nothing(function, entries, monkeypatch):
+    """Values by the double loops below; gradients by finite differences."""
+    logits = torch.from_numpy(random_logits(7, 0)).requires_grad_()
+    whole = function(logits)
+    monkeypatch.setattr("fairclip_losses.functional.pairs.BLOCK_ENTRIES_CPU", entries)
+    torch.testing.assert_close(function(logits), whole)
+    assert torch.autograd.gradcheck(function, (logits,))
+
+
+@pytest.mark.parametrize("function", [clip_pair_losses, siglip_pair_losses])
+def test_what_the_symmetric_forms_refuse(function):
+    for shape in ((3, 4), (3,), (2, 3, 3)):
+        with pytest.raises(ValueError, match=r"logits must be \(B, B\), got"):
+            function(torch.zeros(shape))
+    logits = torch.randn(3, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(function(logits).square().sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@settings(max_examples=25, deadline=None)
+@given(count=st.integers(1, 7), seed=st.integers(0, 2**31))
+def test_rows_of_both_sides_are_the_symmetric_form(count, seed):
+    logits = torch.from_numpy(random_logits(count, seed)).requires_grad_()
+    draw = torch.randn(count, dtype=torch.float64)
+    one, other = clip_pair_losses(logits), clip_pair_losses(logits, logits.t())
+    torch.testing.assert_close(one, other)
+    grads = [torch.autograd.grad(losses @ draw, logits)[0] for losses in (one, other)]
+    torch.testing.assert_close(*grads)
+
+
 # ------------------------------ against double loops
 
 
@@ -253,19 +290,20 @@ def test_scores_of_half_precision_are_float32():
 @settings(max_examples=60, deadline=None)
 @given(
     pairs=st.lists(
-        st.tuples(st.floats(-100, 100), st.one_of(st.just(1.0), st.floats(1e-6, 4))),
+        st.tuples(st.floats(-100, 100), st.one_of(st.sampled_from([0.0, 1.0]), st.floats(1e-6, 4))),
         min_size=1,
         max_size=12,
     )
 )
-def test_reweighting_is_the_weighted_mean(normalization, pairs):
-    terms = torch.tensor([value for value, _ in pairs], dtype=torch.float64, requires_grad=True)
+def test_weighted_mean_by_a_loop(normalization, pairs):
+    terms = [value if weight else math.nan for value, weight in pairs]
+    terms = torch.tensor(terms, dtype=torch.float64, requires_grad=True)
     weights = torch.tensor([w for _, w in pairs], dtype=torch.float64)
     total = 0.0
     for value, weight in pairs:
         total += weight * value
-    below = len(pairs) if normalization == "batch" else sum(w for _, w in pairs)
-    got = terms.mean() + reweighting(terms, weights, normalization)
+    below = len(pairs) if normalization == "batch" else sum(w for _, w in pairs) or 1.0
+    got = weighted_mean(terms, weights, normalization)
     assert float(got.detach()) == pytest.approx(total / below, rel=1e-9, abs=1e-9)
     got.backward()
     np.testing.assert_allclose(terms.grad, weights / below, rtol=1e-9, atol=1e-12)
@@ -275,21 +313,18 @@ def test_reweighting_is_the_weighted_mean(normalization, pairs):
 @pytest.mark.parametrize(
     "values", [[], [1.0, 2.0], [math.nan, 1.0], [math.inf, -math.inf, 3.0], [1e38] * 5]
 )
-def test_reweighting_by_ones_is_exactly_zero(normalization, values):
-    terms = torch.tensor(values, requires_grad=True)
-    change = reweighting(terms, torch.ones(len(values)), normalization)
-    change.backward()
-    assert torch.equal(change.detach(), torch.zeros(()))
-    assert torch.equal(terms.grad, torch.zeros(len(values)))
+def test_under_equal_weights_it_is_the_mean(normalization, values):
+    terms = torch.tensor(values)
+    mean = weighted_mean(terms, torch.ones(len(values)), normalization)
+    torch.testing.assert_close(mean, terms.mean(), equal_nan=True)
 
 
-def test_reweighting_errors():
-    with pytest.raises(ValueError, match="normalization must be 'batch' or 'weights', got 'sum'"):
-        reweighting(torch.ones(2), torch.ones(2), "sum")
-    with pytest.raises(ValueError, match=r"\(B,\), got \(2,\) and \(3,\)"):
-        reweighting(torch.ones(2), torch.ones(3))
-    with pytest.raises(ValueError, match=r"\(B,\), got \(\) and \(\)"):
-        reweighting(torch.ones(()), torch.ones(()))
+def test_weighted_mean_errors():
+    with pytest.raises(ValueError, match="normalization must be one of batch, weights, got 'sum'"):
+        weighted_mean(torch.ones(2), torch.ones(2), "sum")
+    for terms, weights in (((2,), (3,)), ((), ())):
+        with pytest.raises(ValueError, match=re.escape(f"(B,), got {terms} and {weights}")):
+            weighted_mean(torch.ones(terms), torch.ones(weights))
 
 
 # ------------------------------ which loss is known
@@ -313,6 +348,16 @@ class MyClipLoss(ClipLoss):
     pass
 
 
+class OtherForward(ClipLoss):
+    def forward(self, **model_out):
+        return 2 * super().forward(**model_out)
+
+
+class NoTerms(OwnLoss):
+    def pair_terms(self, distances):
+        return PairTerms(distances, {})
+
+
 def test_a_loss_of_ones_own():
     terms = pair_terms(OwnLoss(), {"distances": torch.tensor([1.0, 2.0])})
     assert terms.contrastive.tolist() == [1.0, 4.0]
@@ -328,6 +373,10 @@ def test_a_subclass_counts_as_its_parent():
 def test_unknown_losses_and_outputs_are_refused():
     with pytest.raises(ValueError, match=r"WrongLoss\.pair_terms must return PairTerms, got Tens"):
         pair_terms(WrongLoss(), {"distances": torch.ones(2)})
+    with pytest.raises(ValueError, match="must name at least one term, got none"):
+        pair_terms(NoTerms(), {"distances": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"OtherForward has a forward of its own, .* of ClipLoss"):
+        pair_terms(OtherForward(), model_output("clip", 4))
     with pytest.raises(ValueError, match=r"expected a ClipLoss, SigLipLoss.* got Linear"):
         pair_terms(nn.Linear(2, 2), {})
     output = model_output("clip", 4)

@@ -38,8 +38,8 @@ from .pairs import (
     normalized_weights,
     pair_logits,
     pair_similarities,
-    reweighting,
     siglip_pair_losses,
+    weighted_mean,
 )
 
 __all__ = [
@@ -69,10 +69,10 @@ __all__ = [
     "pair_history",
     "pair_logits",
     "pair_similarities",
-    "reweighting",
     "siglip_pair_losses",
     "sinkhorn_divergence",
     "sinkhorn_fairness",
     "stack_groups",
     "visit_weight",
+    "weighted_mean",
 ]
