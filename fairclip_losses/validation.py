@@ -9,8 +9,17 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
+from torch import Tensor
 
-__all__ = ["check_choice", "check_finite_number", "check_integer", "is_number"]
+__all__ = [
+    "all_at_least",
+    "check_choice",
+    "check_finite_number",
+    "check_integer",
+    "is_number",
+    "should_validate",
+]
 
 
 def is_number(value: object) -> bool:
@@ -37,3 +46,18 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Refuse a value that is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def should_validate(tensor: Tensor, validate: bool | None) -> bool:
+    """Resolve ``validate``: None looks at values on the CPU, outside torch.compile."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" if validate is None else validate
+
+
+def all_at_least(values: Tensor, low: float) -> bool:
+    """Whether all values are finite and at least ``low``, in one pass over them."""
+    if values.numel() == 0:
+        return True
+    least, most = (float(end) for end in torch.aminmax(values.detach()))
+    return least >= low and -math.inf < least and most < math.inf  # False for NaN

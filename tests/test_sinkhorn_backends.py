@@ -17,7 +17,7 @@ from fairclip_losses.ops.kernels.dense import DenseKernel
 from fairclip_losses.ops.kernels.line import LaplaceLine
 from fairclip_losses.ops.kernels.streamed import StreamedKernel
 from fairclip_losses.ops.options import SinkhornOptions
-from fairclip_losses.ops.reference import cost_matrix
+from sinkhorn_reference import cost_matrix
 
 BACKENDS = {1: ("dense", "streamed", "prefix"), 2: ("dense", "streamed")}
 

@@ -17,7 +17,7 @@ from fairclip_losses.ops.methods.progress import PATIENCE, Progress
 from fairclip_losses.ops.methods.symmetric import solve_symmetric
 from fairclip_losses.ops.options import SinkhornOptions
 from fairclip_losses.ops.problem import choose_kernel
-from fairclip_losses.ops.reference import cost_matrix
+from sinkhorn_reference import cost_matrix
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -21,7 +21,7 @@ from fairclip_losses.ops.kernels.streamed import StreamedKernel
 from fairclip_losses.ops.methods.anderson import Anderson
 from fairclip_losses.ops.methods.progress import Progress
 from fairclip_losses.ops.options import SinkhornOptions
-from fairclip_losses.ops.reference import cost_matrix
+from sinkhorn_reference import cost_matrix
 
 
 @pytest.fixture(autouse=True, scope="module")

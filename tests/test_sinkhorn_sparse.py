@@ -12,7 +12,7 @@ from fairclip_losses.ops import sinkhorn_divergence, sinkhorn_solve
 from fairclip_losses.ops.kernels.entries import large_entries
 from fairclip_losses.ops.kernels.streamed import StreamedKernel
 from fairclip_losses.ops.methods import alternate, sparse
-from fairclip_losses.ops.reference import cost_matrix
+from sinkhorn_reference import cost_matrix
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import sinkhorn_divergence
-from ..ops.checks import should_validate, within
-from ..validation import check_integer
+from ..validation import all_at_least, check_integer, should_validate
 
 GroupReduction = Literal["mean", "sum"]
 Detach = Literal["none", "groups", "total"]
@@ -192,7 +191,7 @@ def _check_valid(valid: Tensor, scores: Tensor) -> None:
 
 
 def _check_finite(scores: Tensor) -> None:
-    if within(scores, -math.inf):
+    if all_at_least(scores, -math.inf):
         return
     bad = ~torch.isfinite(scores)
     raise ValueError(

@@ -17,9 +17,8 @@ from ..functional import (
     stack_groups,
 )
 from ..functional.fairness import check_options, check_scores
-from ..ops.checks import should_validate
-from ..ops.prepare import check_cost
-from ..validation import check_finite_number, check_integer, is_number
+from ..ops.options import check_cost
+from ..validation import check_finite_number, check_integer, is_number, should_validate
 
 
 class SinkhornFairnessLoss(nn.Module):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import broadcast_shapes
+from .options import broadcast_shapes, working_dtype
 
 # Cumulative weights nearer to each other are the same: in units of the last place of 1.
 _LEVEL = 64
@@ -29,11 +29,6 @@ class ExactSolution(NamedTuple):
     grad_y: Tensor | None  # (*, M); None where x and y are one tensor and grad_x holds the sum
     f: Tensor | None  # (*, N), d cost / d a
     g: Tensor | None  # (*, M), d cost / d b
-
-
-def working_dtype(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 on the one backend that has no float64 (Apple's mps)."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def solve_exact(

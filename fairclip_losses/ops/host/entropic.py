@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import broadcast_shapes
-from ..options import SinkhornOptions
-from ..solution import EntropicSolution, Slopes
+from ..options import EntropicSolution, SinkhornOptions, Slopes, broadcast_shapes
 from .arrays import Array, Shape, stretch
 from .gauss.rows import Rows, clouds, within_blocks
 from .gauss.solver import SmoothSolver, marginal_error
@@ -162,7 +160,7 @@ def _solve_row_by_row(
     )
     assert cost is not None and transport is not None and f is not None and g is not None
     slopes = tuple(stacked(part) for part in zip(*(row.slopes for row in found), strict=True))
-    rounds = max(row.rounds for row in found)
+    rounds = max(row.iterations for row in found)
     return EntropicSolution(cost, cast(Slopes, slopes), transport, f, g, f_self, g_self, rounds)
 
 

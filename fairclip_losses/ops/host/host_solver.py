@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checks import warn_unconverged
-from ..options import SinkhornOptions
+from ..options import SinkhornOptions, warn_unconverged
 from .arrays import Array
 from .newton import HostKernel, Look, missed, solve_pair
 

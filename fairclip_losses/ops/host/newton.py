@@ -7,11 +7,11 @@ solves ``(diag(P 1) - P diag(1 / b) P^T) d = r``, d in units of epsilon; how, th
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ..heavy_ball import MEMORY, STEP
 from .arrays import LARGEST, Array
 
 # The log of weight 0: finite, so that differences are numbers, and nothing beside any other.
@@ -28,6 +28,9 @@ _TRUST, _DAMPING = 5.0, 1e-5
 # rounds in a row do not halve the error. Or part of it, in units of epsilon, that a further step
 # would have, if it were shorter than the last one as the error is smaller.
 _FAR_BELOW, _STALLED, _NEXT_STEP = 1e-3, 3, 0.1
+# The heavy ball (Polyak 1964) for derivatives with eigenvalues in [1, 2].
+STEP = 4.0 / (math.sqrt(2.0) + 1.0) ** 2
+MEMORY = ((math.sqrt(2.0) - 1.0) / (math.sqrt(2.0) + 1.0)) ** 2
 # Part of ``tol`` that the rounds for a measure against itself reach.
 SELF_BELOW = 1e-2
 

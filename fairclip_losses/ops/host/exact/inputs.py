@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...checks import check_finite, check_weights
+from ...options import _refuse_bad_points as check_finite
+from ...options import _refuse_bad_weights as check_weights
 from ..arrays import Array, Shape
 
 # Points above which squares come near the end of float64.

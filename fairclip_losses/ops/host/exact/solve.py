@@ -11,7 +11,7 @@ import math
 import numpy as np
 from torch import Tensor
 
-from ...checks import broadcast_shapes
+from ...options import broadcast_shapes
 from ..arrays import FEW, FEW_STEPS, Array, HostSolution
 from .distribution import solve_by_distribution_functions
 from .inputs import Weights, read_points, read_weights
