@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "all_at_least",
     "check_choice",
     "check_finite_number",
     "check_integer",
@@ -21,6 +22,7 @@ __all__ = [
     "check_share",
     "check_sigma",
     "is_number",
+    "should_validate",
 ]
 
 _INTEGERS = frozenset(
@@ -90,3 +92,18 @@ def check_pair_rows(pair_losses: Tensor, pair_ids: Tensor) -> None:
             "pair_losses and pair_ids must both have shape (B,), "
             f"got {tuple(pair_losses.shape)} and {tuple(pair_ids.shape)}"
         )
+
+
+def should_validate(tensor: Tensor, validate: bool | None) -> bool:
+    """Resolve ``validate``: None looks at values on the CPU, outside torch.compile."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" if validate is None else validate
+
+
+def all_at_least(values: Tensor, low: float) -> bool:
+    """Whether all values are finite and at least ``low``, in one pass over them."""
+    if values.numel() == 0:
+        return True
+    least, most = (float(end) for end in torch.aminmax(values.detach()))
+    return least >= low and -math.inf < least and most < math.inf  # False for NaN

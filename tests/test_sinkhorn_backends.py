@@ -8,16 +8,16 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
-from sinkhorn_cases import POWERS, clouds, one_thread, random_problem
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from fairclip_losses.ops import SinkhornResult, sinkhorn_divergence, sinkhorn_solve
 from fairclip_losses.ops.kernels.dense import DenseKernel
 from fairclip_losses.ops.kernels.line import LaplaceLine
 from fairclip_losses.ops.kernels.streamed import StreamedKernel
+from hypothesis import given, settings
+from sinkhorn_cases import POWERS, clouds, one_thread, random_problem
+from sinkhorn_reference import cost_matrix
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fairclip_losses.ops import SinkhornResult, sinkhorn_divergence, sinkhorn_solve
 from fairclip_losses.ops.options import SinkhornOptions
-from fairclip_losses.ops.reference import cost_matrix
 
 BACKENDS = {1: ("dense", "streamed", "prefix"), 2: ("dense", "streamed")}
 

@@ -9,15 +9,15 @@ import warnings
 
 import pytest
 import torch
-from sinkhorn_cases import POWERS, one_thread
-
-from fairclip_losses.ops import ConvergenceWarning, sinkhorn_solve
 from fairclip_losses.ops.kernels.streamed import StreamedKernel
 from fairclip_losses.ops.methods.progress import PATIENCE, Progress
 from fairclip_losses.ops.methods.symmetric import solve_symmetric
-from fairclip_losses.ops.options import SinkhornOptions
 from fairclip_losses.ops.problem import choose_kernel
-from fairclip_losses.ops.reference import cost_matrix
+from sinkhorn_cases import POWERS, one_thread
+from sinkhorn_reference import cost_matrix
+
+from fairclip_losses.ops import ConvergenceWarning, sinkhorn_solve
+from fairclip_losses.ops.options import SinkhornOptions
 
 
 @pytest.fixture(autouse=True, scope="module")

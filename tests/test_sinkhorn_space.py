@@ -9,19 +9,19 @@ import numpy as np
 import ot
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from sinkhorn_cases import POWERS, float64, one_thread, random_problem
-from torch.profiler import ProfilerActivity, profile
-
-from fairclip_losses.ops import ConvergenceWarning, sinkhorn_divergence, sinkhorn_solve
 from fairclip_losses.ops.entropic import solve_entropic
 from fairclip_losses.ops.kernels.dense import DenseKernel
 from fairclip_losses.ops.kernels.streamed import StreamedKernel
 from fairclip_losses.ops.methods.anderson import Anderson
 from fairclip_losses.ops.methods.progress import Progress
+from hypothesis import given
+from hypothesis import strategies as st
+from sinkhorn_cases import POWERS, float64, one_thread, random_problem
+from sinkhorn_reference import cost_matrix
+from torch.profiler import ProfilerActivity, profile
+
+from fairclip_losses.ops import ConvergenceWarning, sinkhorn_divergence, sinkhorn_solve
 from fairclip_losses.ops.options import SinkhornOptions
-from fairclip_losses.ops.reference import cost_matrix
 
 
 @pytest.fixture(autouse=True, scope="module")

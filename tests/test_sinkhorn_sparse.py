@@ -6,13 +6,13 @@ import numpy as np
 import ot
 import pytest
 import torch
-from sinkhorn_cases import POWERS, one_thread, random_problem
-
-from fairclip_losses.ops import sinkhorn_divergence, sinkhorn_solve
 from fairclip_losses.ops.kernels.entries import large_entries
 from fairclip_losses.ops.kernels.streamed import StreamedKernel
 from fairclip_losses.ops.methods import alternate, sparse
-from fairclip_losses.ops.reference import cost_matrix
+from sinkhorn_cases import POWERS, one_thread, random_problem
+from sinkhorn_reference import cost_matrix
+
+from fairclip_losses.ops import sinkhorn_divergence, sinkhorn_solve
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import sinkhorn_divergence
-from ..ops.checks import should_validate, within
-from ..validation import check_choice, check_integer
+from ..validation import all_at_least, check_choice, check_integer, should_validate
 
 GroupReduction = Literal["mean", "sum"]
 Detach = Literal["none", "groups", "total"]
@@ -174,7 +173,7 @@ def check_scores(scores: Tensor, valid: Tensor | None, validate: bool | None) ->
     if not should_validate(scores, validate):
         return
     counted = scores if valid is None else torch.where(valid, scores, 0.0)
-    if not within(counted, -math.inf):
+    if not all_at_least(counted, -math.inf):
         bad = int((~torch.isfinite(counted)).sum())
         raise ValueError(f"scores must be finite, got NaN or infinity at {bad} of {shape[0]}")
 

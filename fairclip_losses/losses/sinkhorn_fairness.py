@@ -16,9 +16,14 @@ from ..functional.fairness import (
     check_scores,
     fairness_terms,
 )
-from ..ops.checks import should_validate
-from ..ops.prepare import check_cost
-from ..validation import check_choice, check_finite_number, check_integer, is_number
+from ..ops.options import check_cost
+from ..validation import (
+    check_choice,
+    check_finite_number,
+    check_integer,
+    is_number,
+    should_validate,
+)
 
 
 class SinkhornFairnessLoss(nn.Module):

@@ -29,15 +29,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .checks import broadcast_shapes, is_readable, refuse_second
+from .options import broadcast_shapes, is_readable, refuse_second, working_dtype
 
 # Cumulative weights nearer than this are the same: sums of thousands are off by tens of roundings.
 SAME_WEIGHT = 64 * torch.finfo(torch.float64).eps
-
-
-def working_dtype(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 on the one backend that has no float64 (Apple's mps)."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def along(values: Tensor, order: Tensor) -> Tensor:

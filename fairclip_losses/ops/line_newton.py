@@ -13,8 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .checks import warn_unconverged
-from .options import SinkhornOptions
+from .options import SinkhornOptions, warn_unconverged
 
 Array = npt.NDArray[Any]
 

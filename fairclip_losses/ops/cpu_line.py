@@ -10,23 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import broadcast_shapes
-from ..gauss_line import Measure, marginal_error, solve_between, solve_within
-from ..laplace_line import LaplaceLine
-from ..line_newton import Array, Between, Within
-from ..options import SinkhornOptions
-from ..solution import EntropicSolution
+from .gauss_line import Measure, marginal_error, solve_between, solve_within
+from .laplace_line import LaplaceLine
+from .line_newton import Array, Between, Within
+from .options import EntropicSolution, SinkhornOptions, broadcast_shapes
 
 Shape = tuple[int, ...]
 Solved = TypeVar("Solved", Between, Within)
 
 
-def suits_host_solver(x: Tensor, y: Tensor, options: SinkhornOptions) -> bool:
-    """Whether `solve_on_host` takes the problem."""
+def solves_on_cpu(x: Tensor, y: Tensor, options: SinkhornOptions) -> bool:
+    """Whether `solve_on_cpu` takes the problem."""
     return x.shape[-1] == 1 and options.backend in ("auto", "prefix") and x.is_cpu
 
 
-def solve_on_host(
+def solve_on_cpu(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, potentials: bool
 ) -> EntropicSolution:
     """Solve for points x (*, N, 1), y (*, M, 1) and weights a (*, N), b (*, M) of sum one.
@@ -85,7 +83,7 @@ def _assemble(
     return EntropicSolution(cost, slopes, transport_cost, f, g, f_self, g_self, between.iterations)
 
 
-def marginal_error_on_host(
+def marginal_error_on_cpu(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, epsilon: float
 ) -> Tensor:
     """Return the L1 error (*,) of both marginals on all points, for p = 2 and potentials (*, N)."""
