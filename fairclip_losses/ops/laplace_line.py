@@ -188,7 +188,8 @@ class LaplaceKernel:
     def _interpolate(self, values: Array) -> Array:
         """Read values (R, J) of the nodes at all points: (R, K)."""
         change = np.diff(values, append=0.0)
-        return values[:, self._node] + self._part * change[:, self._node]
+        at_points: Array = values[:, self._node] + self._part * change[:, self._node]
+        return at_points
 
     def _scaled(self, exponent: Array) -> tuple[Array, Array]:
         """Return what the logs of the products are near to, and the weights in that scale.
