@@ -170,7 +170,7 @@ def test_what_the_program_passes_besides_reaches_its_functions(program, register
     program.evaluate, program.main = evaluate, main
     assert run_training([]) == 0
     assert seen == [(3, ("more",), "model", {"other": 1})]
-    assert [event for event, _ in journal][-2] is Event.EVAL_END
+    assert [event for event, _ in journal][-1] is Event.EVAL_END
 
 
 def test_a_missing_program_is_refused_with_what_to_install(monkeypatch):

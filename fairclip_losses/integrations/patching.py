@@ -28,9 +28,7 @@ class Call:
 
     def __getitem__(self, name: str) -> Any:
         """Return an argument by its name, or its default."""
-        if name in self.bound.arguments:
-            return self.bound.arguments[name]
-        return self.bound.signature.parameters[name].default
+        return self.bound.arguments[name]
 
     def proceed(self) -> Any:
         """Call the original function with the arguments as they are."""
@@ -108,7 +106,9 @@ class ModulePatch:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             if self._wrappers.get(hook.name) is not wrapper:
                 return original(*args, **kwargs)
-            return hook.around(Call(original, args, kwargs, signature.bind(*args, **kwargs)))
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return hook.around(Call(original, args, kwargs, bound))
 
         return wrapper
 

@@ -83,14 +83,12 @@ class Run:
         if not evaluated:
             self._save()
 
-    def evaluate(
-        self, evaluation: Callable[[], Any], model: Any, epoch: int, tb_writer: Any
-    ) -> Any:
+    def evaluate(self, inner: Callable[[], Any], model: Any, epoch: int, tb_writer: Any) -> Any:
         """Fire the events around an evaluation of open_clip's; return its metrics."""
         state = self.state
         state.model, state.epoch, state.tb_writer = model, epoch, tb_writer
         self.fire(Event.EVAL_START)
-        state.metrics = evaluation()
+        state.metrics = inner()
         self.fire(Event.EVAL_END)
         self._save()
         return state.metrics
@@ -109,11 +107,7 @@ class Run:
         self.state = TrainState()
 
     def restore(self) -> None:
-        """Give the callbacks what was saved with the checkpoint that open_clip has resumed.
-
-        Raises:
-            UsageError: a callback keeps state, and there is none of it, or it does not fit.
-        """
+        """Give the callbacks what was saved with the checkpoint that open_clip has resumed."""
         epoch = self.state.start_epoch
         if epoch > 0 and self.fresh:
             log.warning("Resuming with a fresh state of %s", ", ".join(sorted(self.fresh)))

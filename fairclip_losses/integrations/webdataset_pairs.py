@@ -40,15 +40,11 @@ from .pair_reports import FlagRates, attribute_column, count_flagged, flag_rates
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+# Columns of a sample's row: id, shard number, what it lacks, group codes. Of what it lacks bit 0 is
+# the json member, bit 1 the id asked for, bit 2 + c the key of attribute c.
 ID, SHARD, LACKS, GROUPS = 0, 1, 2, 3
-"""Columns of a sample's row: id, shard number, what it lacks, group codes.
 
-Bit 0 of what it lacks stands for the json member, bit 1 for the id asked for, bit 2 + c for the key
-of attribute c.
-"""
-
-FIELDS = (f"{PREFIX}row", f"{PREFIX}key")
-"""Names under which a sample carries its row and its key."""
+FIELDS = (f"{PREFIX}row", f"{PREFIX}key")  # names under which a sample carries its row and its key
 
 Shards = Mapping[str, tuple[int, str]]  # url -> number and name
 Place = tuple[int, str, tuple[int, ...]]  # of a streamed pair: shard number, key, group codes
@@ -415,9 +411,7 @@ class ShardSource(PairSource):
             self._seen.add(rows, keys)
         return tuple(pair), PairBatch(rows[:, ID].clone(), rows[:, GROUPS:].clone())
 
-    def end_epoch(
-        self, epoch: int, report: MinerReport | None, *, everything: bool = False
-    ) -> FlagRates:
+    def end_epoch(self, epoch: int, report: MinerReport | None, everything: bool) -> FlagRates:
         """Bring together what the processes have seen; return the rates of the epoch's pairs."""
         flagged, *_ = _of_all_processes(None if report is None else report.flagged().ids)
         own_counts: list[IntArray] = []
@@ -438,17 +432,16 @@ class ShardSource(PairSource):
 
     def describe(self, ids: IntArray) -> dict[str, Sequence[object]]:
         """Return shard, key and labels; nothing for a pair that this epoch has not seen."""
-        names = list(self.names.values())
-        places = [self._places.get(pair) for pair in ids.tolist()]
+        names = [*self.names.values(), ""]  # -1, of what is unknown, is the last
+        nowhere: Place = (-1, "", (UNKNOWN,) * len(self.codebook.labels))
+        places = [self._places.get(pair, nowhere) for pair in ids.tolist()]
         columns: dict[str, Sequence[object]] = {
-            "shard": [names[place[0]] if place else "" for place in places],
-            "key": [place[1] if place else "" for place in places],
+            "shard": [names[shard] for shard, _, _ in places],
+            "key": [key for _, key, _ in places],
         }
         for column, (attribute, labels) in enumerate(self.codebook.labels.items()):
-            codes = [place[2][column] if place else UNKNOWN for place in places]
-            columns[attribute_column(attribute)] = [
-                labels[code] if code != UNKNOWN else "" for code in codes
-            ]
+            values = (*labels, "")
+            columns[attribute_column(attribute)] = [values[codes[column]] for *_, codes in places]
         return columns
 
     def _warn_once(self, epoch: int, pairs: int, lacks: Tensor) -> None:
