@@ -250,19 +250,6 @@ def test_a_fresh_state_of_nobody_or_without_effect_is_refused(saved, tmp_path):
         train(saved, *AGAIN, "--fair-fresh-state", callbacks=[Callback()])
 
 
-def test_a_finished_run_that_is_resumed_ends_with_its_state(saved):
-    heard = []
-
-    class Ends(Tally):
-        name = "Tally"
-
-        def on_run_end(self, state):
-            heard.append(self.count)
-
-    train(saved, "--resume", "latest", "--epochs", "2", callbacks=[Ends()])
-    assert heard == [8]
-
-
 def test_a_state_beside_a_checkpoint_at_an_address(saved):
     fsspec = pytest.importorskip("fsspec")
     from fairclip_losses.integrations.checkpoints import read_states

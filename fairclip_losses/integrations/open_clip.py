@@ -16,7 +16,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 from ..errors import UsageError
@@ -71,9 +71,8 @@ def _parse_args(call: Call) -> Any:
 def parse_arguments(parse: Callable[[list[str]], argparse.Namespace], argv: Sequence[str]) -> Any:
     """Return open_clip's own arguments where nothing was asked, `HookedArgs` otherwise."""
     if any(word in ("-h", "--help") for word in argv):
-        print("usage: python -m fairclip_losses.train [open_clip's flags] [--fair-loss ...]\n")
-        print(build_parser().format_help())
-        print("open_clip's own flags, unchanged:\n")
+        usage = "usage: python -m fairclip_losses.train [open_clip's flags] [--fair-loss ...]\n"
+        print(usage, build_parser().format_help(), "open_clip's own flags, unchanged:\n", sep="\n")
         return parse(list(argv))
     options, rest = split_flags(argv)
     args = _parse_quietly(parse, rest)
@@ -181,12 +180,7 @@ class Patch:
         self._is_ours = self._hooks.install() or self._is_ours
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         try:
             if not _mains:  # of a main() that was taken out of its module before the patch
                 _end_run(error is None)

@@ -48,15 +48,9 @@ def write_pairs(
         path,
         ("id", *described, "visits", "mean_loss", "z_score", "kind"),
         (
-            (
-                report.ids[k],
-                *known,
-                report.visits[k],
-                f"{report.history[k]:.6g}",
-                f"{report.z_score[k]:.4f}",
-                report.kind[k],
-            )
+            (report.ids[k], *known, report.visits[k], history, z_score, report.kind[k])
             for k, known in zip(order, descriptions, strict=True)
+            for history, z_score in [(f"{report.history[k]:.6g}", f"{report.z_score[k]:.4f}")]
         ),
     )
 

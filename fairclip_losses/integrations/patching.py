@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import inspect
@@ -122,12 +123,7 @@ class ModulePatch:
                 lacks = f"{path}{inspect.signature(function)} does not take {missing}"
             else:
                 continue
-            found = _installed_version(self._known.split()[0])
+            package, found = self._known.split()[0], ""
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found = f"; found: {importlib.metadata.version(package)}"
             raise ImportError(f"{lacks}; known to work: {self._known}{found}")
-
-
-def _installed_version(package: str) -> str:
-    try:
-        return f"; found: {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:
-        return ""
