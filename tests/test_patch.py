@@ -156,7 +156,7 @@ def test_the_order_of_imports_makes_no_difference(program, registered, taken):
     main = program.main  # from open_clip_train.main import main
     with patch():
         (main if taken else program.main)(["--epochs", "2"])
-    assert [event for event, _ in journal] == [event for event, _ in events_of(2)]
+    assert [event for event, _ in journal] == events_of(2)
 
 
 def test_a_program_imported_after_and_reloaded_is_patched(monkeypatch, tmp_path):
