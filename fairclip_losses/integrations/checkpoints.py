@@ -110,10 +110,12 @@ def read_states(checkpoint: str, epoch: int) -> SavedStates:
     Raises:
         UsageError: there is none, or the file is not one of these.
     """
+    import fsspec  # comes with torch
+
     path = os.path.join(os.path.dirname(checkpoint), f"epoch_{epoch}.fair")
     try:
-        # Not among what torch 2.5 takes for safe.
-        with torch.serialization.safe_globals([complex]), _open(path) as file:
+        # complex is not among what torch 2.5 takes for safe; open_clip opens checkpoints likewise.
+        with torch.serialization.safe_globals([complex]), fsspec.open(path, "rb") as file:
             content = torch.load(file, map_location="cpu", weights_only=True)
         found = content.pop("format", None)
         if found != FORMAT:
@@ -132,14 +134,6 @@ def read_states(checkpoint: str, epoch: int) -> SavedStates:
     if states.epoch != epoch:
         raise UsageError(f"{path} is the saved state of epoch {states.epoch}, not {epoch}")
     return states
-
-
-def _open(path: str) -> Any:
-    if "://" not in path:
-        return open(path, "rb")
-    import fsspec  # comes with torch; open_clip reads its checkpoint by it
-
-    return fsspec.open(path, "rb")
 
 
 def _check_plain(value: Any, where: str) -> None:

@@ -21,8 +21,7 @@ from ..miners import MinerReport
 from .flags import FairOptions
 from .pair_reports import FlagRates, attribute_column, count_flagged, flag_rates
 
-PREFIX = "fair_"
-"""Prefix of the keys that ids and groups have in a batch that is a dict."""
+PREFIX = "fair_"  # of the keys that ids and groups have in a batch that is a dict
 
 
 class PairBatch(NamedTuple):
@@ -37,14 +36,10 @@ class PairSource(ABC):
 
     The data are checked when it is made, before open_clip builds its model. Its methods are called
     in the order in which they stand here.
-
-    Attributes:
-        codebook: what the group codes mean, the same in every process.
-        num_pairs: number of pairs where their ids are 0..num_pairs-1, None for any int64 ids.
     """
 
-    codebook: CodeBook
-    num_pairs: int | None = None
+    codebook: CodeBook  # what the group codes mean, the same in every process
+    num_pairs: int | None = None  # where ids are 0..num_pairs-1; None for any int64 ids
 
     @abstractmethod
     def attach(self, loader: Any) -> None:

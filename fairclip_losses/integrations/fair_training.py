@@ -63,9 +63,8 @@ class FairTrainingCallback(Callback):
             if getattr(args, name, False):
                 raise UsageError(f"--fair-loss does not support --{name.replace('_', '-')}")
         for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
-            if getattr(args, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(f"{flag} must be 1 or more, got {getattr(args, name)}")
+            if (value := getattr(args, name)) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
         local = args.resume not in (None, "latest") and "://" not in args.resume
         if local and not Path(args.resume).is_file():
             raise UsageError(f"--resume: no checkpoint file {args.resume!r}")

@@ -14,8 +14,7 @@ from ..data.groups import IntArray
 from ..miners import MinerReport
 from .events import TrainState
 
-FlagRates = dict[str, dict[str, float]]
-"""Attribute -> label -> share of the group's pairs that are flagged."""
+FlagRates = dict[str, dict[str, float]]  # attribute -> label -> share of its pairs flagged
 
 _PREFIX = "attribute_"
 _COLUMNS = {"id", "file", "caption", "shard", "key", "visits", "mean_loss", "z_score", "kind"}

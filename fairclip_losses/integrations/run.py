@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -50,7 +51,6 @@ class Run:
         self.awaits_pass = False  # the training loop is about to pass over its loader
         self._unsaved: int | None = None  # the epoch completed last, until its state is written
         self._to_be_latest: int | None = None
-        self._folder: StateFolder | None = None
 
     def fire(self, event: Event) -> None:
         """Deliver an event of this run to its callbacks."""
@@ -129,22 +129,20 @@ class Run:
             return
         states = self.registry.state_dict()  # in every process: they may gather
         if args.save_logs:  # in the first process alone
-            self._states_folder().write(SavedStates(completed, states))
+            self._folder.write(SavedStates(completed, states))
             if args.save_most_recent:
                 self._to_be_latest = completed  # once open_clip has saved it
 
     def _tidy(self) -> None:
         """Remove states whose checkpoint open_clip has removed, after it has saved the last."""
         if self.registry.stateful and getattr(self.state.args, "save_logs", False):
-            folder = self._states_folder()
             if self._to_be_latest is not None:
-                folder.latest, self._to_be_latest = self._to_be_latest, None
-            folder.tidy()
+                self._folder.latest, self._to_be_latest = self._to_be_latest, None
+            self._folder.tidy()
 
-    def _states_folder(self) -> StateFolder:
-        if self._folder is None:
-            self._folder = StateFolder.of_run(self.state.args, self.state.start_epoch)
-        return self._folder
+    @functools.cached_property
+    def _folder(self) -> StateFolder:
+        return StateFolder.of_run(self.state.args, self.state.start_epoch)
 
 
 @contextlib.contextmanager

@@ -74,10 +74,9 @@ def own_id(value: object) -> int | None:
     strings are hashed: a hexadecimal uid, and "007", which is not the id 7. White space around a
     string is no part of it.
     """
-    if isinstance(value, str) and value.strip():
-        text = value.strip()
-        number = int(text) if _DECIMAL.fullmatch(text) else None
-        return number if number is not None and -(2**63) <= number < 2**63 else hashed_id(text)
+    if isinstance(value, str) and (text := value.strip()):
+        is_number = _DECIMAL.fullmatch(text) and -(2**63) <= int(text) < 2**63
+        return int(text) if is_number else hashed_id(text)
     if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
         return value
     return None
@@ -263,10 +262,8 @@ def look_at(stage: PairStage, urls: Sequence[str], where: str) -> dict[str, int]
         cells = sorted({cell for m in members if not is_missing(cell := _cell(m.get(name)) or "")})
         # That a group with labels is rare is no mistake; that no value is one of them is.
         if not count and (cells or name not in stage.given):
-            got = f"none, but {shortened(cells)}" if cells else "no known value"
-            raise UsageError(
-                f"--fair-attributes {name}: {first}: {stage.expected(name)}, got {got}"
-            )
+            got = f"got {f'none, but {shortened(cells)}' if cells else 'no known value'}"
+            raise UsageError(f"--fair-attributes {name}: {first}: {stage.expected(name)}, {got}")
     if stage.id_key is not None:
         _check_ids(stage.id_key, members, rows[:, ID].tolist(), first)
     return num_codes
