@@ -219,12 +219,7 @@ def unpatch() -> None:
 
 
 def run_training(argv: Sequence[str]) -> int:
-    """Run open_clip's training program with the patch in force; return its exit status.
-
-    Raises:
-        UsageError: flags or data that do not fit, before training.
-        CallbackError: a callback failed.
-    """
+    """Run open_clip's training program with the patch in force; return its exit status."""
     with patch() as patched:
         status = patched.program.main(list(argv))
     return 0 if status is None else 1
