@@ -167,26 +167,8 @@ def recorder(journal):
     return Recorder()
 
 
-class Journal(Callback):
-    """Made anew for each run: notes what it hears."""
-
-    made: list[Journal] = []  # noqa: RUF012  # of the whole process
-
-    def __init__(self):
-        self.heard = []
-        self.made.append(self)
-
-
-for _event in Event:
-    setattr(
-        Journal,
-        f"on_{_event.value}",
-        lambda self, state, event=_event: self.heard.append((event, state.args.epochs)),
-    )
-
-
 def events_of(epochs):
     batch = [Event.BATCH_START, Event.LOSS_START, Event.LOSS_END, Event.BATCH_END]
     epoch = [Event.EPOCH_START, *batch * 4, Event.EPOCH_END, Event.EVAL_START, Event.EVAL_END]
     before = [Event.ARGS_PARSED, Event.DATA_READY, Event.LOSS_READY]
-    return [(event, epochs) for event in [*before, *epoch * epochs, Event.RUN_END]]
+    return [*before, *epoch * epochs, Event.RUN_END]

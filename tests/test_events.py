@@ -72,9 +72,6 @@ def test_a_failure_names_the_callback_and_the_event():
     with pytest.raises(CallbackError, match="callback the loader's guard failed") as caught:
         CallbackRegistry([Named(error)]).fire(Event.BATCH_END, TrainState())
     assert caught.value.__cause__ is error
-
-
-def test_an_exit_is_a_failure_with_a_name():
     for error in (SystemExit(3), StopIteration(3)):
         message = f"callback Fails failed at batch_end: {type(error).__name__}: 3"
         with pytest.raises(CallbackError, match=message):

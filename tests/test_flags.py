@@ -100,6 +100,21 @@ def test_wrong_combinations_are_one_line(argv, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["weight", "blur", "noisy-sigma", "faulty-sigma", "queue",
+                                  "warmup-epochs"])  # fmt: skip
+@pytest.mark.parametrize("value", ["-1", "nan", "inf"])
+def test_a_value_out_of_range_is_one_line(name, value):
+    argv = ["--fair-loss", "--fair-attributes", "sex", f"--fair-{name}={value}"]
+    if (name, value) in (("noisy-sigma", "inf"), ("faulty-sigma", "inf")):
+        split_flags(argv)  # flags no pair
+        return
+    message = f"^--fair-{name} must be a (finite )?number >= 0, got {float(value):g}"
+    if name in ("queue", "warmup-epochs") and value != "-1":
+        message = f"argument --fair-{name}: invalid int value"
+    with pytest.raises(UsageError, match=message):
+        split_flags(argv)
+
+
 MINING = {
     "--fair-warmup-epochs": ["0"], "--fair-noisy-sigma": ["2"], "--fair-faulty-sigma": ["0"],
     "--fair-save-pairs": [],

@@ -360,7 +360,8 @@ def test_the_first_look_tells_codes_from_broken_shards_and_meta_members(tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_num_samples": None}, "give --train-num-samples"),
+        ({"train_num_samples": None}, "there is no sizes.json .* give --train-num-samples"),
+        ({"train_num_samples": None, "sizes": {}}, "cannot read the sizes .* give --train-num-sam"),
         ({"train_num_samples": 0}, "must be 1 or more, got 0"),
         ({"train_data": "{tmp}/{{0..}}.tar"}, "no shard file"),
         ({"workers": 3}, "--workers 3 x 1 process need as many shards, got 2"),
@@ -370,6 +371,8 @@ def test_what_open_clip_would_refuse_late(tmp_path, changes, message):
     write_shards(tmp_path, (3, 3))
     values = {"train_data": "{tmp}/{{00000..00001}}.tar", "train_num_samples": 6, **changes}
     values["train_data"] = values["train_data"].format(tmp=tmp_path)
+    if "sizes" in changes:
+        (tmp_path / "sizes.json").write_text(json.dumps(values.pop("sizes")))
     with pytest.raises(UsageError, match=message):
         pair_source(open_clip_arguments(**values), options("dbpm"))
 
@@ -382,13 +385,6 @@ def test_every_worker_needs_a_shard_unless_they_are_resampled(tmp_path, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "3")  # a process without workers reads for itself
     with pytest.raises(UsageError, match="--workers 0 x 3 processes need as many shards, got 2"):
         pair_source(open_clip_arguments(**values), options("dbpm"))
-
-
-def test_sizes_that_cannot_be_read(tmp_path):
-    shards = write_shards(tmp_path, (3, 3))
-    (tmp_path / "sizes.json").write_text(json.dumps({"00000.tar": 3}))
-    with pytest.raises(UsageError, match="cannot read the sizes beside its shards"):
-        pair_source(open_clip_arguments(train_data=shards), options("dbpm"))
 
 
 # ------------------------------ what is remembered of an epoch

@@ -9,10 +9,10 @@ import types
 import weakref
 
 import pytest
-from stub_open_clip import Journal, Loader, events_of, recorder
+from stub_open_clip import Loader, events_of, recorder
 
 from fairclip_losses import train
-from fairclip_losses.errors import CallbackError, UsageError
+from fairclip_losses.errors import UsageError
 from fairclip_losses.integrations.events import Callback, Event
 from fairclip_losses.integrations.open_clip import HOOKS, patch, run_training
 
@@ -30,7 +30,7 @@ def test_events_come_in_the_documented_order_and_loss_calls_are_counted_by_step(
     journal = []
     registered(recorder(journal))
     assert run_training(["--epochs", "2"]) == 0
-    assert [event for event, _ in journal] == [event for event, _ in events_of(2)]
+    assert [event for event, _ in journal] == events_of(2)
     journal.clear()
     run_training(["--accum-freq", "2"])
     assert [call for event, call in journal if event is Event.LOSS_START] == [0, 1, 0, 1]
@@ -209,34 +209,24 @@ def test_a_callback_that_fails_ends_the_command_with_its_name(program, capsys, n
     assert all(vars(program)[name] is before[name] for name in HOOKS)
 
 
-def test_a_failing_callback_raises_in_ones_own_launcher(program, registered):
-    registered(Faulty())
-    with pytest.raises(CallbackError, match="callback Faulty failed at epoch_end"):
-        run_training([])
+ORDER = []
 
 
-def test_a_module_that_exits_is_one_line(program, capsys, monkeypatch, tmp_path):
-    (tmp_path / "a_script_of_the_tests.py").write_text("raise SystemExit('usage: ...')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert train.main(["--fair-callback=a_script_of_the_tests:Name"]) == 2
-    assert "cannot be imported: SystemExit: usage: ..." in capsys.readouterr().err
+class Second(Callback):
+    def on_args_parsed(self, state):
+        ORDER.append(type(self).__name__)
+
+    on_epoch_end = on_args_parsed
+
+
+class First(Second):
+    pass
 
 
 def test_the_order_is_registered_then_command_line(program, registered):
-    Journal.made.clear()
-    order = []
-
-    class First(Callback):
-        def on_args_parsed(self, state):
-            order.append(len(Journal.made[0].heard))
-
-        on_epoch_end = on_args_parsed
-
     registered(First())
-    run_training([f"--fair-callback={__name__}:Journal"])
-    # First before the command line's at a start, and after it at an end.
-    until_end = [event for event, _ in Journal.made[0].heard].index(Event.EPOCH_END)
-    assert order == [0, until_end + 1]
+    run_training([f"--fair-callback={__name__}:Second"])
+    assert ORDER == ["First", "Second", "Second", "First"]  # reversed at an end
 
 
 def test_one_instance_twice_on_the_command_line_is_one_line(program, capsys, monkeypatch):

@@ -181,14 +181,6 @@ def test_resampled_data_sets_whose_shards_and_keys_are_named_alike(data, tmp_pat
     assert len({pair_id for _, pair_id, _ in record.given}) > 2 * BATCH
 
 
-def test_accumulation_records_each_pair_once_a_step(data, tmp_path, record):
-    flags = (*FAIR, "--accum-freq", "2", "--fair-save-pairs")
-    assert train.main(streamed(data, tmp_path, "run", *flags)) == 0
-    visits = record.visits
-    assert sum(map(len, visits.values())) == EPOCHS * (PAIRS // BATCH) // 2 * 2 * BATCH
-    assert_remembered(pairs_of(tmp_path, "run"), visits)
-
-
 # ------------------------------ what samples lack
 
 

@@ -87,13 +87,11 @@ class StateFolder:
     def _has_checkpoint(self, epoch: int) -> bool:
         if (self.path / f"epoch_{epoch}.pt").exists():
             return True
-        if (self.path / LATEST).exists():
-            # Of unknown epoch it is an earlier run's.
-            of_latest = epoch not in self.written if self.latest is None else epoch == self.latest
-            if of_latest:
-                return True
-        # Resumed from under a name of the user's own.
-        checkpoint, resumed = self.resumed or ("", 0)
+        # A latest one of unknown epoch is an earlier run's.
+        of_latest = epoch not in self.written if self.latest is None else epoch == self.latest
+        if of_latest and (self.path / LATEST).exists():
+            return True
+        checkpoint, resumed = self.resumed or ("", 0)  # maybe under a name of the user's own
         own_name = os.path.basename(checkpoint) != LATEST
         return epoch == resumed and own_name and os.path.exists(checkpoint)
 
@@ -102,10 +100,8 @@ def is_due(args: Any, completed: int) -> bool:
     """Whether open_clip will save a checkpoint of this epoch, by its own rules."""
     if not args.logs or args.logs.lower() == "none":
         return False
-    by_frequency = completed == args.epochs or (
-        args.save_frequency > 0 and completed % args.save_frequency == 0
-    )
-    return bool(by_frequency or args.save_most_recent)
+    by_frequency = args.save_frequency > 0 and completed % args.save_frequency == 0
+    return bool(by_frequency or completed == args.epochs or args.save_most_recent)
 
 
 def read_states(checkpoint: str, epoch: int) -> SavedStates:
@@ -114,17 +110,13 @@ def read_states(checkpoint: str, epoch: int) -> SavedStates:
     Raises:
         UsageError: there is none, or the file is not one of these.
     """
+    import fsspec  # comes with torch
+
     path = os.path.join(os.path.dirname(checkpoint), f"epoch_{epoch}.fair")
     try:
-        # Not among what torch 2.5 takes for safe.
-        with torch.serialization.safe_globals([complex]):
-            if "://" in path:
-                import fsspec  # comes with torch; open_clip reads its checkpoint by it
-
-                with fsspec.open(path, "rb") as file:
-                    content = torch.load(file, map_location="cpu", weights_only=True)
-            else:
-                content = torch.load(path, map_location="cpu", weights_only=True)
+        # complex is not among what torch 2.5 takes for safe; open_clip opens checkpoints likewise.
+        with torch.serialization.safe_globals([complex]), fsspec.open(path, "rb") as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
         found = content.pop("format", None)
         if found != FORMAT:
             raise ValueError(f"expected format {FORMAT}, got {found}")

@@ -21,8 +21,7 @@ from ..miners import MinerReport
 from .flags import FairOptions
 from .pair_reports import FlagRates, attribute_column, count_flagged, flag_rates
 
-PREFIX = "fair_"
-"""Prefix of the keys that ids and groups have in a batch that is a dict."""
+PREFIX = "fair_"  # of the keys that ids and groups have in a batch that is a dict
 
 
 class PairBatch(NamedTuple):
@@ -37,14 +36,10 @@ class PairSource(ABC):
 
     The data are checked when it is made, before open_clip builds its model. Its methods are called
     in the order in which they stand here.
-
-    Attributes:
-        codebook: what the group codes mean, the same in every process.
-        num_pairs: number of pairs where their ids are 0..num_pairs-1, None for any int64 ids.
     """
 
-    codebook: CodeBook
-    num_pairs: int | None = None
+    codebook: CodeBook  # what the group codes mean, the same in every process
+    num_pairs: int | None = None  # where ids are 0..num_pairs-1; None for any int64 ids
 
     @abstractmethod
     def attach(self, loader: Any) -> None:
@@ -55,15 +50,11 @@ class PairSource(ABC):
         """Return the batch as open_clip expects it, and what its last item, our own, says."""
 
     @abstractmethod
-    def end_epoch(
-        self, epoch: int, report: MinerReport | None, *, everything: bool = False
-    ) -> FlagRates:
-        """End an epoch, in every process; return the flag rates where the report is given.
+    def end_epoch(self, epoch: int, report: MinerReport | None, everything: bool) -> FlagRates:
+        """End an epoch (from 0), in every process; return the flag rates where there is a report.
 
-        Args:
-            epoch: the epoch that has ended, from 0.
-            report: the miner's report in the first process; None in the others, and without one.
-            everything: prepare `describe` for all pairs, not only for the flagged ones.
+        The miner's report is None but in the first process. ``everything``: prepare `describe` for
+        all pairs, not only for the flagged ones.
         """
 
     @abstractmethod
@@ -82,12 +73,7 @@ def is_table(path: str | None, args: Any) -> bool:
 
 
 def read_pairs(path: str, args: Any) -> Table:
-    """Read a table of pairs and see that open_clip can read it too.
-
-    Raises:
-        UsageError: no such file, no table, a missing column, an image that is not there, or white
-            space that open_clip would take as it is.
-    """
+    """Read a table of pairs; a UsageError says what of it open_clip could not read either."""
     names = (args.csv_img_key, args.csv_caption_key)
     with usage_errors():
         table = read_table(path, args.csv_separator)
@@ -115,22 +101,15 @@ def read_pairs(path: str, args: Any) -> Table:
 
 
 def read_groups(table: Table, options: FairOptions) -> tuple[IntArray, CodeBook]:
-    """Return the codes (N, C) of ``--fair-attributes``, by the labels given or those there are.
-
-    Raises:
-        UsageError: a column that is missing or holds no groups, or a value that is no label.
-    """
+    """Return the codes (N, C) of ``--fair-attributes``, by the labels given or those there are."""
     labels: dict[str, tuple[str, ...]] = {}
     codes = [np.empty((len(table), 0), dtype=np.int64)]  # bad pair mining alone goes without
     with usage_errors():
         for name in options.fair_attributes:
             given = options.fair_labels.get(name)
-            column, book = encode_attributes(
-                table,
-                [name],
-                None if given is None else CodeBook({name: given}),
-                others_unknown=options.fair_others_unknown,
-            )
+            known = None if given is None else CodeBook({name: given})
+            others = options.fair_others_unknown
+            column, book = encode_attributes(table, [name], known, others_unknown=others)
             codes.append(column)
             labels |= book.labels
     return np.hstack(codes), CodeBook(labels)
@@ -191,9 +170,7 @@ class RowSource(PairSource):
         *pair, rows = batch
         return tuple(pair), PairBatch(self.ids[rows], self.codes[rows])
 
-    def end_epoch(
-        self, epoch: int, report: MinerReport | None, *, everything: bool = False
-    ) -> FlagRates:
+    def end_epoch(self, epoch: int, report: MinerReport | None, everything: bool) -> FlagRates:
         """Return the flag rates of all pairs seen so far that are rows."""
         if report is None:
             return {}
@@ -227,9 +204,6 @@ def table_source(args: Any, options: FairOptions) -> PairSource:
 
     Ids are the row numbers, which name pairs as long as the rows are the same, or the column
     ``--fair-id-key``; groups the columns ``--fair-attributes``.
-
-    Raises:
-        UsageError: what `read_pairs` and `read_groups` refuse, ids that are none, or too few rows.
     """
     table, id_key = read_pairs(args.train_data, args), options.fair_id_key
     codes, book = read_groups(table, options)
@@ -242,11 +216,8 @@ def table_source(args: Any, options: FairOptions) -> PairSource:
     rows = f"{len(table)} rows {digest.hexdigest()[:12]}"
     names |= {attribute_column(name): name for name in book.labels}
     columns = {name: table.column(column) for name, column in names.items()}
-    by_row, where = torch.from_numpy(codes), args.train_data
-    if id_key is None:
-        source = RowSource(where, ids, by_row, book, columns, rows, len(ids))
-    else:
-        source = RowSource(where, ids, by_row, book, columns, "named by their ids")
+    naming = (rows, len(ids)) if id_key is None else ("named by their ids", None)
+    source = RowSource(args.train_data, ids, torch.from_numpy(codes), book, columns, *naming)
     return source.check_one_step(args)
 
 
@@ -255,9 +226,6 @@ def synthetic_source(args: Any, options: FairOptions) -> PairSource:
 
     Ids are row numbers. There are no attributes to read; where labels are given with
     ``--fair-attributes`` they are dealt out to the rows in turn.
-
-    Raises:
-        UsageError: too few rows, attributes without labels, or a key of ids.
     """
     count = args.train_num_samples
     if not count or count < 1:

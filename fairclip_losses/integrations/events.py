@@ -226,11 +226,9 @@ class CallbackRegistry:
 
     def unregister(self, callback: Callback) -> None:
         """Remove a callback, which must be registered."""
-        for position, known in enumerate(self._callbacks):
-            if known is callback:
-                del self._callbacks[position]
-                return
-        raise ValueError(f"{getattr(callback, 'name', repr(callback))} is not registered")
+        if not any(known is callback for known in self._callbacks):
+            raise ValueError(f"{getattr(callback, 'name', repr(callback))} is not registered")
+        self._callbacks = [known for known in self._callbacks if known is not callback]
 
     def fire(self, event: Event, state: TrainState) -> None:
         """Deliver an event to every callback, after-events in reverse order."""

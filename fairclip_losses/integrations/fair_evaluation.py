@@ -23,10 +23,9 @@ log = logging.getLogger(__name__)
 class FairEvaluationCallback(Callback):
     """Classifies the validation images by the prompts and logs AUC, ES-AUC, DPD and DEOdds.
 
-    The validation table is checked before the model is built. Figures during training have no
-    intervals; ``python -m fairclip_losses.evaluate`` gives them. One JSON line an evaluation goes
-    to ``fair_results.jsonl`` beside the checkpoints. Training draws the same random numbers with
-    and without it.
+    Figures during training have no intervals; ``python -m fairclip_losses.evaluate`` gives them.
+    One JSON line an evaluation goes to ``fair_results.jsonl`` beside the checkpoints. Training
+    draws the same random numbers with and without it.
     """
 
     def __init__(self, options: FairOptions) -> None:
@@ -36,13 +35,11 @@ class FairEvaluationCallback(Callback):
     def on_args_parsed(self, state: TrainState) -> None:
         """Read and check the validation table."""
         args, options = state.args, self.options
-        if not args.val_data:
-            raise UsageError("--fair-eval-label needs --val-data FILE.csv")
         if not is_table(args.val_data, args):
             raise UsageError(
-                "--fair-eval-label takes the validation pairs from a table (--val-data FILE.csv or "
-                f".tsv, with --dataset-type csv or auto), got --val-data {args.val_data!r} "
-                f"--dataset-type {args.dataset_type}"
+                "--fair-eval-label needs --val-data FILE.csv or .tsv: it "
+                "takes the validation pairs from a table (--dataset-type csv or auto), got "
+                f"--val-data {args.val_data!r} --dataset-type {args.dataset_type}"
             )
         assert options.fair_eval_label is not None  # the callback exists because of it
         table = read_pairs(args.val_data, args)
@@ -91,10 +88,9 @@ class FairEvaluationCallback(Callback):
                 file.write(line + "\n")
 
 
-def _is_due(args: Any, epoch: int) -> bool:
+def _is_due(args: Any, epoch: int) -> Any:
     """Whether open_clip has evaluated on its validation data, by its own rule."""
-    frequency = args.val_frequency
-    return bool(frequency) and (epoch % frequency == 0 or epoch == args.epochs)
+    return args.val_frequency and (epoch % args.val_frequency == 0 or epoch == args.epochs)
 
 
 def _scalars(report: FairnessReport) -> dict[str, float]:

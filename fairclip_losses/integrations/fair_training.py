@@ -14,14 +14,7 @@ from ..errors import UsageError, usage_errors
 from ..losses import FairLoss
 from ..miners import EpochSummary
 from ..presets import build_fair_loss
-from .csv_pairs import (
-    PairBatch,
-    PairSource,
-    is_table,
-    read_pairs,
-    synthetic_source,
-    table_source,
-)
+from .csv_pairs import PairBatch, PairSource, is_table, read_pairs, synthetic_source, table_source
 from .events import Callback, TrainState
 from .flags import FairOptions
 from .pair_reports import FlagRates, log_scalars, write_pairs
@@ -30,11 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def pair_source(args: Any, options: FairOptions) -> PairSource:
-    """Return the source of the pairs that open_clip will train on, after checking its data.
-
-    Raises:
-        UsageError: data that open_clip cannot take its pairs from, or that do not fit the options.
-    """
+    """Return the source of the pairs that open_clip will train on, after checking its data."""
     if args.dataset_type == "synthetic":
         return synthetic_source(args, options)
     if is_table(args.train_data, args):
@@ -74,9 +63,8 @@ class FairTrainingCallback(Callback):
             if getattr(args, name, False):
                 raise UsageError(f"--fair-loss does not support --{name.replace('_', '-')}")
         for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
-            if getattr(args, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(f"{flag} must be 1 or more, got {getattr(args, name)}")
+            if (value := getattr(args, name)) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
         local = args.resume not in (None, "latest") and "://" not in args.resume
         if local and not Path(args.resume).is_file():
             raise UsageError(f"--resume: no checkpoint file {args.resume!r}")
@@ -139,14 +127,12 @@ class FairTrainingCallback(Callback):
     def on_batch_end(self, state: TrainState) -> None:
         """Log beside open_clip's own line, as often as it does."""
         args = state.args
-        step_in_epoch = state.batch_index // args.accum_freq
+        step_in_epoch, within = divmod(state.batch_index, args.accum_freq)
         steps = state.data["train"].dataloader.num_batches // args.accum_freq
-        completes_step = (state.batch_index + 1) % args.accum_freq == 0
         due = step_in_epoch % args.log_every_n_steps == 0 or step_in_epoch + 1 == steps
-        if not (completes_step and due and args.rank == 0):
+        if not (within == args.accum_freq - 1 and due and args.rank == 0):
             return
-        scalars = self._scalars()
-        step = steps * state.epoch + step_in_epoch
+        scalars, step = self._scalars(), steps * state.epoch + step_in_epoch
         shown = " ".join(f"{name} {value:.4g}" for name, value in scalars.items())
         log.info("Fair Epoch: %d step %d/%d %s", state.epoch, step_in_epoch + 1, steps, shown)
         log_scalars(state, {f"train/fair/{name}": v for name, v in scalars.items()}, step)
@@ -159,7 +145,7 @@ class FairTrainingCallback(Callback):
         if state.args.rank == 0 and self.loss.miner is not None and self.loss.mining_unit == "pair":
             report = self.loss.miner.report()
         everything = self.options.fair_save_pairs
-        self.rates = self.source.end_epoch(state.epoch, report, everything=everything)
+        self.rates = self.source.end_epoch(state.epoch, report, everything)
         if report is None or summary is None:
             return
         shown = " ".join(
@@ -186,14 +172,9 @@ class FairTrainingCallback(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put the loss's state back.
-
-        Raises:
-            UsageError: the state is of other settings, groups or parts; the message names them.
-        """
-        names = ("settings", "labels", "loss")
-        missing = [name for name in names if not isinstance(state.get(name), dict)]
-        if missing:
+        """Put the loss's state back; a UsageError names settings or groups that differ."""
+        needed = ("settings", "labels", "loss")
+        if missing := [name for name in needed if not isinstance(state.get(name), dict)]:
             raise UsageError(f"the saved fair-loss state lacks {', '.join(missing)}")
         settings = self._settings()
         for flag, saved in state["settings"].items():
@@ -264,11 +245,8 @@ class FairTrainingCallback(Callback):
         for attribute, by_label in self.rates.items():
             scalars |= {f"flag_rate/{attribute}={k}": rate for k, rate in by_label.items()}
         if last.fairness is not None:
-            names = [
-                f"distance/{attribute}={label}"
-                for attribute, labels in self.source.codebook.labels.items()
-                for label in labels
-            ]
+            labels = self.source.codebook.labels.items()
+            names = [f"distance/{name}={label}" for name, of_one in labels for label in of_one]
             scalars |= zip(names, last.fairness.per_group.tolist(), strict=True)
         return scalars
 

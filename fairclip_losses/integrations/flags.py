@@ -91,8 +91,7 @@ class FairOptions:
     @property
     def active(self) -> bool:
         """Whether anything at all was asked for beyond upstream's training."""
-        evaluated = self.fair_eval_label is not None
-        return bool(self.fair_loss or self.fair_callback or evaluated)
+        return bool(self.fair_loss or self.fair_callback or self.fair_eval_label is not None)
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -116,10 +115,8 @@ def split_flags(argv: Sequence[str]) -> tuple[FairOptions, list[str]]:
         UsageError: a value that a flag does not take, or flags that contradict each other.
     """
     parsed, rest = build_parser().parse_known_args(list(argv))
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(parsed).items()
-    }
+    given = vars(parsed).items()
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given}
     if (parts := values["fair_loss"]) is not None:
         # In one order, each once: a resumed run is compared by it.
         parts = tuple(part for part in PARTS if part in (parts or PARTS))
@@ -127,13 +124,13 @@ def split_flags(argv: Sequence[str]) -> tuple[FairOptions, list[str]]:
     named = [item.partition("=") for item in values["fair_attributes"]]
     values["fair_attributes"] = tuple(name for name, _, _ in named)
     with usage_errors():
-        given = {
+        by_name = {
             name: given_labels(labels, f"--fair-attributes {name}={labels}")
             for name, sign, labels in named
             if sign
         }
-    values["fair_labels"] = {name: labels for name, (labels, _) in given.items()}
-    values["fair_others_unknown"] = tuple(name for name, (_, others) in given.items() if others)
+    values["fair_labels"] = {name: labels for name, (labels, _) in by_name.items()}
+    values["fair_others_unknown"] = tuple(name for name, (_, others) in by_name.items() if others)
     options = FairOptions(**values)
     _check_values(options)
     _check_parts(options)

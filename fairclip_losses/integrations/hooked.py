@@ -39,8 +39,7 @@ class HookedLoader:
     """The training loader, firing events around every batch; all else is the loader's own.
 
     Only the pass of open_clip's training loop fires events: a callback that passes over the loader
-    besides gets the batches as the loader makes them. Where open_clip's batch is no pair of images
-    and texts, a subclass says how it becomes one and back.
+    besides gets the batches as they are. Where these are no pairs, a subclass makes them so.
     """
 
     def __init__(self, loader: Any, run: Run) -> None:
@@ -89,8 +88,7 @@ class HookedLoss(nn.Module):
         """Call the loss of the run's state with what the callbacks left in ``loss_inputs``."""
         if not self._run.in_epoch:
             raise RuntimeError(
-                "the training loop is no longer hooked: unpatch() was called while a run was under "
-                "way"
+                "the training loop is no longer hooked: unpatch() was called during a run"
             )
         state = self._run.state
         output_dict = inputs.pop("output_dict", False)

@@ -16,7 +16,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 from ..errors import UsageError
@@ -34,12 +34,12 @@ _mains: list[Call] = []  # calls of main() that go on
 _under_way: list[Run] = []  # at most one: begun where arguments are parsed, and not ended
 
 
-def _end_run(ended_well: Callable[[Run], bool]) -> None:
+def _end_run(ended_well: bool) -> None:
     """End the run under way, if there is one, and let go of what it holds."""
     while _under_way:
         run = _under_way.pop()
         try:
-            if ended_well(run):
+            if ended_well and run.state.data is not None:
                 run.end()
         finally:
             run.let_go()
@@ -54,7 +54,7 @@ def _main(call: Call) -> Any:
         status = call.proceed()
     finally:
         _mains.pop()
-        _end_run(lambda run: status is None)
+        _end_run(status is None)
     return status
 
 
@@ -62,22 +62,17 @@ def _parse_args(call: Call) -> Any:
     argv, *others = call.args
     args = parse_arguments(lambda rest: call.original(rest, *others, **call.kwargs), argv)
     if isinstance(args, HookedArgs):
-        _end_run(lambda run: False)  # one of a main() that was not hooked, and failed
+        _end_run(False)  # one of a main() that was not hooked, and failed
         _under_way.append(args.run)
         args.run.fire(Event.ARGS_PARSED)
     return args
 
 
 def parse_arguments(parse: Callable[[list[str]], argparse.Namespace], argv: Sequence[str]) -> Any:
-    """Return open_clip's own arguments where nothing was asked, `HookedArgs` otherwise.
-
-    Raises:
-        UsageError: what one of the two parsers, or the making of a callback, refuses.
-    """
+    """Return open_clip's own arguments where nothing was asked, `HookedArgs` otherwise."""
     if any(word in ("-h", "--help") for word in argv):
-        print("usage: python -m fairclip_losses.train [open_clip's flags] [--fair-loss ...]\n")
-        print(build_parser().format_help())
-        print("open_clip's own flags, unchanged:\n")
+        usage = "usage: python -m fairclip_losses.train [open_clip's flags] [--fair-loss ...]\n"
+        print(usage, build_parser().format_help(), "open_clip's own flags, unchanged:\n", sep="\n")
         return parse(list(argv))
     options, rest = split_flags(argv)
     args = _parse_quietly(parse, rest)
@@ -185,15 +180,10 @@ class Patch:
         self._is_ours = self._hooks.install() or self._is_ours
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         try:
             if not _mains:  # of a main() that was taken out of its module before the patch
-                _end_run(lambda run: error is None and run.state.data is not None)
+                _end_run(error is None)
         finally:
             if self._is_ours:
                 self._hooks.undo()
@@ -212,7 +202,13 @@ def patch() -> Patch:
             parameter, that the patch hooks (the message names the path looked for and the versions
             known to work).
     """
-    program = _load_program()
+    try:
+        program = importlib.import_module(PROGRAM)
+    except ImportError as error:
+        install = "pip install 'fairclip_losses[train]'"
+        raise ImportError(
+            f"cannot import {PROGRAM} ({error}); install it with {install}"
+        ) from error
     return Patch(_patches.setdefault(program, _patch_of(program)))
 
 
@@ -222,23 +218,8 @@ def unpatch() -> None:
         hooks.undo()
 
 
-def _load_program() -> ModuleType:
-    try:
-        return importlib.import_module(PROGRAM)
-    except ImportError as error:
-        raise ImportError(
-            f"cannot import {PROGRAM} ({error}); install it with pip install "
-            "'fairclip_losses[train]'"
-        ) from error
-
-
 def run_training(argv: Sequence[str]) -> int:
-    """Run open_clip's training program with the patch in force; return its exit status.
-
-    Raises:
-        UsageError: flags or data that do not fit, before training.
-        CallbackError: a callback failed.
-    """
+    """Run open_clip's training program with the patch in force; return its exit status."""
     with patch() as patched:
         status = patched.program.main(list(argv))
     return 0 if status is None else 1

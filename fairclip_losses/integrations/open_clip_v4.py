@@ -86,10 +86,9 @@ def _get_data(call: Call, run: Run) -> Any:
 
 @of_a_run
 def _train_one_epoch(call: Call, run: Run) -> Any:
-    state, its_state = run.state, call["state"]
-    state.model = its_state.task.trainable_module
-    state.optimizer, state.scaler = its_state.optimizer, its_state.scaler
-    state.tb_writer, state.epoch = call["tb_writer"], its_state.epoch
+    state, own = run.state, call["state"]
+    state.model, state.optimizer = own.task.trainable_module, own.optimizer
+    state.scaler, state.tb_writer, state.epoch = own.scaler, call["tb_writer"], own.epoch
     with run.epoch(evaluated=any(name in call["data"] for name in _EVALUATED)):
         return call.proceed()
 

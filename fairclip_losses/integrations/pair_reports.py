@@ -14,8 +14,7 @@ from ..data.groups import IntArray
 from ..miners import MinerReport
 from .events import TrainState
 
-FlagRates = dict[str, dict[str, float]]
-"""Attribute -> label -> share of the group's pairs that are flagged."""
+FlagRates = dict[str, dict[str, float]]  # attribute -> label -> share of its pairs flagged
 
 _PREFIX = "attribute_"
 _COLUMNS = {"id", "file", "caption", "shard", "key", "visits", "mean_loss", "z_score", "kind"}
@@ -48,15 +47,9 @@ def write_pairs(
         path,
         ("id", *described, "visits", "mean_loss", "z_score", "kind"),
         (
-            (
-                report.ids[k],
-                *known,
-                report.visits[k],
-                f"{report.history[k]:.6g}",
-                f"{report.z_score[k]:.4f}",
-                report.kind[k],
-            )
+            (report.ids[k], *known, report.visits[k], history, z_score, report.kind[k])
             for k, known in zip(order, descriptions, strict=True)
+            for history, z_score in [(f"{report.history[k]:.6g}", f"{report.z_score[k]:.4f}")]
         ),
     )
 

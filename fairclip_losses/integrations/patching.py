@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import inspect
@@ -28,9 +29,7 @@ class Call:
 
     def __getitem__(self, name: str) -> Any:
         """Return an argument by its name, or its default."""
-        if name in self.bound.arguments:
-            return self.bound.arguments[name]
-        return self.bound.signature.parameters[name].default
+        return self.bound.arguments[name]
 
     def proceed(self) -> Any:
         """Call the original function with the arguments as they are."""
@@ -108,7 +107,9 @@ class ModulePatch:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             if self._wrappers.get(hook.name) is not wrapper:
                 return original(*args, **kwargs)
-            return hook.around(Call(original, args, kwargs, signature.bind(*args, **kwargs)))
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return hook.around(Call(original, args, kwargs, bound))
 
         return wrapper
 
@@ -122,12 +123,7 @@ class ModulePatch:
                 lacks = f"{path}{inspect.signature(function)} does not take {missing}"
             else:
                 continue
-            found = _installed_version(self._known.split()[0])
+            package, found = self._known.split()[0], ""
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found = f"; found: {importlib.metadata.version(package)}"
             raise ImportError(f"{lacks}; known to work: {self._known}{found}")
-
-
-def _installed_version(package: str) -> str:
-    try:
-        return f"; found: {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:
-        return ""

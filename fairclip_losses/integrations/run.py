@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -50,7 +51,6 @@ class Run:
         self.awaits_pass = False  # the training loop is about to pass over its loader
         self._unsaved: int | None = None  # the epoch completed last, until its state is written
         self._to_be_latest: int | None = None
-        self._folder: StateFolder | None = None
 
     def fire(self, event: Event) -> None:
         """Deliver an event of this run to its callbacks."""
@@ -83,14 +83,12 @@ class Run:
         if not evaluated:
             self._save()
 
-    def evaluate(
-        self, evaluation: Callable[[], Any], model: Any, epoch: int, tb_writer: Any
-    ) -> Any:
+    def evaluate(self, inner: Callable[[], Any], model: Any, epoch: int, tb_writer: Any) -> Any:
         """Fire the events around an evaluation of open_clip's; return its metrics."""
         state = self.state
         state.model, state.epoch, state.tb_writer = model, epoch, tb_writer
         self.fire(Event.EVAL_START)
-        state.metrics = evaluation()
+        state.metrics = inner()
         self.fire(Event.EVAL_END)
         self._save()
         return state.metrics
@@ -109,11 +107,7 @@ class Run:
         self.state = TrainState()
 
     def restore(self) -> None:
-        """Give the callbacks what was saved with the checkpoint that open_clip has resumed.
-
-        Raises:
-            UsageError: a callback keeps state, and there is none of it, or it does not fit.
-        """
+        """Give the callbacks what was saved with the checkpoint that open_clip has resumed."""
         epoch = self.state.start_epoch
         if epoch > 0 and self.fresh:
             log.warning("Resuming with a fresh state of %s", ", ".join(sorted(self.fresh)))
@@ -135,22 +129,20 @@ class Run:
             return
         states = self.registry.state_dict()  # in every process: they may gather
         if args.save_logs:  # in the first process alone
-            self._states_folder().write(SavedStates(completed, states))
+            self._folder.write(SavedStates(completed, states))
             if args.save_most_recent:
                 self._to_be_latest = completed  # once open_clip has saved it
 
     def _tidy(self) -> None:
         """Remove states whose checkpoint open_clip has removed, after it has saved the last."""
         if self.registry.stateful and getattr(self.state.args, "save_logs", False):
-            folder = self._states_folder()
             if self._to_be_latest is not None:
-                folder.latest, self._to_be_latest = self._to_be_latest, None
-            folder.tidy()
+                self._folder.latest, self._to_be_latest = self._to_be_latest, None
+            self._folder.tidy()
 
-    def _states_folder(self) -> StateFolder:
-        if self._folder is None:
-            self._folder = StateFolder.of_run(self.state.args, self.state.start_epoch)
-        return self._folder
+    @functools.cached_property
+    def _folder(self) -> StateFolder:
+        return StateFolder.of_run(self.state.args, self.state.start_epoch)
 
 
 @contextlib.contextmanager

@@ -40,15 +40,11 @@ from .pair_reports import FlagRates, attribute_column, count_flagged, flag_rates
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+# Columns of a sample's row: id, shard number, what it lacks, group codes. Of what it lacks bit 0 is
+# the json member, bit 1 the id asked for, bit 2 + c the key of attribute c.
 ID, SHARD, LACKS, GROUPS = 0, 1, 2, 3
-"""Columns of a sample's row: id, shard number, what it lacks, group codes.
 
-Bit 0 of what it lacks stands for the json member, bit 1 for the id asked for, bit 2 + c for the key
-of attribute c.
-"""
-
-FIELDS = (f"{PREFIX}row", f"{PREFIX}key")
-"""Names under which a sample carries its row and its key."""
+FIELDS = (f"{PREFIX}row", f"{PREFIX}key")  # names under which a sample carries its row and its key
 
 Shards = Mapping[str, tuple[int, str]]  # url -> number and name
 Place = tuple[int, str, tuple[int, ...]]  # of a streamed pair: shard number, key, group codes
@@ -78,10 +74,9 @@ def own_id(value: object) -> int | None:
     strings are hashed: a hexadecimal uid, and "007", which is not the id 7. White space around a
     string is no part of it.
     """
-    if isinstance(value, str) and value.strip():
-        text = value.strip()
-        number = int(text) if _DECIMAL.fullmatch(text) else None
-        return number if number is not None and -(2**63) <= number < 2**63 else hashed_id(text)
+    if isinstance(value, str) and (text := value.strip()):
+        is_number = _DECIMAL.fullmatch(text) and -(2**63) <= int(text) < 2**63
+        return int(text) if is_number else hashed_id(text)
     if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
         return value
     return None
@@ -267,10 +262,8 @@ def look_at(stage: PairStage, urls: Sequence[str], where: str) -> dict[str, int]
         cells = sorted({cell for m in members if not is_missing(cell := _cell(m.get(name)) or "")})
         # That a group with labels is rare is no mistake; that no value is one of them is.
         if not count and (cells or name not in stage.given):
-            got = f"none, but {shortened(cells)}" if cells else "no known value"
-            raise UsageError(
-                f"--fair-attributes {name}: {first}: {stage.expected(name)}, got {got}"
-            )
+            got = f"got {f'none, but {shortened(cells)}' if cells else 'no known value'}"
+            raise UsageError(f"--fair-attributes {name}: {first}: {stage.expected(name)}, {got}")
     if stage.id_key is not None:
         _check_ids(stage.id_key, members, rows[:, ID].tolist(), first)
     return num_codes
@@ -415,9 +408,7 @@ class ShardSource(PairSource):
             self._seen.add(rows, keys)
         return tuple(pair), PairBatch(rows[:, ID].clone(), rows[:, GROUPS:].clone())
 
-    def end_epoch(
-        self, epoch: int, report: MinerReport | None, *, everything: bool = False
-    ) -> FlagRates:
+    def end_epoch(self, epoch: int, report: MinerReport | None, everything: bool) -> FlagRates:
         """Bring together what the processes have seen; return the rates of the epoch's pairs."""
         flagged, *_ = _of_all_processes(None if report is None else report.flagged().ids)
         own_counts: list[IntArray] = []
@@ -438,17 +429,16 @@ class ShardSource(PairSource):
 
     def describe(self, ids: IntArray) -> dict[str, Sequence[object]]:
         """Return shard, key and labels; nothing for a pair that this epoch has not seen."""
-        names = list(self.names.values())
-        places = [self._places.get(pair) for pair in ids.tolist()]
+        names = [*self.names.values(), ""]  # -1, of what is unknown, is the last
+        nowhere: Place = (-1, "", (UNKNOWN,) * len(self.codebook.labels))
+        places = [self._places.get(pair, nowhere) for pair in ids.tolist()]
         columns: dict[str, Sequence[object]] = {
-            "shard": [names[place[0]] if place else "" for place in places],
-            "key": [place[1] if place else "" for place in places],
+            "shard": [names[shard] for shard, _, _ in places],
+            "key": [key for _, key, _ in places],
         }
         for column, (attribute, labels) in enumerate(self.codebook.labels.items()):
-            codes = [place[2][column] if place else UNKNOWN for place in places]
-            columns[attribute_column(attribute)] = [
-                labels[code] if code != UNKNOWN else "" for code in codes
-            ]
+            values = (*labels, "")
+            columns[attribute_column(attribute)] = [values[codes[column]] for *_, codes in places]
         return columns
 
     def _warn_once(self, epoch: int, pairs: int, lacks: Tensor) -> None:
