@@ -528,9 +528,9 @@ def windows(
     """Return the first and the last point of ordered y (M,) that each point of x (N,) needs.
 
     Beyond, ``exp((g_j - C_ij) / eps)`` is less than ``exp(-depth)`` times the largest of the row,
-    ``depth`` a number or (N,). The exponent is, but for a term of x, ``psi_j + x y_j / eps`` with ``psi = (g - y^2 / 2) /
-    eps``. Where psi is concave, the points above a threshold are a run. A softmin's psi is; of
-    others the concave hull is taken, under which they lie.
+    ``depth`` a number or (N,). The exponent is, but for a term of x, ``psi_j + x y_j / eps`` with
+    ``psi = (g - y^2 / 2) / eps``. Where psi is concave, the points above a threshold are a run. A
+    softmin's psi is; of others the concave hull is taken, under which they lie.
     """
     psi, t = (g - 0.5 * y * y) / epsilon, x / epsilon
     rounding = ROUNDING * (np.abs(psi).max() + np.abs(t).max() * max(abs(y[0]), abs(y[-1])))

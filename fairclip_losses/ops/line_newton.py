@@ -39,7 +39,7 @@ MAX_STEP_EPS, DAMPING = 5.0, 1e-5
 NEWTON_TOL_FACTOR, STALLED_STEPS, NEXT_STEP_TOL_FACTOR = 1e-3, 3, 0.1
 # Self-terms go on to this part of ``tol``: between measures that hardly differ the divergence is a
 # small difference of them.
-SELF_TOL_FACTOR = 1e-2
+SELF_TOL_FACTOR = 1e-3
 # The heavy ball (Polyak 1964) for derivatives with eigenvalues in [1, 2], as ``f - softmin f`` has;
 # the square root of the momentum is the rate of convergence.
 HEAVY_BALL_STEP = 4.0 / (math.sqrt(2.0) + 1.0) ** 2

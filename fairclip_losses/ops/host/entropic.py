@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..checks import broadcast_shapes
 from ..gauss_line import Measure, marginal_error, solve_between, solve_within
+from ..laplace_line import LaplaceLine
+from ..line_newton import Between, Within
 from ..options import SinkhornOptions
 from ..solution import EntropicSolution, Slopes
 from .arrays import Array, Shape, stretch
-from .host_solver import Between, Within
-from .laplace.solver import LineSolver
 
 # Most rows with points of their own for p = 1 that are solved one after the other where they have
 # so few points.
@@ -58,8 +58,8 @@ def marginal_error_on_host(
 ) -> Tensor:
     """Return the L1 error (*,) of both marginals on all points, for p = 2 and potentials (*, N)."""
     lead = f.shape[:-1]
-    potentials = (potential.reshape(-1, potential.shape[-1]).numpy() for potential in (f, g))
-    rows = zip(_measures(x, a, lead), _measures(y, b, lead), *potentials, strict=True)
+    rows_f, rows_g = (part.reshape(-1, part.shape[-1]).numpy() for part in (f, g))
+    rows = zip(_measures(x, a, lead), _measures(y, b, lead), rows_f, rows_g, strict=True)
     error = [marginal_error(*row, epsilon) for row in rows]
     return torch.tensor(error, dtype=torch.float64).view(lead)
 
@@ -76,22 +76,23 @@ def _solve_smooth(
     lead_b = broadcast_shapes(y.shape[:-2], b.shape[:-1])
     lead = broadcast_shapes(lead_a, lead_b)
     sides = _measures(x, a, lead_a), _measures(y, b, lead_b)
-    rows = zip(_rows(sides[0], lead_a, lead), _rows(sides[1], lead_b, lead), strict=True)
-    found = [solve_between(*pair, options, potentials) for pair in rows]
-    between = Between(
-        *(np.concatenate(part) for part in list(zip(*found, strict=True))[:5]),
-        max(some.iterations for some in found),
-    )
+    pairs = zip(_rows(sides[0], lead_a, lead), _rows(sides[1], lead_b, lead), strict=True)
+    found = [solve_between(one, other, options, potentials) for one, other in pairs]
+    iterations = max(row.iterations for row in found)
+    cost, f, g, grad_x, grad_y = _stacked([row[:5] for row in found])
+    between = Between(cost, f, g, grad_x, grad_y, iterations)
     own = None
     if options.debias:
-        one, other = (
-            Within(*(np.concatenate(part) for part in zip(*within, strict=True)))
-            for within in (
-                [solve_within(side, options, potentials) for side in measures] for measures in sides
-            )
+        own_a, own_b = (
+            _stacked([solve_within(measure, options, potentials) for measure in side])
+            for side in sides
         )
-        own = one, other
+        own = Within(*own_a), Within(*own_b)
     return _assemble(a, b, (lead_a, lead_b, lead), between, own, potentials)
+
+
+def _stacked(rows: Sequence[tuple[Array, ...]]) -> list[Array]:
+    return [np.concatenate(part) for part in zip(*rows, strict=True)]
 
 
 def _measures(points: Tensor, weights: Tensor, lead: Shape) -> list[Measure]:
@@ -110,22 +111,20 @@ def _rows(measures: list[Measure], own: Shape, lead: Shape) -> list[Measure]:
 def _solve_on_one_line(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, potentials: bool
 ) -> EntropicSolution:
-    """Solve p = 1 on the sorted points of either measure."""
-    line = _Line.of(x, y)
-    lead = broadcast_shapes(x.shape[:-2], y.shape[:-2], a.shape[:-1], b.shape[:-1])
-    one, other = line.spread(a, line.x), line.spread(b, line.y)
-    every_a = one.reshape(1, -1) if one.size == line.z.size else stretch(one, lead)
-    every_a = every_a.reshape(-1, line.z.size)
-    every_b = stretch(other, lead).reshape(-1, line.z.size)
-    solver = LineSolver(line.z, options)
-    between = line.read_between(solver.between(every_a, every_b))
+    """Solve p = 1 where all rows share their points."""
+    lead_a, lead_b = a.shape[:-1], b.shape[:-1]
+    lead = broadcast_shapes(x.shape[:-2], y.shape[:-2], lead_a, lead_b)
+    points = x.detach().reshape(-1).numpy()
+    others = points if y is x else y.detach().reshape(-1).numpy()
+    one, other = a.detach().numpy(), b.detach().numpy()
+    line = LaplaceLine(points, others, options)
+    rows_a = one if math.prod(lead_a) == 1 else stretch(one, lead)
+    rows_b = stretch(other, lead)
+    found = line.between(rows_a.reshape(-1, one.shape[-1]), rows_b.reshape(-1, other.shape[-1]))
     own = None
     if options.debias:
-        within = solver.within(one.reshape(-1, line.z.size), other.reshape(-1, line.z.size))
-        own = line.read_within(within[0], line.x), line.read_within(within[1], line.y)
-        del within  # as large as all that follows
-    leads = one.shape[:-1], other.shape[:-1], lead
-    return _assemble(a, b, leads, between, own, potentials)
+        own = line.within(one.reshape(-1, one.shape[-1]), other.reshape(-1, other.shape[-1]))
+    return _assemble(a, b, (lead_a, lead_b, lead), found, own, potentials)
 
 
 def _assemble(
@@ -142,7 +141,7 @@ def _assemble(
     if own is None:
         in_weights = (f, g) if potentials else (None, None)
         slopes = ((a * pull_x)[..., None], (b * pull_y)[..., None], *in_weights)
-        return EntropicSolution(transport, slopes, transport, f, g, None, None, between.rounds)
+        return EntropicSolution(transport, slopes, transport, f, g, None, None, between.iterations)
     cost_a, self_x, self_pull_x = (tensor(part, leads[0]) for part in own[0])
     cost_b, self_y, self_pull_y = (tensor(part, leads[1]) for part in own[1])
     cost = transport - 0.5 * cost_a - 0.5 * cost_b
@@ -150,7 +149,7 @@ def _assemble(
     in_x, in_y = a * (pull_x - self_pull_x), b * (pull_y - self_pull_y)
     return EntropicSolution(
         cost, (in_x[..., None], in_y[..., None], *in_weights), transport, f, g, self_x, self_y,
-        between.rounds,
+        between.iterations,
     )  # fmt: skip
 
 
@@ -178,54 +177,3 @@ def _solve_row_by_row(
     slopes = tuple(stacked(part) for part in zip(*(row.slopes for row in found), strict=True))
     rounds = max(row.rounds for row in found)
     return EntropicSolution(cost, cast(Slopes, slopes), transport, f, g, f_self, g_self, rounds)
-
-
-class _Line(NamedTuple):
-    """The sorted distinct points of both sides, and which of them each point is."""
-
-    z: Array  # (K,)
-    x: Array  # (N,) place of each point of x
-    y: Array  # (M,)
-    order: Array | None  # (K,) the points of x in order, where they are all there are
-
-    @classmethod
-    def of(cls, x: Tensor, y: Tensor) -> _Line:
-        """Sort the points of both together."""
-        own = x.detach().reshape(-1).numpy()
-        points = own if y is x else np.concatenate([own, y.detach().reshape(-1).numpy()])
-        order = points.argsort()
-        z = points[order]
-        new = z[1:] > z[:-1]
-        place = np.empty_like(order)
-        distinct = bool(new.all())
-        if distinct:
-            place[order] = np.arange(order.size)
-        else:
-            place[order] = np.concatenate([[0], np.add.accumulate(new)])
-            z = z[np.concatenate([[True], new])]
-        shared = y is x
-        return cls(
-            z, place if shared else place[: own.size], place if shared else place[own.size :],
-            order if shared and distinct else None,
-        )  # fmt: skip
-
-    def spread(self, weights: Tensor, places: Array) -> Array:
-        """Put weights (*, N) of points at these places on all of the line's, (*, K)."""
-        values = weights.detach().numpy()
-        if self.order is not None:
-            return values.take(self.order, -1)
-        spread = np.zeros((*values.shape[:-1], self.z.size))
-        rows = values.reshape(-1, places.size)
-        for row, own in zip(spread.reshape(-1, self.z.size), rows, strict=True):
-            row[:] = np.bincount(places, own, self.z.size)
-        return spread
-
-    def read_between(self, found: Between) -> Between:
-        """Read at the points of x and y what was found on the line."""
-        f, pull_x = (part.take(self.x, -1) for part in (found.f, found.pull_x))
-        g, pull_y = (part.take(self.y, -1) for part in (found.g, found.pull_y))
-        return Between(found.cost, f, g, pull_x, pull_y, found.rounds)
-
-    def read_within(self, found: Within, places: Array) -> Within:
-        """Read at points at these places what was found on the line."""
-        return Within(found.cost, found.f.take(places, -1), found.pull.take(places, -1))
