@@ -73,7 +73,7 @@ def cut(x: Array, edges: Array, parts: Array) -> Array:
 
 
 def gauss_points(x: Array, weights: Array, edges: Array, order: int) -> tuple[Array, Array, Array]:
-    """Return nodes, their weights and their cells' edges: at most ``order`` nodes a cell.
+    """Return nodes, their weights and each cell's first node (C,): at most ``order`` a cell.
 
     Gauss quadrature: ``q`` nodes integrate polynomials up to degree ``2 q - 1`` as the cell's own
     points do, with positive weights, so the problem between nodes is one of the same kind.
@@ -81,17 +81,16 @@ def gauss_points(x: Array, weights: Array, edges: Array, order: int) -> tuple[Ar
     sizes = np.diff(edges)
     many = sizes > order
     count = np.minimum(sizes, order)
-    node_edges = np.append(0, np.add.accumulate(count))
-    nodes, node_weights = np.empty(node_edges[-1]), np.empty(node_edges[-1])
+    starts = np.add.accumulate(count) - count
+    nodes, node_weights = np.empty(count.sum()), np.empty(count.sum())
     copied, into = (~many).repeat(sizes), (~many).repeat(count)
     nodes[into], node_weights[into] = x[copied], weights[copied]
     if many.any():
         found = _quadrature(x[~copied], weights[~copied], sizes[many], order)
         nodes[~into], node_weights[~into] = (part.reshape(-1) for part in found)
     kept = node_weights > 0.0  # the others' mass is in fewer points
-    if not kept.all():
-        node_edges = np.append(0, np.add.accumulate(kept))[node_edges]
-    return nodes[kept], node_weights[kept], node_edges
+    starts = np.append(0, np.add.accumulate(kept))[starts]
+    return nodes[kept], node_weights[kept], starts
 
 
 def _quadrature(x: Array, weights: Array, sizes: Array, order: int) -> tuple[Array, Array]:

@@ -45,19 +45,15 @@ MAX_DENSE_COSTS = 2**15
 MAX_ROUNDED_COST_EPS, MAX_REDUCED_COSTS = 1e10, 2**20
 # Terms of a sum below exp(-depth) times the largest are left out: less than its rounding.
 WINDOW_DEPTH = 40.0
-# Rounding of an exponent, relative to its largest term.
-ROUNDING = 1e-15
 # Entries that are looked at at once: temporary arrays stay in the processor's cache.
 BLOCK = 2**16
 # The least part of a point's mass in the diagonal of Newton's matrix.
 MIN_DIAGONAL = 1e-3
-# What is added to that diagonal keeps the matrix regular. It is above the rounding of a potential
-# (5e-17 of the largest cost), where all costs are kept the least.
-DIAGONAL_SHIFT, MAX_DIAGONAL_SHIFT, COST_ROUNDING = 1e-12, 1e-8, 5e-17
-# Entries below are 0 in Newton's equations: products of such are slow and add nothing.
-MIN_ENTRY = 1e-100
-# Sums below, and above its inverse, have lost what they were the sum of.
-MIN_SUM = 1e-200
+# Rounding of a potential, relative to the largest cost. What is added to that diagonal to keep the
+# matrix regular is above it, within bounds.
+ROUNDING, MIN_SHIFT, MAX_SHIFT = 1e-16, 1e-12, 1e-8
+# Numbers below, and above its inverse: sums have lost what they were of, products are slow.
+MIN_NUMBER = 1e-100
 # Part of the roots of both weights below which an entry is left out of Newton's banded equations.
 MIN_COUPLING = 1e-12
 
@@ -69,75 +65,61 @@ class Measure:
         present = np.flatnonzero(weights > 0)
         order = present[points[present].argsort()]
         x, a = points[order], weights[order]
-        first = np.flatnonzero(np.append(True, x[1:] != x[:-1]))
-        self._all, self._order, self._which = points, order, None
-        if first.size < x.size:
-            self._which = np.arange(first.size).repeat(np.diff(first, append=x.size))
-            x, a = x[first], np.add.reduceat(a, first)
-        self.points, self.weights = x, a  # (P,), distinct and in order
-
-    @cached_property
-    def cumulative(self) -> Array:
-        """The weight up to each point and with it, (P,)."""
-        return np.add.accumulate(self.weights)
-
-    @cached_property
-    def absent(self) -> Array:
-        """Where the points without weight are among all, (A,)."""
-        there = np.ones(self._all.size, bool)
-        there[self._order] = False
-        return np.flatnonzero(there)
+        is_new = np.append(True, x[1:] != x[:-1])
+        first = np.flatnonzero(is_new)
+        self._order, self._first, self._which = order, first, np.add.accumulate(is_new) - 1
+        self.points, self.weights = x[first], np.add.reduceat(a, first)  # (P,) in order, distinct
+        self.cumulative = np.add.accumulate(self.weights)
+        self._weights, self._all = weights, points
 
     def take(self, values: Array) -> Array:
         """Read values (N,) at the distinct points."""
-        taken = values[self._order]
-        if self._which is None:
-            return taken
-        return taken[np.flatnonzero(np.append(True, np.diff(self._which)))]
+        taken: Array = values[self._order[self._first]]
+        return taken
 
     def spread(self, values: Array, beyond: Callable[[Array], Array] | None = None) -> Array:
         """Put values (P,) in the order of the points, (1, N); those absent have 0 or ``beyond``."""
         full = np.zeros(self._all.size)
-        full[self._order] = values if self._which is None else values[self._which]
-        if beyond is not None and self.absent.size:
-            full[self.absent] = beyond(self._all[self.absent])
+        full[self._order] = values[self._which]
+        absent = np.flatnonzero(self._weights <= 0) if beyond else np.zeros(0, int)
+        if beyond and absent.size:
+            full[absent] = beyond(self._all[absent])
         return full[None]
 
 
 def solve_between(x: Measure, y: Measure, options: SinkhornOptions, potentials: bool) -> Between:
     """Solve ``OT_eps(x, y)``; ``potentials`` asks for those at points without weight."""
-    epsilon, start, iterations = options.epsilon, None, 0
+    start, iterations = None, 0
     one, other = _Side(x, y, options), _Side(y, x, options)
     for left in range(MAX_REFINEMENTS, -1, -1):
-        plan = _solve_nodes(one, other, start, options)
-        iterations += plan.iterations
-        (error_x, ratio_x), (error_y, ratio_y) = one.judge(plan.x.sd), other.judge(plan.y.sd)
-        if error_x + error_y <= options.tol or options.iterations is not None or not left:
-            warn_above_tol(error_x + error_y, options, iterations)
+        cost, at_x, at_y, taken = _solve_nodes(one, other, start, options)
+        iterations += taken
+        error = one.judge(at_x.sd) + other.judge(at_y.sd)
+        if error <= options.tol or options.iterations is not None or not left:
             break
-        one.refine(ratio_x)
-        start, _ = read(one.nodes, other.nodes, other.weights, plan.y.potential, epsilon)
-        other.refine(ratio_y)
-    f, grad_x = one.at_points(plan.x, other, plan.y, potentials)
-    g, grad_y = other.at_points(plan.y, one, plan.x, potentials)
-    return Between(plan.cost, f, g, grad_x, grad_y, iterations)
+        one.refine()
+        start, _ = other.read(one.nodes, at_y)
+        other.refine()
+    warn_above_tol(error, options, iterations)
+    f, grad_x = one.at_points(at_x, other, at_y, potentials)
+    g, grad_y = other.at_points(at_y, one, at_x, potentials)
+    return Between(cost, f, g, grad_x, grad_y, iterations)
 
 
 def solve_within(x: Measure, options: SinkhornOptions, potentials: bool) -> Within:
     """Solve ``OT_eps(x, x)``; see `solve_between`."""
     epsilon, side = options.epsilon, _Side(x, x, options)
     for left in range(MAX_REFINEMENTS, -1, -1):
-        a = side.weights
         kernel = _kernel(side, side, epsilon, None)
-        before, after = (f[0] for f in heavy_ball_within(kernel, a[None], options))
-        cost = np.array([epsilon * (a * (before + after)).sum()])
-        plan = _Potential(epsilon * after, *kernel.moments(after, side.nodes))
-        error, ratio = side.judge(plan.sd)
-        if 2.0 * error <= options.tol or options.iterations is not None or not left:
-            warn_above_tol(2.0 * error, options, MAX_REFINEMENTS)
+        before, after = heavy_ball_within(kernel, side.weights[None], options)
+        solved = _Solved(epsilon * after[0], *kernel.moments(after[0], side.nodes))
+        error = 2.0 * side.judge(solved.sd)
+        if error <= options.tol or options.iterations is not None or not left:
             break
-        side.refine(ratio)
-    return Within(cost, *side.at_points(plan, side, plan, potentials))
+        side.refine()
+    warn_above_tol(error, options, MAX_REFINEMENTS)
+    cost = epsilon * (side.weights * (before + after)).sum(-1)
+    return Within(cost, *side.at_points(solved, side, solved, potentials))
 
 
 def marginal_error(x: Measure, y: Measure, f: Array, g: Array, epsilon: float) -> float:
@@ -149,21 +131,12 @@ def marginal_error(x: Measure, y: Measure, f: Array, g: Array, epsilon: float) -
     return error
 
 
-class _Potential(NamedTuple):
-    """What is known at the nodes of a solved side, (K,)."""
+class _Solved(NamedTuple):
+    """What is known at the nodes of a side, (K,)."""
 
     potential: Array
     mean: Array  # of where the mass of a node goes
     sd: Array
-
-
-class _Plan(NamedTuple):
-    """A solved problem between nodes."""
-
-    cost: Array  # (1,)
-    x: _Potential
-    y: _Potential
-    iterations: int
 
 
 class _Side:
@@ -187,70 +160,71 @@ class _Side:
             ))  # fmt: skip
 
     def _compress(self, edges: Array) -> None:
-        self._edges, own = edges, self.own
-        self.nodes, self.weights, self._node_edges = gauss_points(
-            own.points, own.weights, edges, NODES
-        )
+        own, self._edges = self.own, edges
+        self.nodes, self.weights, self._starts = gauss_points(own.points, own.weights, edges, NODES)
 
-    def judge(self, sd: Array) -> tuple[float, Array]:
-        """Return the most that cells add to the marginal error, and their lengths.
+    def judge(self, sd: Array) -> float:
+        """Return the most that cells add to the marginal error; ``sd`` is that of the nodes.
 
-        ``sd`` is the coupling's at the nodes. A length is in units of the longest allowed; cells of
-        points that stand for themselves add nothing, and theirs is 0.
+        Cells of points that stand for themselves add nothing.
         """
         if self._edges is None:
-            return 0.0, np.zeros(0)
-        x, starts = self.own.points, self._node_edges[:-1]
-        length = x[self._edges[1:] - 1] - x[self._edges[:-1]]
+            return 0.0
+        length = self.own.points[self._edges[1:] - 1] - self.own.points[self._edges[:-1]]
         length[np.diff(self._edges) <= NODES] = 0.0
-        k = length * np.maximum.reduceat(sd, starts) / self._epsilon
+        k = length * np.maximum.reduceat(sd, self._starts) / self._epsilon
+        self._parts = np.ceil(np.maximum(k / self._max_length, 1.0))
         pole = np.pi / np.maximum(k, 1e-6)
         part = (pole + np.sqrt(pole * pole + 1.0)) ** (-2.0 * NODES)
-        return float((part * np.add.reduceat(self.weights, starts)).sum()), k / self._max_length
+        return float((part * np.add.reduceat(self.weights, self._starts)).sum())
 
-    def refine(self, ratio: Array) -> None:
-        """Cut cells into as many parts as their lengths say."""
+    def refine(self) -> None:
+        """Cut the cells that were judged to be too long."""
         if self._edges is not None:
-            self._compress(cut(self.own.points, self._edges, np.ceil(np.maximum(ratio, 1.0))))
+            self._compress(cut(self.own.points, self._edges, self._parts))
+
+    def read(self, places: Array, solved: _Solved) -> tuple[Array, Array]:
+        """Return the c-transform of the nodes' potential at places of the other side."""
+        return read(places, self.nodes, self.weights, solved.potential, self._epsilon)
 
     def at_points(
-        self, plan: _Potential, other: _Side, across: _Potential, potentials: bool
+        self, solved: _Solved, other: _Side, across: _Solved, potentials: bool
     ) -> tuple[Array, Array]:
-        """Return potential and gradient (1, N) at all points of a solved side."""
-
-        def c_transform(places: Array) -> tuple[Array, Array]:
-            return read(places, other.nodes, other.weights, across.potential, self._epsilon)
-
-        f, grad = plan.potential, self.nodes - plan.mean
+        """Return potential and gradient (1, N) at all points."""
+        f, grad = solved.potential, self.nodes - solved.mean
         if self._edges is not None and self.nodes.size < self.own.points.size:
             smooth = Interpolation(self.own.points, self._edges, 2 * NODES)
-            f, grad = (smooth.at_points(values) for values in c_transform(smooth.places))
-        beyond = (lambda places: c_transform(places)[0]) if potentials else None
+            f, grad = (smooth.at_points(values) for values in other.read(smooth.places, across))
+        beyond = (lambda places: other.read(places, across)[0]) if potentials else None
         return self.own.spread(f, beyond), self.own.spread(grad)
 
 
-def _solve_nodes(one: _Side, other: _Side, start: Array | None, options: SinkhornOptions) -> _Plan:
-    """Solve between nodes, from a potential near ``start`` or the optimal coupling's."""
+def _solve_nodes(
+    one: _Side, other: _Side, start: Array | None, options: SinkhornOptions
+) -> tuple[Array, _Solved, _Solved, int]:
+    """Solve between nodes, from a potential near ``start`` or the optimal coupling's.
+
+    Return the cost (1,), what is known of both sides, and the iterations taken.
+    """
     x, y, a, b, epsilon = one.nodes, other.nodes, one.weights, other.weights, options.epsilon
     crossings = _crossings(y, a, b)
     exact = _kantorovich(x, crossings)
     kernel = _kernel(one, other, epsilon, crossings)
     base_f, base_g = np.zeros_like(x), np.zeros_like(y)
-    if isinstance(kernel, DenseKernel):  # what the costs are less of
+    if not isinstance(kernel, BandKernel):  # what the costs are less of
         base_f, base_g = exact, 0.5 * (x[0] - y) ** 2 - epsilon * kernel.cost[0]
-    f = ((exact if start is None else start) - base_f) / epsilon
+    f = ((exact if start is None else start) - base_f)[None] / epsilon
     if x.size <= y.size:  # Newton's equations are those of the fewer nodes
-        state, iterations = newton_between(kernel, a, b, f[None], options)
+        state, iterations = newton_between(kernel, a, b, f, options)
         f, g = state.f_next[0], state.g[0]
     else:
-        back = kernel.transposed
-        g = -back.log_product((np.log(a) + f)[None])
-        state, iterations = newton_between(back, b, a, g, options)
+        g = -kernel.transposed.log_product(np.log(a) + f)
+        state, iterations = newton_between(kernel.transposed, b, a, g, options)
         f, g = state.g[0], state.f_next[0]
-    along = _Potential(base_f + epsilon * f, *kernel.moments(g, y))
-    back_along = _Potential(base_g + epsilon * g, *kernel.transposed.moments(f, x))
-    cost = (a * along.potential).sum() + (b * back_along.potential).sum()
-    return _Plan(np.array([cost]), along, back_along, iterations)
+    at_x = _Solved(base_f + epsilon * f, *kernel.moments(g, y))
+    at_y = _Solved(base_g + epsilon * g, *kernel.transposed.moments(f, x))
+    cost = (a * at_x.potential).sum() + (b * at_y.potential).sum()
+    return np.array([cost]), at_x, at_y, iterations
 
 
 def _crossings(y: Array, a: Array, b: Array) -> Array:
@@ -279,8 +253,8 @@ def _kernel(one: _Side, other: _Side, epsilon: float, crossings: Array | None) -
     if x.size * y.size > (MAX_REDUCED_COSTS if is_rounded else MAX_DENSE_COSTS):
         return BandKernel(x, y, logs, epsilon)
     if crossings is None:
-        return DenseKernel((x[:, None] - y) ** 2 * (0.5 / epsilon), logs)
-    return DenseKernel(_reduced_costs(x, y, crossings, epsilon), logs)
+        return GaussKernel((x[:, None] - y) ** 2 * (0.5 / epsilon), logs)
+    return GaussKernel(_reduced_costs(x, y, crossings, epsilon), logs)
 
 
 def _reduced_costs(x: Array, y: Array, crossings: Array, epsilon: float) -> Array:
@@ -301,17 +275,17 @@ class GaussKernel:
     """The kernel between x (N,) and y (M,), with costs and potentials in units of epsilon.
 
     Products are sums of numbers, not of logs: those with the entries ``exp(u_i + v_j - C_ij)`` of
-    potentials u and v which the ones that follow differ from by little. How entries lie in memory
-    is a subclass's to know. The transposed kernel is a view: both use the same entries.
+    potentials u and v which the ones that follow differ from by little. All of them are kept here,
+    those in windows by `BandKernel`. The transposed kernel is a view: both use the same entries.
     """
 
     epsilon = 1.0
-    max_change: float  # of a potential, up to which the entries serve
+    max_change = 300.0  # of a potential, up to which the entries serve
 
-    def __init__(self, log_weights: list[Array]) -> None:
-        """Take the logs of both sides' weights."""
+    def __init__(self, cost: Array, log_weights: list[Array]) -> None:
+        """Take costs (N, M), and the logs of both sides' weights."""
         self.side = 0  # 1: the view from y to x
-        self.log_weights = log_weights
+        self.cost, self.log_weights = cost, log_weights
         self.potentials = [np.full(logs.size, np.inf) for logs in log_weights]  # u, v
         self.shared: dict[str, Any] = {}  # the entries (N, M)
 
@@ -321,19 +295,6 @@ class GaussKernel:
         view = copy(self)
         view.side = 1 - self.side
         return view
-
-    def rescale(self, side: int, potential: Array) -> None:
-        """Set u (side 0) or v (1), its softmin as the other one, and the entries."""
-        raise NotImplementedError
-
-    def solve(self, left: Array, right: Array, roots: list[Array], violation: Array) -> Array:
-        """Solve ``(D_a - B D_b^-1 B^T) d = violation`` (N,) for entries B, scaled on either side.
-
-        The diagonals are those with which the roots of the weights, (N,) and (M,), are the null
-        vectors: entries and diagonals agree beyond the rounding of the potentials. LinAlgError if
-        there is no solution.
-        """
-        raise NotImplementedError
 
     @property
     def entries(self) -> Any:
@@ -365,7 +326,9 @@ class GaussKernel:
             weight = np.exp(np.minimum(exponent, MAX_EXPONENT))
             sums: Array = self.entries @ (weight if values is None else weight[:, None] * values)
             total = sums if values is None else sums[:, 0]
-            if is_last or (total.min() > MIN_SUM and total.max() < 1.0 / MIN_SUM):  # False for NaN
+            if is_last or (
+                total.min() > MIN_NUMBER and total.max() < 1.0 / MIN_NUMBER
+            ):  # False for NaN
                 break
             self.rescale(across, g)
         return sums
@@ -390,26 +353,11 @@ class GaussKernel:
         try:
             return (self.solve(left, right, roots, roots[0] * (1.0 - kept)) / roots[0])[None]
         except np.linalg.LinAlgError:  # not a number: a plain update instead
-            plain: Array = 1.0 / np.maximum(kept, MIN_SUM) - 1.0
+            plain: Array = 1.0 / np.maximum(kept, MIN_NUMBER) - 1.0
             return plain[None]
 
-
-def _null_diagonal(times_roots: Array, roots: Array) -> Array:
-    """Return the diagonal for which the roots of the weights are a null vector."""
-    return np.maximum(times_roots / roots, MIN_DIAGONAL)
-
-
-class DenseKernel(GaussKernel):
-    """See `GaussKernel`: all entries, of costs (N, M) in units of epsilon."""
-
-    max_change = 300.0
-
-    def __init__(self, cost: Array, log_weights: list[Array]) -> None:
-        super().__init__(log_weights)
-        self.cost = cost
-
     def rescale(self, side: int, potential: Array) -> None:
-        """See `GaussKernel.rescale`."""
+        """Set u (side 0) or v (1), its softmin as the other one, and the entries."""
         entries = potential - (self.cost if side else self.cost.T)
         weighted = entries + self.log_weights[side]
         largest = weighted.max(-1, keepdims=True)
@@ -422,14 +370,19 @@ class DenseKernel(GaussKernel):
         self.potentials[side], self.potentials[1 - side] = potential, across
 
     def solve(self, left: Array, right: Array, roots: list[Array], violation: Array) -> Array:
-        """See `GaussKernel.solve`."""
+        """Solve ``(D_a - B D_b^-1 B^T) d = violation`` (N,) for entries B, scaled on either side.
+
+        The diagonals are those with which the roots of the weights, (N,) and (M,), are the null
+        vectors: entries and diagonals agree beyond the rounding of the potentials. LinAlgError if
+        there is no solution.
+        """
         plan = self.entries * left[:, None]
         plan *= right
-        plan[plan < MIN_ENTRY] = 0.0
+        plan[plan < MIN_NUMBER] = 0.0
         of_rows = _null_diagonal(plan @ roots[1], roots[0])
         plan *= np.sqrt(1.0 / _null_diagonal(roots[0] @ plan, roots[1]))
         matrix = -(plan @ plan.T)
-        matrix[np.diag_indices(left.size)] += of_rows + DIAGONAL_SHIFT
+        matrix[np.diag_indices(left.size)] += of_rows + MIN_SHIFT
         _, solved, info = dposv(matrix, violation, overwrite_a=True)
         if info:
             raise np.linalg.LinAlgError("not positive definite")
@@ -443,10 +396,10 @@ class BandKernel(GaussKernel):
     max_change = 4.0
 
     def __init__(self, x: Array, y: Array, log_weights: list[Array], epsilon: float) -> None:
-        super().__init__(log_weights)
+        super().__init__(np.zeros(0), log_weights)
         self._points, self._blur2 = [x, y], epsilon
-        rounding = COST_ROUNDING * max(y[-1] - x[0], x[-1] - y[0]) ** 2 / epsilon
-        self._shift = float(np.clip(rounding, DIAGONAL_SHIFT, MAX_DIAGONAL_SHIFT))
+        rounding = ROUNDING * max(y[-1] - x[0], x[-1] - y[0]) ** 2 / epsilon
+        self._shift = min(max(rounding, MIN_SHIFT), MAX_SHIFT)
 
     def rescale(self, side: int, potential: Array) -> None:
         """See `GaussKernel.rescale`; every point of either side keeps what it needs."""
@@ -510,6 +463,11 @@ class BandKernel(GaussKernel):
         return solved
 
 
+def _null_diagonal(times_roots: Array, roots: Array) -> Array:
+    """Return the diagonal for which the roots of the weights are a null vector."""
+    return np.maximum(times_roots / roots, MIN_DIAGONAL)
+
+
 def read(x: Array, y: Array, b: Array, g: Array, epsilon: float) -> tuple[Array, Array]:
     """Return the c-transform at x (N,) of a potential g of ordered y (M,), and its gradient."""
     exponent, least, grad = np.log(b) + g / epsilon, np.empty_like(x), np.empty_like(x)
@@ -528,12 +486,12 @@ def windows(
     """Return the first and the last point of ordered y (M,) that each point of x (N,) needs.
 
     Beyond, ``exp((g_j - C_ij) / eps)`` is less than ``exp(-depth)`` times the largest of the row,
-    ``depth`` a number or (N,). The exponent is, but for a term of x, ``psi_j + x y_j / eps`` with ``psi = (g - y^2 / 2) /
-    eps``. Where psi is concave, the points above a threshold are a run. A softmin's psi is; of
-    others the concave hull is taken, under which they lie.
+    ``depth`` a number or (N,). The exponent is, but for a term of x, ``psi_j + x y_j / eps`` with
+    ``psi = (g - y^2 / 2) / eps``. Where psi is concave, the points above a threshold are a run. A
+    softmin's psi is; of others the concave hull is taken, under which they lie.
     """
     psi, t = (g - 0.5 * y * y) / epsilon, x / epsilon
-    rounding = ROUNDING * (np.abs(psi).max() + np.abs(t).max() * max(abs(y[0]), abs(y[-1])))
+    rounding = 10.0 * ROUNDING * (np.abs(psi).max() + np.abs(t).max() * max(abs(y[0]), abs(y[-1])))
     corners = np.arange(y.size)
     while True:
         place, height = y[corners], psi[corners]
