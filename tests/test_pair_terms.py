@@ -9,9 +9,9 @@ import re
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import TOKENS, VOCABULARY, gradients_of, model_output
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from torch import nn
 
@@ -28,7 +28,6 @@ from fairclip_losses.functional import (
 from fairclip_losses.pair_terms import PairTerms, pair_terms
 
 PAD = 3
-TOKENS, VOCABULARY = 5, 7
 
 LOSSES = {
     "clip": ClipLoss(),
@@ -40,40 +39,8 @@ LOSSES = {
 SIZES = {"count": st.integers(1, 9), "dim": st.integers(1, 6), "seed": st.integers(0, 2**31)}
 
 
-def model_output(kind, count, dim=4, seed=0, dtype=torch.float64, scale=10.0):
-    """What the model of that loss gives, every floating point tensor a leaf with a gradient."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def leaf(*shape):
-        return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
-
-    def features():
-        raw = torch.randn(count, dim, generator=draw, dtype=torch.float64)
-        return F.normalize(raw, dim=1).to(dtype).requires_grad_()
-
-    output = {
-        "image_features": features(),
-        "text_features": features(),
-        "logit_scale": torch.tensor(scale, dtype=dtype, requires_grad=True),
-    }
-    if kind == "siglip":
-        output["logit_bias"] = torch.tensor(-3.0, dtype=dtype, requires_grad=True)
-    if kind == "coca":
-        output["logits"] = leaf(count, TOKENS, VOCABULARY)
-        labels = torch.randint(0, VOCABULARY, (count, TOKENS), generator=draw)
-        labels[0, 0] = 0  # one token at least is no padding
-        output["labels"] = labels
-    if kind == "distill":
-        output["dist_image_features"] = features()
-        output["dist_text_features"] = features()
-        output["dist_logit_scale"] = torch.tensor(5.0, dtype=dtype, requires_grad=True)
-    return output
-
-
-def gradients(value, output):
-    leaves = [x for x in output.values() if x.requires_grad]
-    found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+def output_of(kind, count, dim=4, seed=0, dtype=torch.float64, scale=10.0):
+    return model_output(kind, count, dim, seed, dtype, scale)
 
 
 # ------------------------------ against open_clip
@@ -83,7 +50,7 @@ def gradients(value, output):
 @settings(max_examples=25, deadline=None)
 @given(**SIZES, scale=st.floats(0.1, 100))
 def test_means_and_gradients_are_those_of_open_clip(kind, count, dim, seed, scale):
-    output = model_output(kind, count, dim, seed, scale=scale)
+    output = output_of(kind, count, dim, seed, scale=scale)
     expected = LOSSES[kind](**output, output_dict=True)
     terms = pair_terms(LOSSES[kind], output)
     assert list(terms.named) == list(expected)
@@ -91,14 +58,14 @@ def test_means_and_gradients_are_those_of_open_clip(kind, count, dim, seed, scal
         assert values.shape == (count,)
         torch.testing.assert_close(values.mean(), expected[name], rtol=1e-10, atol=1e-10)
         for got, want in zip(
-            gradients(values.mean(), output), gradients(expected[name], output), strict=True
+            gradients_of(values.mean(), output), gradients_of(expected[name], output), strict=True
         ):
             torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_positional_forms_come_in_the_order_of_the_terms(kind):
-    output = model_output(kind, 6)
+    output = output_of(kind, 6)
     plain = LOSSES[kind](**output)
     plain = plain if isinstance(plain, tuple) else (plain,)
     means = [values.mean() for values in pair_terms(LOSSES[kind], output).named.values()]
@@ -110,13 +77,13 @@ def test_positional_forms_come_in_the_order_of_the_terms(kind):
     reason="open_clip 2's ClipLoss takes no bias",
 )
 def test_clip_loss_with_a_logit_bias():
-    output = model_output("clip", 5) | {"logit_bias": torch.tensor(1.5, dtype=torch.float64)}
+    output = output_of("clip", 5) | {"logit_bias": torch.tensor(1.5, dtype=torch.float64)}
     mean = pair_terms(ClipLoss(), output).contrastive.mean()
     torch.testing.assert_close(mean, ClipLoss()(**output))
 
 
 def test_coca_records_the_unscaled_contrastive_loss():
-    output = model_output("coca", 6)
+    output = output_of("coca", 6)
     terms = pair_terms(LOSSES["coca"], output)
     torch.testing.assert_close(terms.contrastive, 2 * terms.named["contrastive_loss"])
     clip = {k: output[k] for k in ("image_features", "text_features", "logit_scale")}
@@ -125,7 +92,7 @@ def test_coca_records_the_unscaled_contrastive_loss():
 
 def test_coca_without_a_contrastive_part_keeps_its_nan_out():
     loss = CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=0.0)
-    output = model_output("coca", 6)
+    output = output_of("coca", 6)
     with torch.no_grad():
         output["image_features"][0] = math.nan
     named = pair_terms(loss, output).named
@@ -138,7 +105,7 @@ def test_coca_without_a_contrastive_part_keeps_its_nan_out():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", LOSSES)
 def test_half_precision_gives_float32_terms_near_the_loss(kind, dtype):
-    output = model_output(kind, 8, dtype=dtype)
+    output = output_of(kind, 8, dtype=dtype)
     wide = {k: v.detach().float() if v.is_floating_point() else v for k, v in output.items()}
     expected = LOSSES[kind](**wide, output_dict=True)
     for name, values in pair_terms(LOSSES[kind], output).named.items():
@@ -148,7 +115,7 @@ def test_half_precision_gives_float32_terms_near_the_loss(kind, dtype):
 
 def test_float64_stays_float64():
     for kind, loss in LOSSES.items():
-        for values in pair_terms(loss, model_output(kind, 4)).named.values():
+        for values in pair_terms(loss, output_of(kind, 4)).named.values():
             assert values.dtype == torch.float64
 
 
@@ -270,7 +237,7 @@ def test_distill_pair_losses_loop(count, seed):
 @settings(max_examples=30, deadline=None)
 @given(count=st.integers(1, 7), dim=st.integers(1, 5), seed=st.integers(0, 2**31))
 def test_official_scores_and_similarities_are_diagonals(count, dim, seed):
-    output = model_output("siglip", count, dim, seed)
+    output = output_of("siglip", count, dim, seed)
     logits = pair_logits(**output)
     per_text = logits.T
     torch.testing.assert_close(official_scores(logits), (logits @ per_text.T).diagonal())
@@ -278,7 +245,7 @@ def test_official_scores_and_similarities_are_diagonals(count, dim, seed):
 
 
 def test_scores_of_half_precision_are_float32():
-    output = model_output("clip", 4, dtype=torch.bfloat16)
+    output = output_of("clip", 4, dtype=torch.bfloat16)
     assert pair_similarities(**output).dtype == torch.float32
     assert official_scores(pair_logits(**output)).dtype == torch.float32
 
@@ -364,7 +331,7 @@ def test_a_loss_of_ones_own():
 
 
 def test_a_subclass_counts_as_its_parent():
-    output = model_output("clip", 4)
+    output = output_of("clip", 4)
     torch.testing.assert_close(
         pair_terms(MyClipLoss(), output).contrastive.mean(), ClipLoss()(**output)
     )
@@ -376,10 +343,10 @@ def test_unknown_losses_and_outputs_are_refused():
     with pytest.raises(ValueError, match="must name at least one term, got none"):
         pair_terms(NoTerms(), {"distances": torch.ones(2)})
     with pytest.raises(ValueError, match=r"OtherForward has a forward of its own, .* of ClipLoss"):
-        pair_terms(OtherForward(), model_output("clip", 4))
+        pair_terms(OtherForward(), output_of("clip", 4))
     with pytest.raises(ValueError, match=r"expected a ClipLoss, SigLipLoss.* got Linear"):
         pair_terms(nn.Linear(2, 2), {})
-    output = model_output("clip", 4)
+    output = output_of("clip", 4)
     del output["text_features"]
     with pytest.raises(ValueError, match=r"ClipLoss needs 'text_features' .* got \['image_fea"):
         pair_terms(ClipLoss(), output)
