@@ -87,7 +87,7 @@ class LaplaceLine:
         """Return the logarithms of the running sums, (*, 2, M + 1), the first of no points."""
         if self._scaled is None or self._scaled[0] is not epsilon:
             self._scaled = epsilon, self._heights / epsilon, self._shifts / epsilon
-        exponent = log_b + g / epsilon
+        exponent = torch.add(log_b, g, alpha=1.0 / float(epsilon))  # a number on a line
         ordered = along(exponent[..., None, :], self._order) + self._scaled[1]
         return torch.nn.functional.pad(ordered.logcumsumexp(-1), (1, 0), value=-torch.inf)
 
@@ -124,8 +124,8 @@ def diffusion_loop(
         step = fraction * diffusion.step(torch.expm1((f - f_next) / epsilon) * -a)
         reached = (a * f).sum(-1) + (b * g).sum(-1)
         # a plain update never lowers the dual value: where the diffusion did, take it back
-        better = (reached >= value - 1e-12 * reached.abs())[..., None]
-        f = torch.where(better, f_next + epsilon * step, plain)
+        better = (reached >= torch.sub(value, reached.abs(), alpha=1e-12))[..., None]
+        f = torch.where(better, torch.add(f_next, step, alpha=epsilon), plain)
         plain = torch.where(better, f_next, plain)
         fraction = torch.where(better, (1.2 * fraction).clamp(max=_STEP_FRACTION), 0.5 * fraction)
         value = torch.maximum(value, reached)

@@ -15,6 +15,8 @@ for eps-scaling; Walker and Ni 2011, "Anderson acceleration for fixed-point iter
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -30,7 +32,7 @@ _FIXED_ITERATIONS, _FIXED_RANGE, _FIXED_SELF_ITERATIONS = 100, 1e4, 9
 _STAGE_TOL, _STAGE_ITERATIONS = 0.03, 100
 # Iterations go on until what they would still change is below this part of tol: a small marginal
 # error is a large one of the potentials where they contract slowly.
-_REMAINING_TOL_FACTOR = 0.2
+_REMAINING_TOL_FACTOR = 1e-2
 # Iterations that Anderson's method combines; more make its equations singular.
 _ANDERSON_MEMORY = 20
 # Longest change beyond a plain update, in units of epsilon: far away the map is not linear.
@@ -38,6 +40,11 @@ _MAX_STEP_EPS = 5.0
 # Added to the Gram matrix of unit vectors, so that it can be solved; its least diagonal entry, 0
 # where a row has forgotten.
 _GRAM_RIDGE, _MIN_GRAM_DIAGONAL = 1e-12, 0.5
+
+
+# A kernel for the iterations that only lead towards the solution, and the marginal error that it
+# gets to.
+LeadIn = tuple[Kernel, float]
 
 
 class Potentials(NamedTuple):
@@ -50,8 +57,9 @@ class Potentials(NamedTuple):
 
 
 def sinkhorn_loop(
-    kernel: Kernel, log_a: Tensor, log_b: Tensor, options: SinkhornOptions, max_iterations: int
-) -> Potentials:
+    kernel: Kernel, log_a: Tensor, log_b: Tensor, options: SinkhornOptions, max_iterations: int,
+    lead_in: LeadIn | None,
+) -> Potentials:  # fmt: skip
     """Solve ``OT_eps(a, b)`` in about ``max_iterations`` iterations at most.
 
     With ``options.iterations`` there are exactly so many: one at each epsilon above the target, as
@@ -62,16 +70,21 @@ def sinkhorn_loop(
     left = max_iterations if watched else len(stages) + _FIXED_ITERATIONS
     if options.iterations is not None:
         left = options.iterations
+    quick, quick_tol = (kernel, 0.0) if lead_in is None else lead_in
+    plan = [(quick, epsilon, _STAGE_TOL, _STAGE_ITERATIONS) for epsilon in stages]
+    if lead_in is not None:
+        plan.append((quick, target, max(quick_tol, options.tol), left))
     g, taken = torch.zeros_like(log_b), 0
-    for epsilon in stages[: left - 1]:
-        most = min(_STAGE_ITERATIONS, left - taken - 1) if watched else 1
+    for each, epsilon, tol, most in plan:
+        most = 1 if not watched and epsilon is not target else most
+        most = min(most, left - taken - 1)
         if most < 1:
             break
-        tol = _STAGE_TOL if watched else None
-        _, g, iterations, _ = _iterate(kernel, log_a, log_b, g, epsilon, tol, most)
-        taken += iterations
-    tol = options.tol if watched else None
-    found = _iterate(kernel, log_a, log_b, g, target, tol, left - taken)
+        below = partial(_is_below, tol=tol) if watched else None
+        led = _iterate(each, log_a, log_b, g, epsilon, most, below)
+        g, taken = led.g, taken + led.iterations
+    converged = partial(is_converged, tol=options.tol) if watched else None
+    found = _iterate(kernel, log_a, log_b, g, target, left - taken, converged)
     return found._replace(iterations=taken + found.iterations)
 
 
@@ -105,20 +118,24 @@ def marginal_error(
 
 def _iterate(
     kernel: Kernel, log_a: Tensor, log_b: Tensor, g: Tensor, epsilon: Tensor | float,
-    tol: float | None, max_iterations: int,
+    max_iterations: int, is_done: Callable[[list[float]], bool] | None,
 ) -> Potentials:  # fmt: skip
-    """Iterate at one epsilon from g on, until the marginal error is below ``tol`` (None: never)."""
+    """Iterate at one epsilon from g on, until the marginal errors are done (None: untested)."""
     a, b = log_a.exp(), log_b.exp()
     anderson, errors = Anderson(b), list[float]()
     for k in range(max_iterations):
         f, g_next = kernel.update(epsilon, log_a, log_b, g)
-        if tol is not None:
+        if is_done is not None:
             errors.append(float(marginal_error(b, g, g_next, epsilon).max()))
-        if k + 1 == max_iterations or (tol is not None and is_converged(errors, tol)):
+        if k + 1 == max_iterations or (is_done is not None and is_done(errors)):
             break
         dual_value = (a * f).sum(-1) + (b * g).sum(-1)
         g = anderson.step(g, g_next, dual_value, epsilon)
     return Potentials(f, g_next, k + 1, errors[-1] if errors else None)
+
+
+def _is_below(errors: list[float], tol: float) -> bool:
+    return errors[-1] <= tol
 
 
 def is_converged(errors: list[float], tol: float) -> bool:
@@ -185,7 +202,7 @@ class Anderson:
 
 
 def symmetric_loop(
-    kernel: Kernel, log_a: Tensor, options: SinkhornOptions
+    kernel: Kernel, log_a: Tensor, options: SinkhornOptions, lead_in: LeadIn | None
 ) -> tuple[Tensor, Tensor]:
     """Return f of ``OT_eps(a, a)`` and its c-transform f', with ``<a, f + f'>`` a dual value.
 
@@ -193,17 +210,21 @@ def symmetric_loop(
     and f'' that keep the solution ``(f + 8 f' + 8 f'') / 17`` is the best: it contracts by
     ``max |1 - 8 q + 8 q^2| / 17 = 1 / 17``, at any epsilon, so no eps-scaling is needed.
     """
-    epsilon, a, tested = options.epsilon, log_a.exp(), kernel.x.device.type == "cpu"
+    a, tested = log_a.exp(), kernel.x.device.type == "cpu"
     most = options.iterations or (options.max_iterations if tested else _FIXED_SELF_ITERATIONS)
-    f, errors = torch.zeros_like(log_a), list[float]()
-    for k in range(most):
-        f_1, f_2 = kernel.update(epsilon, log_a, log_a, f)
-        if tested:
-            errors.append(float(marginal_error(a, f, f_1, epsilon).max()))
-            if is_converged(errors, options.tol):
-                break
-        if k + 1 < most:
-            f = (f + 8.0 * f_1 + 8.0 * f_2) / 17.0
-    if options.is_watched(kernel.x) and not errors[-1] <= options.tol:
-        warn_unconverged(errors[-1], options, len(errors))
+    f, taken, error = torch.zeros_like(log_a), 0, 0.0
+    for each, led_tol in [*([] if lead_in is None else [lead_in]), (kernel, 0.0)]:
+        errors = list[float]()
+        while taken < most - (each is not kernel):
+            f_1, f_2 = each.update(options.epsilon, log_a, log_a, f)
+            taken += 1
+            if tested:
+                error = float(marginal_error(a, f, f_1, options.epsilon).max())
+                errors.append(error)
+                if error <= led_tol or is_converged(errors, options.tol):
+                    break
+            # far from the solution the plain average is the surer
+            f = 0.5 * (f_1 + f_2) if taken == 1 else (f + 8.0 * f_1 + 8.0 * f_2) / 17.0
+    if options.is_watched(kernel.x) and not error <= options.tol:
+        warn_unconverged(error, options, taken)
     return f_1, f_2

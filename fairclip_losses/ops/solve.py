@@ -22,7 +22,7 @@ from .options import (
     runs_triton,
     warn_unconverged,
 )
-from .sinkhorn_loop import Potentials, marginal_error, sinkhorn_loop, symmetric_loop
+from .sinkhorn_loop import LeadIn, Potentials, marginal_error, sinkhorn_loop, symmetric_loop
 from .streamed import StreamedKernel
 
 # On a line, by p: costs of one row up to which they are kept in memory for Newton's method, and of
@@ -62,7 +62,7 @@ def solve_entropic(
     if options.debias:
         for k, (points, weights, logs) in enumerate(((x, a, log_a), (y, b, log_b))):
             kernel = choose_kernel(points, points, weights, weights, options)
-            before, potential = symmetric_loop(kernel, logs, options)
+            before, potential = symmetric_loop(kernel, logs, options, _lead_in(kernel, options))
             cost = cost - 0.5 * (weights * (before + potential)).sum(-1)
             selves[k] = _Side(potential, kernel, logs, before)
     slopes = [
@@ -144,13 +144,17 @@ def _solve_between(
         most = options.max_iterations
         if dense is not None:
             most = min(most, _ITERATIONS_BEFORE_NEWTON)
-        found = sinkhorn_loop(kernel, log_a, log_b, options, most)
+        found = sinkhorn_loop(kernel, log_a, log_b, options, most, _lead_in(kernel, options))
         error, taken = found.marginal_error, found.iterations
         if dense is None or error is None or error <= options.tol:
             if error is not None and not error <= options.tol:
                 warn_unconverged(error, options, taken)
             return found
     return newton(dense, log_a, log_b, options, None, taken)
+
+
+def _lead_in(kernel: Kernel, options: SinkhornOptions) -> LeadIn | None:
+    return kernel.in_float32(options.epsilon) if isinstance(kernel, StreamedKernel) else None
 
 
 def _points_slope(weights: Tensor, side: _Side, own: _Side | None, epsilon: float) -> Tensor:

@@ -22,14 +22,16 @@ _TILE_ENTRIES, _TILE_ENTRIES_OF_ACCELERATOR = 2**17, 2**23
 # What absent points have for the log of a weight: their own potential is found in the same pass as
 # the others', and rows leave them out by the factor 0.
 _MIN_LOG_WEIGHT = -60.0
-
-Index = tuple[int, ...]
+# Error of an exponent up to which float32 leads towards the solution, and the marginal error where
+# its rounding stops that at the best.
+_MAX_EXPONENT_ERROR, _FLOAT32_TOL = 1e-3, 1e-5
 
 
 class _Tile(NamedTuple):
     """Some rows of the kernel under one row of weights."""
 
     rows: tuple[int | slice, ...]  # the row of weights and the points of x, an index of (*, N)
+    start: int  # the first of these points
     weight: Tensor  # (n, M), exp((g_j - C_ij) / eps + log b_j) by a factor of each row
     total: Tensor  # (n,), its sum over the points that are present
     log_factor: Tensor  # (n,)
@@ -45,10 +47,26 @@ class _Tile(NamedTuple):
 
 
 class StreamedKernel:
-    """See `Kernel`; nothing of size N x M is held."""
+    """See `Kernel`; nothing of size N x M is held. Tiles have the points' dtype."""
 
     def __init__(self, x: Tensor, y: Tensor, p: int) -> None:
         self.x, self.y, self.p = x, y, p
+
+    def in_float32(self, epsilon: float) -> tuple[StreamedKernel, float] | None:
+        """Return the kernel in float32, twice as fast, and the marginal error it can get to.
+
+        It is for iterations that only lead towards the solution. None off the CPU, and where its
+        exponents would be off by more than `_MAX_EXPONENT_ERROR`.
+        """
+        if self.x.dtype != torch.float64 or self.x.device.type != "cpu":
+            return None
+        reach = max(float(points.square().sum(-1).max()) for points in (self.x, self.y)) ** 0.5
+        error = 2.0 * reach**self.p / epsilon * torch.finfo(torch.float32).eps
+        if error > _MAX_EXPONENT_ERROR:
+            return None
+        x = self.x.float()
+        y = x if self.y is self.x else self.y.float()
+        return StreamedKernel(x, y, self.p), max(_FLOAT32_TOL, error)
 
     @property
     def transposed(self) -> StreamedKernel:
@@ -69,12 +87,13 @@ class StreamedKernel:
         """See `Kernel.update`: one pass, as a tile of rows gives its part of the columns' sums."""
         lead = broadcast_shapes(self._lead(log_b, g), log_a.shape[:-1])
         a = log_a.exp().expand(*lead, -1)
-        log_sum, columns = g.new_empty(a.shape), g.new_zeros(*lead, g.shape[-1])
+        log_sum, columns = g.new_empty(a.shape), self.x.new_zeros(*lead, g.shape[-1])
         for tile in self._tiles(epsilon, log_b, g, lead):
             log_sum[tile.rows] = tile.log_sum
-            columns[tile.rows[:-1]].addmv_(tile.weight.T, a[tile.rows] / tile.total)
+            share = a[tile.rows].to(tile.total.dtype) / tile.total
+            columns[tile.rows[:-1]].addmv_(tile.weight.T, share)
         # A sum that underflows raises the potential by some 700 epsilon at most.
-        log_columns = columns.clamp_(min=torch.finfo(a.dtype).tiny).log_()
+        log_columns = columns.clamp_(min=torch.finfo(columns.dtype).tiny).log_()
         return -epsilon * log_sum, g - epsilon * (log_columns - log_b.clamp(min=_MIN_LOG_WEIGHT))
 
     def gradient(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
@@ -84,7 +103,9 @@ class StreamedKernel:
         for tile in self._tiles(epsilon, log_b, g, lead):
             weight, scale, shares = tile.weight, tile.total, tile.total
             if tile.distance is not None:  # unit vectors, and 0 where the points meet
-                weight.div_(tile.distance).masked_fill_(tile.distance == 0, 0.0)
+                weight.div_(tile.distance)
+                if self.x is self.y:
+                    weight.diagonal(tile.start).zero_()
                 scale, shares = epsilon * tile.total, weight @ tile.present
             towards = shares[:, None] * tile.x - weight @ tile.y
             found[tile.rows] = towards.div_(scale[:, None])
@@ -103,8 +124,8 @@ class StreamedKernel:
         entries = _TILE_ENTRIES if self.x.device.type == "cpu" else _TILE_ENTRIES_OF_ACCELERATOR
         size = max(entries // m, 1)
         log_weights = log_b.clamp(min=_MIN_LOG_WEIGHT)
-        heights = (log_weights + g / epsilon).expand(*lead, m)
-        presents = (log_b - log_weights).exp_().expand(*lead, m)
+        heights = (log_weights + g / epsilon).to(self.x.dtype).expand(*lead, m)
+        presents = (log_b - log_weights).exp_().to(self.x.dtype).expand(*lead, m)
         xs, ys = (points.expand(*lead, *points.shape[-2:]) for points in (self.x, self.y))
         for index in itertools.product(*map(range, lead)):
             x = xs[index]
@@ -119,7 +140,7 @@ class StreamedKernel:
                 weight.sub_(largest[:, None]).exp_()
                 log_factor = largest if exponents.row is None else largest + exponents.row[points]
                 yield _Tile(
-                    (*index, points), weight, weight @ present, log_factor, distance,
+                    (*index, points), start, weight, weight @ present, log_factor, distance,
                     x[points], y, present,
                 )  # fmt: skip
 
@@ -145,7 +166,8 @@ class _Exponents:
             column = transposed.square().sum(0, keepdim=True)
             self._y = torch.cat([transposed, torch.ones_like(column), column])
             # below this a squared distance is rounding
-            self._least = 8.0 * torch.finfo(x.dtype).eps * square.amax()
+            rounding = torch.finfo(x.dtype)
+            self._least = (8.0 * rounding.eps * square.amax()).clamp(min=rounding.tiny)
         self._buffers = x.new_empty(3 - p, min(size, len(x)), len(y))
 
     def tile(self, points: slice) -> tuple[Tensor, Tensor | None]:
