@@ -85,7 +85,7 @@ def check_weights(weights: Tensor | None, name: str) -> None:
 
 def check_finite(points: Tensor, weights: Sequence[Tensor | None], name: str) -> Tensor:
     """Refuse NaN and infinite points that a row of any weights uses; return the absent as 0."""
-    if within(points, -math.inf):
+    if math.isfinite(points.detach().sum()):  # one pass; an overflow is looked at again
         return points
     bad = ~torch.isfinite(points).all(-1)
     used = torch.zeros_like(bad)
