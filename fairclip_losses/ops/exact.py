@@ -83,17 +83,21 @@ class _ExactCost(torch.autograd.Function):
         points_x = _settled(x[..., 0], a, b) if y is None else _settled(x[..., 0], a)
         points_y = None if y is None else _settled(y[..., 0], b)
         cost, saved, tied = (_areas if p == 1 else _coupling)(points_x, points_y, a, b)
+        has_mass = _has_mass(a, b)
+        if has_mass is not None:
+            cost = cost * has_mass
         ctx.p, ctx.tied = p, tied
-        ctx.save_for_backward(x, y, a, b, *saved)
+        ctx.save_for_backward(x, y, a, b, has_mass, *saved)
         double = x.dtype == torch.float64 or (y is not None and y.dtype == torch.float64)
-        return _of_measures(cost, a, b).to(torch.float64 if double else torch.float32)
+        return cost.to(torch.float64 if double else torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, y, a, b, *saved = ctx.saved_tensors
+        x, y, a, b, has_mass, *saved = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * 4
         with torch.no_grad():
-            grad = _of_measures(grad.to(working_dtype(x.device)), a, b)
+            if has_mass is not None:
+                grad = grad * has_mass
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
                 by_points = _area_gradients if ctx.p == 1 else _coupling_gradients
                 shapes = x.shape[:-1], None if y is None else y.shape[:-1]
@@ -124,35 +128,38 @@ def _settled(points: Tensor, *weights: Tensor | None) -> Tensor:
     return torch.where(used, points, total / used.sum().clamp(min=1))
 
 
-def _sums(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weights whose sum is a number, and that sum, (*, 1)."""
-    dtype = working_dtype(weights.device)
-    if weights.dtype == dtype:  # else their sum cannot overflow
-        largest = weights.amax(-1, keepdim=True)
-        weights = weights / torch.where(largest > 0, largest, 1.0)
-    return weights, weights.sum(-1, keepdim=True, dtype=dtype)
+def _scaled(weights: Tensor) -> Tensor:
+    """Return weights of which the sum of a row cannot overflow."""
+    if weights.dtype != working_dtype(weights.device):
+        return weights
+    largest = weights.amax(-1, keepdim=True)
+    return weights / torch.where(largest > 0, largest, 1.0)
 
 
 def _normalised(weights: Tensor | None, points: Tensor) -> Tensor:
     """Return weights whose rows sum to one, or are zeros."""
+    dtype = working_dtype(points.device)
     if weights is None:
         n = points.shape[-1]
-        return torch.full((n,), 1.0 / n, dtype=working_dtype(points.device), device=points.device)
-    weights, total = _sums(weights)
-    return weights / total.clamp_(min=torch.finfo(total.dtype).tiny)
+        return torch.full((n,), 1.0 / n, dtype=dtype, device=points.device)
+    weights = _scaled(weights)
+    total = weights.sum(-1, keepdim=True, dtype=dtype)
+    return weights / total.clamp_(min=torch.finfo(dtype).tiny)
 
 
-def _may_tie(*gaps: Tensor) -> bool:
+def _has_mass(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Return which rows have two measures, (*,); None: all."""
+    given = [weights.any(-1) for weights in (a, b) if weights is not None]
+    if not given or (is_readable(given[0]) and all([bool(rows.all()) for rows in given])):
+        return None
+    return given[0] if len(given) == 1 else given[0] & given[1]
+
+
+def _may_tie(*ordered: Tensor) -> bool:
     """Whether points may coincide. Without ties a gradient takes fewer calls."""
-    return not (is_readable(gaps[0]) and all([bool(gap.all()) for gap in gaps]))
-
-
-def _of_measures(costs: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
-    """Return costs, or their gradients, (*,): 0 where a row has no weight."""
-    for weights in (a, b):
-        if weights is not None:
-            costs = costs * weights.any(-1)
-    return costs
+    if not is_readable(ordered[0]):
+        return True
+    return not all([bool((points[..., 1:] > points[..., :-1]).all()) for points in ordered])
 
 
 def _by_weights(weights: Tensor | None, potential: Tensor, grad: Tensor) -> Tensor | None:
@@ -182,9 +189,8 @@ def _areas(
     points, order = points.sort(dim=-1)
     points, surplus = points.to(surplus.dtype), along(surplus, order)
     excess = pad(surplus.cumsum(-1)[..., :-1], (1, 1))
-    gap = points.diff(dim=-1)
-    cost = (excess[..., 1:-1].abs() * gap).sum(-1)
-    return cost, (points, order, surplus, excess), _may_tie(gap)
+    cost = (excess[..., 1:-1].abs() * points.diff(dim=-1)).sum(-1)
+    return cost, (points, order, surplus, excess), _may_tie(points)
 
 
 def _side_by_side(one: Tensor, other: Tensor) -> Tensor:
@@ -233,26 +239,28 @@ def _coupling(
         y, order_y = y.sort(dim=-1)
         y = y.to(dtype)
     n = x.shape[-1]
-    begins = _side_by_side(_begins(a, order_x, dtype), _begins(b, order_y, dtype)[..., 1:])
+    one, other = _between(a, order_x, dtype), _between(b, order_y, dtype)
+    lead = broadcast_shapes(one.shape[:-1], other.shape[:-1])
+    zero = one.new_zeros(1).expand(*lead, 1)
+    begins = torch.cat([zero, one.expand(*lead, -1), other.expand(*lead, -1)], -1)
     begins, source = begins.sort(dim=-1, stable=True)
     at_y = (source >= n).cumsum(-1)
     mass = pad(begins[..., 1:], (0, 1), value=1.0) - begins
     at_x = torch.arange(at_y.shape[-1], device=x.device) - at_y
     shift = along(x, at_x) - along(x if y is None else y, at_y)
     moved = mass * shift
-    cost = (moved * shift).sum(-1) * 0.5
-    tied = not is_readable(x) or _may_tie(*[z.diff(dim=-1) for z in (x, y) if z is not None])
-    return cost, (x, x if y is None else y, order_x, order_y, at_y, moved), tied
+    cost = (moved * shift).sum(-1).mul_(0.5)
+    tied = _may_tie(x) if y is None else _may_tie(x, y)
+    return cost, (x, x if y is None else y, order_x, order_y, at_x, at_y, moved), tied
 
 
-def _begins(weights: Tensor | None, order: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the cumulative weights, of sum one, before each point in order, (*, N)."""
-    n = order.shape[-1]
+def _between(weights: Tensor | None, order: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the cumulative weights, of sum one, between the points in order, (*, N - 1)."""
     if weights is None:
-        return torch.arange(n, dtype=dtype, device=order.device).div_(n)
-    weights, total = _sums(weights)
-    sums = pad(along(weights, order).cumsum(-1, dtype=dtype), (1, 0))
-    return sums[..., :-1] / total.clamp_(min=torch.finfo(total.dtype).tiny)
+        n = order.shape[-1]
+        return torch.arange(1, n, dtype=dtype, device=order.device).div_(n)
+    sums = along(_scaled(weights), order).cumsum(-1, dtype=dtype)
+    return sums[..., :-1] / sums[..., -1:].clamp(min=torch.finfo(dtype).tiny)
 
 
 def _coupling_gradients(
@@ -260,8 +268,7 @@ def _coupling_gradients(
     shapes: tuple[torch.Size, torch.Size | None], tied: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Return the gradients in x and y of ``W_2^2 / 2`` whose own is ``grad``."""
-    x, y, order_x, order_y, at_y, moved = saved
-    at_x = torch.arange(at_y.shape[-1], device=x.device) - at_y
+    x, y, order_x, order_y, at_x, at_y, moved = saved
     moved = moved * grad[..., None]
     by_x = _gathered(moved, at_x, x, order_x, a, tied)
     by_y = _gathered(moved, at_y, y, order_y, b, tied)
@@ -294,8 +301,8 @@ def _potentials(
     """Return Kantorovich potentials f (*, N) and g (*, M), each up to a constant."""
     if p == 2:
         x, y, order_x, order_y, *_ = saved
-        begins_x, begins_y = _begins(a, order_x, x.dtype), _begins(b, order_y, y.dtype)
-        f, g = _potential(x, begins_x, y, begins_y), _potential(y, begins_y, x, begins_x)
+        one, other = _between(a, order_x, x.dtype), _between(b, order_y, y.dtype)
+        f, g = _potential(x, one, y, other), _potential(y, other, x, one)
         return unsort(f, order_x), unsort(g, order_y)
     # A unit of mass at a point adds to A - B in every gap behind it.
     points, order, _, excess = saved
@@ -306,19 +313,17 @@ def _potentials(
     return f[..., :n], -f[..., -m:]
 
 
-def _potential(x: Tensor, begins_x: Tensor, y: Tensor, begins_y: Tensor) -> Tensor:
-    """Return f at the points x in order: ``f' = x - Q_b`` at the cumulative weight between them.
+def _potential(x: Tensor, weight_x: Tensor, y: Tensor, weight_y: Tensor) -> Tensor:
+    """Return f at the points x in order, from the cumulative weights between points: f' = x - Q_b.
 
-    Where a point of b begins there, Q_b is the mean of both sides.
+    Where that is between two points of y, Q_b is their mean.
     """
-    step = SAME_WEIGHT
-    lead = broadcast_shapes(begins_x.shape[:-1], begins_y.shape[:-1])
-    begins_y = begins_y.expand(*lead, -1).contiguous()
+    lead = broadcast_shapes(weight_x.shape[:-1], weight_y.shape[:-1])
+    weight_y = weight_y.expand(*lead, -1).contiguous()
     partner: Tensor | float = 0.0
-    for between in (begins_x[..., 1:] - step, begins_x[..., 1:] + step):
+    for shift in (-SAME_WEIGHT, SAME_WEIGHT):
         # Absent points at the ends are no partners.
-        level = between.clamp(step, 1.0 - step).expand(*lead, -1).contiguous()
-        at = torch.searchsorted(begins_y, level).sub_(1).clamp_(min=0)
-        partner = partner + along(y, at)
+        level = (weight_x + shift).clamp(SAME_WEIGHT, 1.0 - SAME_WEIGHT).expand(*lead, -1)
+        partner = partner + along(y, torch.searchsorted(weight_y, level.contiguous()))
     rise = 0.5 * x.diff(dim=-1) * (x[..., 1:] + x[..., :-1] - partner)
     return pad(rise.cumsum(-1), (1, 0))

@@ -298,7 +298,7 @@ def _refuse_bad_weights(weights: Tensor | None, name: str) -> None:
 
 def _refuse_bad_points(points: Tensor, weights: Sequence[Tensor | None], name: str) -> Tensor:
     """Refuse NaN and infinite points that a row of any weights uses; return the absent as 0."""
-    if all_at_least(points, -math.inf):
+    if math.isfinite(points.detach().sum()):  # one pass; an overflow is looked at again
         return points
     bad = ~torch.isfinite(points).all(-1)
     used = torch.zeros_like(bad)
