@@ -372,9 +372,9 @@ def shards_of(tmp_path, member, sizes=SIZES):
         ),
         (lambda number: {"race": number + 0.5}, ("race",), "expected a code from 0 to 63, or"),
         (lambda number: {"race": 64}, ("race",), "LABEL,LABEL,..., got 64"),
-        (lambda number: {"race": None}, ("race",), "no known code; give the labels: race=LABEL"),
-        (attributes_of, ("race=asian,black",), "have none of the labels 'asian', 'black'"),
-        (attributes_of, ("race=asian,*",), "have none of the labels 'asian', but 'Asian'"),
+        (lambda number: {"race": None}, ("race",), "race=LABEL,LABEL,..., got no known value"),
+        (attributes_of, ("race=asian,black",), "expected one of 'asian', 'black', got 'Asian'"),
+        (attributes_of, ("race=asian,*",), "expected one of 'asian', got none, but 'Asian', "),
         (attributes_of, ("race=Asian,,White",), "stands for an unknown value"),
         (
             attributes_of,
