@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +11,10 @@ from torch import Tensor
 
 from ..checks import broadcast_shapes
 from ..laplace_line import LaplaceLine
+from ..line_newton import join_rows
 from ..options import SinkhornOptions
-from ..solution import EntropicSolution, Slopes
-from .arrays import Array, Shape, stretch
+from ..solution import EntropicSolution
+from .arrays import Array, Shape
 from .gauss.rows import Rows, clouds, within_blocks
 from .gauss.solver import SmoothSolver, marginal_error
 from .host_solver import Between
@@ -49,9 +49,7 @@ def solve_on_host(
     """
     if options.p == 2:
         return _solve_smooth(x, y, a, b, options, potentials)
-    if _rows_of_points(x, y) > 1:
-        return _solve_row_by_row(x, y, a, b, options, potentials)
-    return _solve_on_one_line(x, y, a, b, options, potentials)
+    return _solve_laplace(x, y, a, b, options, potentials)
 
 
 def marginal_error_on_host(
@@ -93,23 +91,36 @@ def _solve_smooth(
     return _assemble(a, b, (lead_a, lead_b, lead), between, own, potentials)
 
 
-def _solve_on_one_line(
+def _solve_laplace(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, potentials: bool
 ) -> EntropicSolution:
-    """Solve p = 1 where all rows share their points."""
-    lead_a, lead_b = a.shape[:-1], b.shape[:-1]
-    lead = broadcast_shapes(x.shape[:-2], y.shape[:-2], lead_a, lead_b)
-    points = x.detach().reshape(-1).numpy()
-    others = points if y is x else y.detach().reshape(-1).numpy()
-    one, other = a.detach().numpy(), b.detach().numpy()
-    line = LaplaceLine(points, others, options)
-    rows_a = one if math.prod(lead_a) == 1 else stretch(one, lead)
-    rows_b = stretch(other, lead)
-    found = line.between(rows_a.reshape(-1, one.shape[-1]), rows_b.reshape(-1, other.shape[-1]))
-    own = None
-    if options.debias:
-        own = line.within(one.reshape(-1, one.shape[-1]), other.reshape(-1, other.shape[-1]))
-    return _assemble(a, b, (lead_a, lead_b, lead), found, own, potentials)
+    """Solve p = 1: all rows on one line, or each on the line of its own points."""
+    lead = broadcast_shapes(x.shape[:-2], y.shape[:-2], a.shape[:-1], b.shape[:-1])
+    is_shared = _rows_of_points(x, y) == 1
+    lead_a, lead_b = (a.shape[:-1], b.shape[:-1]) if is_shared else (lead, lead)
+    points_x, points_y = (
+        t.detach().reshape(1, -1).numpy() if is_shared else _rows(t[..., 0], lead) for t in (x, y)
+    )
+    own_a, own_b = _rows(a, lead_a), _rows(b, lead_b)
+    every_a = own_a if len(own_a) == 1 else _rows(a, lead)
+    every_b = _rows(b, lead)
+    between, within = [], []
+    for k, own_x in enumerate(points_x):
+        rows = slice(None) if is_shared else slice(k, k + 1)
+        line = LaplaceLine(own_x, own_x if y is x else points_y[k], options)
+        between.append(line.between(every_a[rows], every_b[rows]))
+        if options.debias:
+            within.append(line.within(own_a[rows], own_b[rows]))
+    one, other = zip(*within, strict=True) if within else ((), ())
+    own = (join_rows(list(one)), join_rows(list(other))) if within else None
+    return _assemble(a, b, (lead_a, lead_b, lead), join_rows(between), own, potentials)
+
+
+def _rows(values: Tensor, lead: Shape) -> Array:
+    """Return values (*, N) as rows (R, N) of the leading dimensions."""
+    count = values.shape[-1]
+    rows: Array = values.detach().expand(*lead, count).reshape(-1, count).numpy()
+    return rows
 
 
 def _assemble(
@@ -136,29 +147,3 @@ def _assemble(
         cost, (in_x[..., None], in_y[..., None], *in_weights), transport, f, g, self_x, self_y,
         between[5],
     )  # fmt: skip
-
-
-def _solve_row_by_row(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, potentials: bool
-) -> EntropicSolution:
-    """Solve rows that have points of their own."""
-    lead = broadcast_shapes(x.shape[:-2], y.shape[:-2], a.shape[:-1], b.shape[:-1])
-    rows_x, rows_y = (t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (x, y))
-    rows_a, rows_b = (t.expand(*lead, -1).reshape(-1, t.shape[-1]) for t in (a, b))
-    found = []
-    for own_x, own_y, own_a, own_b in zip(rows_x, rows_y, rows_a, rows_b, strict=True):
-        same = own_x if y is x else own_y
-        found.append(solve_on_host(own_x, same, own_a, own_b, options, potentials))
-
-    def stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
-        there = [part for part in parts if part is not None]
-        return torch.stack(there).view(*lead, *there[0].shape) if there else None
-
-    cost, transport, f, g, f_self, g_self = (
-        stacked([getattr(row, name) for row in found])
-        for name in ("cost", "transport_cost", "f", "g", "f_self", "g_self")
-    )
-    assert cost is not None and transport is not None and f is not None and g is not None
-    slopes = tuple(stacked(part) for part in zip(*(row.slopes for row in found), strict=True))
-    rounds = max(row.rounds for row in found)
-    return EntropicSolution(cost, cast(Slopes, slopes), transport, f, g, f_self, g_self, rounds)
