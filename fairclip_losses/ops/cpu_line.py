@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,11 +11,10 @@ from torch import Tensor
 
 from .gauss_line import Measure, marginal_error, solve_between, solve_within
 from .laplace_line import LaplaceLine
-from .line_newton import Array, Between, Within
+from .line_newton import Array, Between, Within, join_rows
 from .options import EntropicSolution, SinkhornOptions, broadcast_shapes
 
 Shape = tuple[int, ...]
-Solved = TypeVar("Solved", Between, Within)
 
 
 def solves_on_cpu(x: Tensor, y: Tensor, options: SinkhornOptions) -> bool:
@@ -39,10 +37,10 @@ def solve_on_cpu(
     if options.p == 2:
         one, other = _measures(x, a, lead_a), _measures(y, b, lead_b)
         pairs = zip(_expand(one, lead_a, lead), _expand(other, lead_b, lead), strict=True)
-        between = _join([solve_between(*pair, options, potentials) for pair in pairs])
+        between = join_rows([solve_between(*pair, options, potentials) for pair in pairs])
         if options.debias:  # a measure that rows share is solved against itself once
             within = [[solve_within(row, options, potentials) for row in s] for s in (one, other)]
-            own = _join(within[0]), _join(within[1])
+            own = join_rows(within[0]), join_rows(within[1])
     elif x.shape[:-2].numel() == y.shape[:-2].numel() == 1:
         (points,) = _rows(x[..., 0], ())
         line = LaplaceLine(points, points if y is x else _rows(y[..., 0], ())[0], options)
@@ -55,10 +53,10 @@ def solve_on_cpu(
         rows = [_rows(part, lead) for part in (x[..., 0], y[..., 0], a, b)]
         lines = [LaplaceLine(one, other, options) for one, other in zip(*rows[:2], strict=True)]
         weighted = [(line, u[None], v[None]) for line, u, v in zip(lines, *rows[2:], strict=True)]
-        between = _join([line.between(u, v) for line, u, v in weighted])
+        between = join_rows([line.between(u, v) for line, u, v in weighted])
         if options.debias:
             both = [line.within(u, v) for line, u, v in weighted]
-            own = _join([pair[0] for pair in both]), _join([pair[1] for pair in both])
+            own = join_rows([pair[0] for pair in both]), join_rows([pair[1] for pair in both])
     return _assemble(a, b, (lead_a, lead_b, lead), between, own, potentials)
 
 
@@ -112,10 +110,3 @@ def _expand(measures: list[Measure], own: Shape, lead: Shape) -> list[Measure]:
     """Return the measure of each of the rows to which they broadcast."""
     which = np.broadcast_to(np.arange(len(measures)).reshape(own), lead).reshape(-1)
     return [measures[k] for k in which]
-
-
-def _join(rows: list[Solved]) -> Solved:
-    """Put the rows of several solutions one after the other."""
-    columns = zip(*rows, strict=True)
-    parts: Any = (np.concatenate(c) if isinstance(c[0], np.ndarray) else max(c) for c in columns)
-    return type(rows[0])(*parts)
