@@ -229,7 +229,7 @@ def test_blocks_of_rows_are_the_rows(p, debias):
     rows = torch.stack([a, a.flip(0), a, a + 1, a]).requires_grad_()
     found = []
     for at_once in (2**18, 100):
-        with mock.patch("fairclip_losses.ops.host.laplace.solver._AT_ONCE", at_once):
+        with mock.patch("fairclip_losses.ops.laplace_line.BLOCK", at_once):
             point = x.clone().requires_grad_()
             cost = sinkhorn_divergence(point, y, rows, b, p=p, blur=0.2, debias=debias)
             found.append((cost, *torch.autograd.grad(cost.sum(), (point, rows))))

@@ -20,6 +20,7 @@ from .line_newton import (
     DualState,
     Within,
     heavy_ball_within,
+    join_rows,
     log_weights,
     newton_between,
 )
@@ -42,6 +43,8 @@ MAX_LOG_COUPLING = 30.0
 MIN_DAMPING = 1e-10
 # Least density of the start: where it is 0 and nothing crosses, the slope is 0.
 MIN_DENSITY = 1e-290
+# Weights of the rows that are solved at once: their arrays stay in the processor's cache.
+BLOCK = 2**16
 # Fewest points of a line: LAPACK's wrappers take no fewer.
 MIN_POINTS = 3
 
@@ -50,37 +53,50 @@ class LaplaceLine:
     """Solves p = 1 for points x (N,) and y (M,)."""
 
     def __init__(self, x: Array, y: Array, options: SinkhornOptions) -> None:
-        self.options, self.epsilon = options, options.epsilon
+        self.options = options
         points = x if y is x else np.concatenate([x, y])
         z, places = np.unique(points, return_inverse=True)
         self._x, self._y = places[: x.size], places[-y.size :]
         if z.size < MIN_POINTS:
             z = np.concatenate([z, np.repeat(z[-1:], MIN_POINTS)])
-        self._kernel = LaplaceKernel(z, self.epsilon)
+        self._kernel = LaplaceKernel(z, options.epsilon)
 
     def between(self, a: Array, b: Array) -> Between:
         """Solve ``OT_eps(a, b)`` for weights a (1 or R, N) and b (R, M)."""
-        kernel, a, b = self._kernel, self._spread(a, self._x), self._spread(b, self._y)
+        a, b = self._spread(a, self._x), self._spread(b, self._y)
+        blocks = self._blocks(b)
+        return join_rows([self._between(a if len(a) == 1 else a[k], b[k]) for k in blocks])
+
+    def within(self, a: Array, b: Array) -> tuple[Within, Within]:
+        """Solve ``OT_eps(a, a)`` and ``OT_eps(b, b)`` for weights (R, N) and (S, M)."""
+        both = np.concatenate([self._spread(a, self._x), self._spread(b, self._y)])
+        cost, f, grad = join_rows([self._within(both[k]) for k in self._blocks(both)])
+        one, other = np.s_[: len(a)], np.s_[len(a) :]
+        return (
+            Within(cost[one], f[one, self._x], grad[one, self._x]),
+            Within(cost[other], f[other, self._y], grad[other, self._y]),
+        )
+
+    def _between(self, a: Array, b: Array) -> Between:
+        kernel, epsilon = self._kernel, self.options.epsilon
         best, iterations = newton_between(
             kernel, a, b, closed_form_start(kernel, a, b), self.options
         )
         f, g = best.f_next, best.g
         cost = (a * f).sum(-1) + (b * g).sum(-1)
-        grad_x = kernel.mean_sign(log_weights(b) + g / self.epsilon)[:, self._x]
-        grad_y = kernel.mean_sign(log_weights(a) + f / self.epsilon)[:, self._y]
+        grad_x = kernel.mean_sign(log_weights(b) + g / epsilon)[:, self._x]
+        grad_y = kernel.mean_sign(log_weights(a) + f / epsilon)[:, self._y]
         return Between(cost, f[:, self._x], g[:, self._y], grad_x, grad_y, iterations)
 
-    def within(self, a: Array, b: Array) -> tuple[Within, Within]:
-        """Solve ``OT_eps(a, a)`` and ``OT_eps(b, b)`` for weights (R, N) and (S, M)."""
-        both = np.concatenate([self._spread(a, self._x), self._spread(b, self._y)])
-        f, f_next = heavy_ball_within(self._kernel, both, self.options)
-        cost = (both * (f + f_next)).sum(-1)
-        grad = self._kernel.mean_sign(log_weights(both) + f / self.epsilon)
-        one, other = np.s_[: len(a)], np.s_[len(a) :]
-        return (
-            Within(cost[one], f_next[one][:, self._x], grad[one][:, self._x]),
-            Within(cost[other], f_next[other][:, self._y], grad[other][:, self._y]),
-        )
+    def _within(self, a: Array) -> Within:
+        """Solve for weights a (R, K) of all points of the line."""
+        f, f_next = heavy_ball_within(self._kernel, a, self.options)
+        grad = self._kernel.mean_sign(log_weights(a) + f / self.options.epsilon)
+        return Within((a * (f + f_next)).sum(-1), f_next, grad)
+
+    def _blocks(self, weights: Array) -> list[slice]:
+        size = max(BLOCK // weights.shape[-1], 1)
+        return [slice(k, k + size) for k in range(0, len(weights), size)]
 
     def _spread(self, weights: Array, places: Array) -> Array:
         """Put weights (R, N) of the points at these places on the line: (R, K)."""
@@ -181,14 +197,15 @@ class LaplaceKernel:
     def _gather(self, masses: Array) -> Array:
         """Divide masses (R, K) between the nodes on either side: (R, J)."""
         after = masses * self._part
-        gathered = np.add.reduceat(masses - after, self._nodes, -1)
+        gathered: Array = np.add.reduceat(masses - after, self._nodes, -1)
         gathered[:, 1:] += np.add.reduceat(after, self._nodes, -1)[:, :-1]
         return gathered
 
     def _interpolate(self, values: Array) -> Array:
         """Read values (R, J) of the nodes at all points: (R, K)."""
         change = np.diff(values, append=0.0)
-        return values[:, self._node] + self._part * change[:, self._node]
+        read: Array = values[:, self._node] + self._part * change[:, self._node]
+        return read
 
     def _scaled(self, exponent: Array) -> tuple[Array, Array]:
         """Return what the logs of the products are near to, and the weights in that scale.
@@ -206,10 +223,8 @@ class LaplaceKernel:
     def _product(self, scale: Array, weight: Array) -> Array:
         """Multiply scaled weights, which are overwritten, with the scaled kernel."""
         if not self._is_long:
-            product: Array = dpttrs(self._diagonal, -self._fade[:-1], weight.T, overwrite_b=True)[
-                0
-            ].T
-            return product
+            solved: Array = dpttrs(self._diagonal, self._below, weight.T, overwrite_b=True)[0]
+            return solved.T
         rise, fall = self._fading(scale)
         return _solve_factors(-rise, self._diagonal, -fall * self._diagonal, weight)
 

@@ -1,14 +1,14 @@
 """What the CPU solvers on a line share: Newton's method on the dual, and the loop for self-terms.
 
-With f the unknown, ``g = softmin f`` meets b, and the coupling P has a first marginal ``P 1`` that
-differs from a. Newton's step solves ``(diag(P 1) - P diag(1 / b) P^T) d = a - P 1``, d in units of
-epsilon; how, the kernel knows. Arrays are (R, N) and (R, M): R rows at once, or a single one.
+For a potential f, ``g = softmin f`` meets b, and the first marginal of the coupling P differs from
+a. Newton's step d, in units of epsilon, solves ``(diag(P 1) - P diag(1 / b) P^T) d = a - P 1``;
+how, the kernel knows. Arrays are (R, N) and (R, M): R rows at once, or a single one.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,16 +27,13 @@ CUMULATIVE_WEIGHT_TOL = 1e-14
 
 # Most iterations where the options leave more: Newton takes some 5 to 25, the heavy ball 12.
 MAX_NEWTON_ITERATIONS, MAX_SELF_ITERATIONS = 40, 100
-# Longest change of a potential in the first step, in units of epsilon: far from the optimum the
-# quadratic model of an exponential holds no further. And the Levenberg-Marquardt damping then,
-# which falls with the square of that length: clusters coupled by next to nothing would be moved by
-# any number, at a wrong balance of masses, and leave no part of a step for the others.
+# Longest first step, in units of epsilon: the quadratic model of an exponential holds no further.
+# And the Levenberg-Marquardt damping then, which falls with the square of that length: clusters
+# coupled by next to nothing would be moved by any number, and leave no part of a step for others.
 MAX_STEP_EPS, DAMPING = 5.0, 1e-5
-# Newton's method goes on to this part of ``tol``: where clusters lie many blurs apart the dual is
-# flat, and a small marginal error is a large one of the potentials. Below ``tol`` rounding may end
-# that: so many steps in a row do not halve the error, or the next step (shorter than the last one
-# as the error is smaller) would be this part of ``tol``, in units of epsilon.
-NEWTON_TOL_FACTOR, STALLED_STEPS, NEXT_STEP_TOL_FACTOR = 1e-3, 3, 0.1
+# Newton's method goes on to this part of ``tol`` while each step halves the error at least: where
+# clusters lie many blurs apart a small marginal error is a large one of the potentials.
+NEWTON_TOL_FACTOR = 1e-3
 # Self-terms go on to this part of ``tol``: between measures that hardly differ the divergence is a
 # small difference of them.
 SELF_TOL_FACTOR = 1e-3
@@ -96,6 +93,18 @@ class Within(NamedTuple):
     grad: Array  # (R, N) gradient of half the cost in each point, per unit of its mass
 
 
+Solved = TypeVar("Solved", Between, Within)
+
+
+def join_rows(parts: list[Solved]) -> Solved:
+    """Put the rows of some solutions one after the other; the most iterations count."""
+    joined: list[Any] = [
+        max(column) if isinstance(column[0], int) else np.concatenate(column)
+        for column in zip(*parts, strict=True)
+    ]
+    return type(parts[0])(*joined)
+
+
 def log_weights(weights: Array) -> Array:
     """Return logs of weights, `LOG_ZERO` of 0."""
     logs: Array = np.log(np.where(weights > 0, weights, 1.0))
@@ -128,7 +137,7 @@ def newton_between(
 
     Each row has a trust region: a step that lowers its dual value is taken back and shortened.
     """
-    epsilon, tol, fixed = kernel.epsilon, options.tol, options.iterations is not None
+    epsilon, tol = kernel.epsilon, options.tol
     log_a, log_b = log_weights(a), log_weights(b)
 
     def state_at(f: Array) -> DualState:
@@ -139,15 +148,12 @@ def newton_between(
 
     best = state_at(state_at(f).f_next)
     radius = np.full((f.shape[0], 1), MAX_STEP_EPS)
-    iterations = stalled = 0
-    lowest = next_step = np.inf
-    error = best.marginal_error.max()
+    iterations, lowest, error = 0, np.inf, best.marginal_error.max()
     for _ in range(options.iterations or min(MAX_NEWTON_ITERATIONS, options.max_iterations)):
-        stalled = 0 if error <= 0.5 * lowest else stalled + 1
-        lowest = min(error, lowest)
-        done = stalled == STALLED_STEPS or next_step <= NEXT_STEP_TOL_FACTOR * tol
-        if not fixed and (error <= NEWTON_TOL_FACTOR * tol or (error <= tol and done)):
+        enough = error <= NEWTON_TOL_FACTOR * tol or (error <= tol and error > 0.5 * lowest)
+        if enough and options.iterations is None:
             break
+        lowest = min(error, lowest)
         step = kernel.steps(a, b, best, DAMPING * (MAX_STEP_EPS / radius) ** 2)
         longest = np.where(a > 0, np.abs(step), 0.0).max(-1, keepdims=True)
         # entry by entry: points of next to no mass may have steps that dwarf all others
@@ -156,8 +162,7 @@ def newton_between(
         better = new.dual_value >= best.dual_value - 1e-12 * np.abs(best.dual_value)
         radius = np.where(better[:, None], 4.0 * radius, np.minimum(radius, longest) / 4.0)
         best = new if better.all() else best.where(better, new)
-        before, error = error, best.marginal_error.max()
-        next_step = longest.max() * (error / before) if before > 0 else 0.0
+        error = best.marginal_error.max()
         iterations += 1
     warn_above_tol(float(error), options, iterations)
     return best, iterations

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 import torch
@@ -13,10 +11,10 @@ from torch import Tensor
 from ..checks import broadcast_shapes
 from ..gauss_line import Measure, marginal_error, solve_between, solve_within
 from ..laplace_line import LaplaceLine
-from ..line_newton import Between, Within
+from ..line_newton import Between, Within, join_rows
 from ..options import SinkhornOptions
-from ..solution import EntropicSolution, Slopes
-from .arrays import Array, Shape, stretch
+from ..solution import EntropicSolution
+from .arrays import Array, Shape
 
 # Most rows with points of their own for p = 1 that are solved one after the other where they have
 # so few points.
@@ -48,9 +46,7 @@ def solve_on_host(
     """
     if options.p == 2:
         return _solve_smooth(x, y, a, b, options, potentials)
-    if _rows_of_points(x, y) > 1:
-        return _solve_row_by_row(x, y, a, b, options, potentials)
-    return _solve_on_one_line(x, y, a, b, options, potentials)
+    return _solve_laplace(x, y, a, b, options, potentials)
 
 
 def marginal_error_on_host(
@@ -75,56 +71,60 @@ def _solve_smooth(
     lead_a = broadcast_shapes(x.shape[:-2], a.shape[:-1])
     lead_b = broadcast_shapes(y.shape[:-2], b.shape[:-1])
     lead = broadcast_shapes(lead_a, lead_b)
-    sides = _measures(x, a, lead_a), _measures(y, b, lead_b)
-    pairs = zip(_rows(sides[0], lead_a, lead), _rows(sides[1], lead_b, lead), strict=True)
-    found = [solve_between(one, other, options, potentials) for one, other in pairs]
-    iterations = max(row.iterations for row in found)
-    cost, f, g, grad_x, grad_y = _stacked([row[:5] for row in found])
-    between = Between(cost, f, g, grad_x, grad_y, iterations)
+    one, other = _measures(x, a, lead_a), _measures(y, b, lead_b)
+    pairs = (
+        np.broadcast_to(np.arange(len(side)).reshape(own), lead).reshape(-1)
+        for side, own in ((one, lead_a), (other, lead_b))
+    )
+    between = join_rows(
+        [solve_between(one[i], other[j], options, potentials) for i, j in zip(*pairs, strict=True)]
+    )
     own = None
     if options.debias:
-        own_a, own_b = (
-            _stacked([solve_within(measure, options, potentials) for measure in side])
-            for side in sides
+        own_x, own_y = (
+            join_rows([solve_within(row, options, potentials) for row in side])
+            for side in (one, other)
         )
-        own = Within(*own_a), Within(*own_b)
+        own = own_x, own_y
     return _assemble(a, b, (lead_a, lead_b, lead), between, own, potentials)
-
-
-def _stacked(rows: Sequence[tuple[Array, ...]]) -> list[Array]:
-    return [np.concatenate(part) for part in zip(*rows, strict=True)]
 
 
 def _measures(points: Tensor, weights: Tensor, lead: Shape) -> list[Measure]:
     """Return the measure of each row: points (*, N, 1), weights (*, N)."""
-    n = weights.shape[-1]
-    rows = (t.detach().expand(*lead, n).reshape(-1, n).numpy() for t in (points[..., 0], weights))
-    return [Measure(*row) for row in zip(*rows, strict=True)]
+    rows = zip(_rows(points[..., 0], lead), _rows(weights, lead), strict=True)
+    return [Measure(*row) for row in rows]
 
 
-def _rows(measures: list[Measure], own: Shape, lead: Shape) -> list[Measure]:
-    """Return the measure of each of the rows to which they broadcast."""
-    which = np.broadcast_to(np.arange(len(measures)).reshape(own), lead).reshape(-1)
-    return [measures[k] for k in which]
-
-
-def _solve_on_one_line(
+def _solve_laplace(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, potentials: bool
 ) -> EntropicSolution:
-    """Solve p = 1 where all rows share their points."""
-    lead_a, lead_b = a.shape[:-1], b.shape[:-1]
-    lead = broadcast_shapes(x.shape[:-2], y.shape[:-2], lead_a, lead_b)
-    points = x.detach().reshape(-1).numpy()
-    others = points if y is x else y.detach().reshape(-1).numpy()
-    one, other = a.detach().numpy(), b.detach().numpy()
-    line = LaplaceLine(points, others, options)
-    rows_a = one if math.prod(lead_a) == 1 else stretch(one, lead)
-    rows_b = stretch(other, lead)
-    found = line.between(rows_a.reshape(-1, one.shape[-1]), rows_b.reshape(-1, other.shape[-1]))
-    own = None
-    if options.debias:
-        own = line.within(one.reshape(-1, one.shape[-1]), other.reshape(-1, other.shape[-1]))
-    return _assemble(a, b, (lead_a, lead_b, lead), found, own, potentials)
+    """Solve p = 1: all rows on one line, or each on the line of its own points."""
+    lead = broadcast_shapes(x.shape[:-2], y.shape[:-2], a.shape[:-1], b.shape[:-1])
+    is_shared = _rows_of_points(x, y) == 1
+    lead_a, lead_b = (a.shape[:-1], b.shape[:-1]) if is_shared else (lead, lead)
+    points_x, points_y = (
+        t.detach().reshape(1, -1).numpy() if is_shared else _rows(t[..., 0], lead) for t in (x, y)
+    )
+    own_a, own_b = _rows(a, lead_a), _rows(b, lead_b)
+    every_a = own_a if len(own_a) == 1 else _rows(a, lead)
+    every_b = _rows(b, lead)
+    between, within = [], []
+    for k, own_x in enumerate(points_x):
+        rows = slice(None) if is_shared else slice(k, k + 1)
+        line = LaplaceLine(own_x, own_x if y is x else points_y[k], options)
+        between.append(line.between(every_a[rows], every_b[rows]))
+        if options.debias:
+            within.append(line.within(own_a[rows], own_b[rows]))
+    one, other = zip(*within, strict=True) if within else ((), ())
+    own = (join_rows(list(one)), join_rows(list(other))) if within else None
+    return _assemble(a, b, (lead_a, lead_b, lead), join_rows(between), own, potentials)
+
+
+def _rows(values: Tensor, lead: Shape) -> Array:
+    """Return values (*, N) as rows (R, N) of the leading dimensions."""
+    count = values.shape[-1]
+    rows: Array = values.detach().expand(*lead, count).reshape(-1, count).numpy()
+    return rows
 
 
 def _assemble(
@@ -151,29 +151,3 @@ def _assemble(
         cost, (in_x[..., None], in_y[..., None], *in_weights), transport, f, g, self_x, self_y,
         between.iterations,
     )  # fmt: skip
-
-
-def _solve_row_by_row(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, potentials: bool
-) -> EntropicSolution:
-    """Solve rows that have points of their own."""
-    lead = broadcast_shapes(x.shape[:-2], y.shape[:-2], a.shape[:-1], b.shape[:-1])
-    rows_x, rows_y = (t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (x, y))
-    rows_a, rows_b = (t.expand(*lead, -1).reshape(-1, t.shape[-1]) for t in (a, b))
-    found = []
-    for own_x, own_y, own_a, own_b in zip(rows_x, rows_y, rows_a, rows_b, strict=True):
-        same = own_x if y is x else own_y
-        found.append(solve_on_host(own_x, same, own_a, own_b, options, potentials))
-
-    def stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
-        there = [part for part in parts if part is not None]
-        return torch.stack(there).view(*lead, *there[0].shape) if there else None
-
-    cost, transport, f, g, f_self, g_self = (
-        stacked([getattr(row, name) for row in found])
-        for name in ("cost", "transport_cost", "f", "g", "f_self", "g_self")
-    )
-    assert cost is not None and transport is not None and f is not None and g is not None
-    slopes = tuple(stacked(part) for part in zip(*(row.slopes for row in found), strict=True))
-    rounds = max(row.rounds for row in found)
-    return EntropicSolution(cost, cast(Slopes, slopes), transport, f, g, f_self, g_self, rounds)
