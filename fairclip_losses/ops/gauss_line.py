@@ -207,8 +207,7 @@ def _solve_nodes(
     Return the cost (1,), what is known of both sides, and the iterations taken.
     """
     x, y, a, b, epsilon = one.nodes, other.nodes, one.weights, other.weights, options.epsilon
-    crossings = _crossings(y, a, b)
-    exact = _kantorovich(x, crossings)
+    crossings, exact = _optimal_coupling(x, y, a, b)
     kernel = _kernel(one, other, epsilon, crossings)
     base_f, base_g = np.zeros_like(x), np.zeros_like(y)
     if not isinstance(kernel, BandKernel):  # what the costs are less of
@@ -227,22 +226,17 @@ def _solve_nodes(
     return np.array([cost]), at_x, at_y, iterations
 
 
-def _crossings(y: Array, a: Array, b: Array) -> Array:
-    """Return where the optimal coupling goes over from each point of x to the next, (N - 1,).
+def _optimal_coupling(x: Array, y: Array, a: Array, b: Array) -> tuple[Array, Array]:
+    """Return where the coupling goes over from each point of x to the next, and its potential at x.
 
     That is the point of y that holds the cumulative weight between them; between two, their middle.
     """
     weight, others, last = np.add.accumulate(a)[:-1], np.add.accumulate(b), y.size - 1
     before = np.minimum(others.searchsorted(weight - CUMULATIVE_WEIGHT_TOL), last)
     after = np.minimum(others.searchsorted(weight + CUMULATIVE_WEIGHT_TOL, "right"), last)
-    middle: Array = 0.5 * (y[before] + y[after])
-    return middle
-
-
-def _kantorovich(x: Array, crossings: Array) -> Array:
-    """Return the potential of the optimal coupling at x (N,), 0 at the first point."""
-    slope = 0.5 * (x[1:] + x[:-1]) - crossings
-    return np.append(0.0, np.add.accumulate(np.diff(x) * slope))
+    crossings = 0.5 * (y[before] + y[after])
+    change = np.diff(x) * (0.5 * (x[1:] + x[:-1]) - crossings)
+    return crossings, np.append(0.0, np.add.accumulate(change))
 
 
 def _kernel(one: _Side, other: _Side, epsilon: float, crossings: Array | None) -> GaussKernel:
