@@ -43,9 +43,14 @@ class SinkhornOptions:
         """Strength of the entropy, in the unit of the cost."""
         return self.blur**self.p
 
+    @staticmethod
+    def can_read(points: Tensor) -> bool:
+        """Whether reading a number back waits for no device."""
+        return points.device.type == "cpu"
+
     def is_watched(self, points: Tensor) -> bool:
-        """Whether convergence is tested: on the CPU, where no device has to be waited for."""
-        return points.device.type == "cpu" and self.iterations is None
+        """Whether convergence is tested and ends the iterations."""
+        return self.iterations is None and self.can_read(points)
 
 
 class Kernel(Protocol):

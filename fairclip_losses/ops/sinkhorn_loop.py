@@ -30,6 +30,8 @@ from .options import Kernel, SinkhornOptions, warn_unconverged
 _FIXED_ITERATIONS, _FIXED_RANGE, _FIXED_SELF_ITERATIONS = 100, 1e4, 9
 # Marginal error at which an epsilon above the target is done with, and its most iterations.
 _STAGE_TOL, _STAGE_ITERATIONS = 0.03, 100
+# Iterations in which an error that rounding does not hold up falls by half at least.
+_STALLED_ITERATIONS = 5
 # Iterations go on until what they would still change is below this part of tol: a small marginal
 # error is a large one of the potentials where they contract slowly.
 _REMAINING_TOL_FACTOR = 1e-2
@@ -80,7 +82,7 @@ def sinkhorn_loop(
         most = min(most, left - taken - 1)
         if most < 1:
             break
-        below = partial(_is_below, tol=tol) if watched else None
+        below = partial(is_near, tol=tol) if watched else None
         led = _iterate(each, log_a, log_b, g, epsilon, most, below)
         g, taken = led.g, taken + led.iterations
     converged = partial(is_converged, tol=options.tol) if watched else None
@@ -97,9 +99,10 @@ def epsilon_schedule(
     """
     low = torch.minimum(x.amin(-2), y.amin(-2))
     diameter = torch.linalg.vector_norm(torch.maximum(x.amax(-2), y.amax(-2)) - low, dim=-1).amax()
-    ratio = float(diameter) / options.blur if x.device.type == "cpu" else _FIXED_RANGE
+    readable = options.can_read(x)
+    ratio = float(diameter) / options.blur if readable else _FIXED_RANGE
     scales = [scaling**k for k in range(math.ceil(math.log(max(ratio, 1.0)) / -math.log(scaling)))]
-    if x.device.type == "cpu":
+    if readable:
         return [*((float(diameter) * s) ** options.p for s in scales), options.epsilon]
     above = [(diameter * s).clamp(min=options.blur) ** options.p for s in scales]
     return [*above, options.epsilon]
@@ -134,8 +137,10 @@ def _iterate(
     return Potentials(f, g_next, k + 1, errors[-1] if errors else None)
 
 
-def _is_below(errors: list[float], tol: float) -> bool:
-    return errors[-1] <= tol
+def is_near(errors: list[float], tol: float) -> bool:
+    """Whether iterations that only lead on are done: below ``tol``, or no better for a while."""
+    recent, before = errors[-_STALLED_ITERATIONS:], errors[:-_STALLED_ITERATIONS]
+    return errors[-1] <= tol or (len(before) > 0 and min(recent) > 0.5 * min(before))
 
 
 def is_converged(errors: list[float], tol: float) -> bool:
@@ -204,13 +209,13 @@ class Anderson:
 def symmetric_loop(
     kernel: Kernel, log_a: Tensor, options: SinkhornOptions, lead_in: LeadIn | None
 ) -> tuple[Tensor, Tensor]:
-    """Return f of ``OT_eps(a, a)`` and its c-transform f', with ``<a, f + f'>`` a dual value.
+    """Return the potential f of ``OT_eps(a, a)`` and that cost, ``<a, f' + f''>``, a dual value.
 
     The c-transform has derivative -Q with eigenvalues q in [0, 1], so of the combinations of f, f'
     and f'' that keep the solution ``(f + 8 f' + 8 f'') / 17`` is the best: it contracts by
     ``max |1 - 8 q + 8 q^2| / 17 = 1 / 17``, at any epsilon, so no eps-scaling is needed.
     """
-    a, tested = log_a.exp(), kernel.x.device.type == "cpu"
+    a, tested = log_a.exp(), options.can_read(kernel.x)
     most = options.iterations or (options.max_iterations if tested else _FIXED_SELF_ITERATIONS)
     f, taken, error = torch.zeros_like(log_a), 0, 0.0
     for each, led_tol in [*([] if lead_in is None else [lead_in]), (kernel, 0.0)]:
@@ -221,10 +226,11 @@ def symmetric_loop(
             if tested:
                 error = float(marginal_error(a, f, f_1, options.epsilon).max())
                 errors.append(error)
-                if error <= led_tol or is_converged(errors, options.tol):
+                leads = each is not kernel
+                if is_near(errors, led_tol) if leads else is_converged(errors, options.tol):
                     break
             # far from the solution the plain average is the surer
             f = 0.5 * (f_1 + f_2) if taken == 1 else (f + 8.0 * f_1 + 8.0 * f_2) / 17.0
     if options.is_watched(kernel.x) and not error <= options.tol:
         warn_unconverged(error, options, taken)
-    return f_1, f_2
+    return 0.5 * (f_1 + f_2), (a * (f_1 + f_2)).sum(-1)

@@ -62,9 +62,9 @@ def solve_entropic(
     if options.debias:
         for k, (points, weights, logs) in enumerate(((x, a, log_a), (y, b, log_b))):
             kernel = choose_kernel(points, points, weights, weights, options)
-            before, potential = symmetric_loop(kernel, logs, options, _lead_in(kernel, options))
-            cost = cost - 0.5 * (weights * (before + potential)).sum(-1)
-            selves[k] = _Side(potential, kernel, logs, before)
+            f_self, self_cost = symmetric_loop(kernel, logs, options, _lead_in(kernel, options))
+            cost = cost - 0.5 * self_cost
+            selves[k] = _Side(f_self, kernel, logs, f_self)
     slopes = [
         _points_slope(weights, side, own, options.epsilon) if want else None
         for want, weights, side, own in zip(wanted, (a, b), sides, selves, strict=False)
@@ -72,9 +72,9 @@ def solve_entropic(
         side.potential - (0.0 if own is None else own.potential) if want else None
         for want, side, own in zip(wanted[2:], sides, selves, strict=True)
     ]
-    f_self, g_self = (None if own is None else own.potential for own in selves)
+    own_f, own_g = (None if own is None else own.potential for own in selves)
     return EntropicSolution(
-        cost, (slopes[0], slopes[1], slopes[2], slopes[3]), transport_cost, f, g, f_self, g_self,
+        cost, (slopes[0], slopes[1], slopes[2], slopes[3]), transport_cost, f, g, own_f, own_g,
         iterations,
     )  # fmt: skip
 
@@ -154,7 +154,9 @@ def _solve_between(
 
 
 def _lead_in(kernel: Kernel, options: SinkhornOptions) -> LeadIn | None:
-    return kernel.in_float32(options.epsilon) if isinstance(kernel, StreamedKernel) else None
+    if not isinstance(kernel, StreamedKernel) or not options.can_read(kernel.x):
+        return None
+    return kernel.in_float32(options.epsilon)
 
 
 def _points_slope(weights: Tensor, side: _Side, own: _Side | None, epsilon: float) -> Tensor:

@@ -55,11 +55,9 @@ class StreamedKernel:
     def in_float32(self, epsilon: float) -> tuple[StreamedKernel, float] | None:
         """Return the kernel in float32, twice as fast, and the marginal error it can get to.
 
-        It is for iterations that only lead towards the solution. None off the CPU, and where its
-        exponents would be off by more than `_MAX_EXPONENT_ERROR`.
+        It is for iterations that only lead towards the solution; None where its exponents would be
+        off by more than `_MAX_EXPONENT_ERROR`. The reach of the points is read back.
         """
-        if self.x.dtype != torch.float64 or self.x.device.type != "cpu":
-            return None
         reach = max(float(points.square().sum(-1).max()) for points in (self.x, self.y)) ** 0.5
         error = 2.0 * reach**self.p / epsilon * torch.finfo(torch.float32).eps
         if error > _MAX_EXPONENT_ERROR:
