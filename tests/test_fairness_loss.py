@@ -683,7 +683,6 @@ def test_forward_and_backward_read_nothing_back(p, detach, queue_size):
     loss = SinkhornFairnessLoss(
         p=p, num_groups=(3, 2), detach=detach, queue_size=queue_size, validate=False
     )
-    # of the way that is taken off the CPU, where NumPy's is none
     with NoReadBack():
         loss(scores, codes).backward()
         loss(scores, codes, valid=torch.isfinite(scores.detach())).backward()

@@ -210,8 +210,8 @@ def _area_gradients(
         behind = along(excess, torch.searchsorted(points, points, right=True))
         # (|before| - |behind|) / (behind - before), -sign(before) where they are the same, and 0
         # where rounding alone tells them from 0
-        most = (before.abs() + behind.abs()).clamp_(min=SAME_WEIGHT)
-        slopes = surplus * (before + behind).div_(most)
+        most = before.abs() + behind.abs()
+        slopes = surplus * torch.where(most > SAME_WEIGHT, (before + behind) / most, 0.0)
         found = (slopes * -grad[..., None]).sum_to_size(points.shape)
     else:
         area = (excess.abs() * grad[..., None]).sum_to_size(*points.shape[:-1], excess.shape[-1])
