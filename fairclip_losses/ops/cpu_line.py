@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .gauss_line import Measure, marginal_error, solve_between, solve_within
-from .laplace_line import LaplaceLine
+from .laplace_line import LaplaceLineSolver
 from .line_newton import Array, Between, Within, join_rows
 from .options import EntropicSolution, SinkhornOptions, broadcast_shapes
 
@@ -43,7 +43,7 @@ def solve_on_cpu(
             own = join_rows(within[0]), join_rows(within[1])
     elif x.shape[:-2].numel() == y.shape[:-2].numel() == 1:
         (points,) = _rows(x[..., 0], ())
-        line = LaplaceLine(points, points if y is x else _rows(y[..., 0], ())[0], options)
+        line = LaplaceLineSolver(points, points if y is x else _rows(y[..., 0], ())[0], options)
         rows_a = _rows(a, lead_a if math.prod(lead_a) == 1 else lead)
         between = line.between(rows_a, _rows(b, lead))
         if options.debias:
@@ -51,7 +51,7 @@ def solve_on_cpu(
     else:
         lead_a = lead_b = lead
         rows = [_rows(part, lead) for part in (x[..., 0], y[..., 0], a, b)]
-        lines = [LaplaceLine(one, other, options) for one, other in zip(*rows[:2], strict=True)]
+        lines = [LaplaceLineSolver(one, other, options) for one, other in zip(*rows[:2], strict=True)]
         weighted = [(line, u[None], v[None]) for line, u, v in zip(lines, *rows[2:], strict=True)]
         between = join_rows([line.between(u, v) for line, u, v in weighted])
         if options.debias:
