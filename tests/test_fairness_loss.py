@@ -810,15 +810,17 @@ def test_nothing_of_typing_is_called_in_a_step(monkeypatch):
     def refuse(*_):
         raise AssertionError("called in a step")
 
-    monkeypatch.setattr("fairclip_losses.ops.prepare.get_args", refuse)
+    monkeypatch.setattr("fairclip_losses.ops.options.get_args", refuse)
     SinkhornFairnessLoss(num_groups=(3, 2), blur=0.3)(*random_batch())
     with pytest.raises(ValueError, match=r"backend must be one of \('auto', .*\), got 'fast'"):
         sinkhorn_divergence(torch.zeros(2, 1), torch.zeros(2, 1), backend="fast")
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own
 def test_compiles_with_a_blur():
+    """In pieces: the solvers are left out of the graph."""
     torch._dynamo.reset()
     scores, codes = random_batch()
     loss = SinkhornFairnessLoss(num_groups=(3, 2), blur=0.3)
-    got = torch.compile(loss, fullgraph=True, backend="eager")(scores, codes)
-    torch.testing.assert_close(got, loss(scores, codes), rtol=1e-3, atol=1e-5)
+    got = torch.compile(loss, backend="eager")(scores, codes)
+    assert torch.equal(got, loss(scores, codes))
