@@ -87,7 +87,7 @@ def clustered(n, m, dimension, seed=0):
 
 
 def diameter(x, y):
-    both = torch.cat([x, y])
+    both = torch.cat([x, y]).detach()
     return float((both.amax(0) - both.amin(0)).norm())
 
 

@@ -717,9 +717,10 @@ def test_compiles_into_one_graph(p, queue_size):
 
 # What torch says of the inputs of a frame that follows a break in the graph.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-def test_compiles_with_a_blur_but_for_the_divergence():
+def test_compiles_with_a_blur():
+    """In pieces: the solvers are left out of the graph."""
     torch._dynamo.reset()
     scores, codes = random_batch()
     loss = SinkhornFairnessLoss(num_groups=(3, 2), blur=0.3)
     got = torch.compile(loss, backend="eager")(scores, codes)
-    torch.testing.assert_close(got, loss(scores, codes))
+    assert torch.equal(got, loss(scores, codes))

@@ -252,6 +252,7 @@ def test_compiles_without_graph_breaks(p, wants_weights):
         torch.testing.assert_close(b.grad, eager_b.grad)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own
 @pytest.mark.parametrize(("p", "dimension"), [(1, 1), (2, 1), (2, 2)])
 def test_a_blur_breaks_the_graph_and_nothing_else(p, dimension):
     """With ``fullgraph=False``: the solvers run as they do without the compiler."""

@@ -51,7 +51,9 @@ def solve_on_cpu(
     else:
         lead_a = lead_b = lead
         rows = [_rows(part, lead) for part in (x[..., 0], y[..., 0], a, b)]
-        lines = [LaplaceLineSolver(one, other, options) for one, other in zip(*rows[:2], strict=True)]
+        lines = [
+            LaplaceLineSolver(one, other, options) for one, other in zip(*rows[:2], strict=True)
+        ]
         weighted = [(line, u[None], v[None]) for line, u, v in zip(lines, *rows[2:], strict=True)]
         between = join_rows([line.between(u, v) for line, u, v in weighted])
         if options.debias:

@@ -74,7 +74,10 @@ class Kernel(Protocol):
     def update(
         self, epsilon: Tensor | float, log_a: Tensor, log_b: Tensor, g: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One Sinkhorn iteration: ``f = softmin(g)`` and the c-transform of f, (*, M)."""
+        """One Sinkhorn iteration: ``f = softmin(g)`` and the c-transform of f, (*, M).
+
+        Of both in one pass, where the kernel can; it may leave g as it is where b is 0.
+        """
 
     def gradient(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """``sum_j P(j | i) grad_x c(x_i, y_j)``, (*, N, D): in each point, per unit of mass."""

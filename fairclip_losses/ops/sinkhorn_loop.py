@@ -87,7 +87,17 @@ def sinkhorn_loop(
         g, taken = led.g, taken + led.iterations
     converged = partial(is_converged, tol=options.tol) if watched else None
     found = _iterate(kernel, log_a, log_b, g, target, left - taken, converged)
-    return found._replace(iterations=taken + found.iterations)
+    g = _complete(kernel, log_a, log_b, found.f, found.g, options)
+    return found._replace(g=g, iterations=taken + found.iterations)
+
+
+def _complete(
+    kernel: Kernel, log_a: Tensor, log_b: Tensor, f: Tensor, g: Tensor, options: SinkhornOptions
+) -> Tensor:
+    """Return the c-transform of f, which is g but where b is 0."""
+    if options.can_read(f) and bool((log_b > -torch.inf).all()):
+        return g
+    return kernel.transposed.softmin(options.epsilon, log_a, f)
 
 
 def epsilon_schedule(
@@ -233,4 +243,5 @@ def symmetric_loop(
             f = 0.5 * (f_1 + f_2) if taken == 1 else (f + 8.0 * f_1 + 8.0 * f_2) / 17.0
     if options.is_watched(kernel.x) and not error <= options.tol:
         warn_unconverged(error, options, taken)
-    return 0.5 * (f_1 + f_2), (a * (f_1 + f_2)).sum(-1)
+    f = 0.5 * (f_1 + f_2)
+    return _complete(kernel, log_a, log_a, f, f, options), 2.0 * (a * f).sum(-1)

@@ -19,9 +19,6 @@ from .options import broadcast_shapes
 # Entries of a tile: 1 MiB in float64, so that a tile and its distances fit into a cache of 2 MiB;
 # more on accelerators, where a launch takes as long as a pass over megabytes.
 _TILE_ENTRIES, _TILE_ENTRIES_OF_ACCELERATOR = 2**17, 2**23
-# What absent points have for the log of a weight: their own potential is found in the same pass as
-# the others', and rows leave them out by the factor 0.
-_MIN_LOG_WEIGHT = -60.0
 # Error of an exponent up to which float32 leads towards the solution, and the marginal error where
 # its rounding stops that at the best.
 _MAX_EXPONENT_ERROR, _FLOAT32_TOL = 1e-3, 1e-5
@@ -33,12 +30,11 @@ class _Tile(NamedTuple):
     rows: tuple[int | slice, ...]  # the row of weights and the points of x, an index of (*, N)
     start: int  # the first of these points
     weight: Tensor  # (n, M), exp((g_j - C_ij) / eps + log b_j) by a factor of each row
-    total: Tensor  # (n,), its sum over the points that are present
+    total: Tensor  # (n,), its sum over j
     log_factor: Tensor  # (n,)
     distance: Tensor | None  # (n, M), over eps, for p = 1
     x: Tensor  # (n, D)
-    y: Tensor  # (M, D), those of absent points 0
-    present: Tensor  # (M,) 1, and 0 for absent points
+    y: Tensor  # (M, D)
 
     @property
     def log_sum(self) -> Tensor:
@@ -92,7 +88,8 @@ class StreamedKernel:
             columns[tile.rows[:-1]].addmv_(tile.weight.T, share)
         # A sum that underflows raises the potential by some 700 epsilon at most.
         log_columns = columns.clamp_(min=torch.finfo(columns.dtype).tiny).log_()
-        return -epsilon * log_sum, g - epsilon * (log_columns - log_b.clamp(min=_MIN_LOG_WEIGHT))
+        g_next = torch.where(log_b > -torch.inf, g - epsilon * (log_columns - log_b), g)
+        return -epsilon * log_sum, g_next
 
     def gradient(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """See `Kernel.gradient`."""
@@ -104,7 +101,7 @@ class StreamedKernel:
                 weight.div_(tile.distance)
                 if self.x is self.y:
                     weight.diagonal(tile.start).zero_()
-                scale, shares = epsilon * tile.total, weight @ tile.present
+                scale, shares = epsilon * tile.total, weight.sum(-1)
             towards = shares[:, None] * tile.x - weight @ tile.y
             found[tile.rows] = towards.div_(scale[:, None])
         return found
@@ -121,16 +118,14 @@ class StreamedKernel:
         n, m = self.x.shape[-2], self.y.shape[-2]
         entries = _TILE_ENTRIES if self.x.device.type == "cpu" else _TILE_ENTRIES_OF_ACCELERATOR
         size = max(entries // m, 1)
-        log_weights = log_b.clamp(min=_MIN_LOG_WEIGHT)
-        heights = (log_weights + g / epsilon).to(self.x.dtype).expand(*lead, m)
-        presents = (log_b - log_weights).exp_().to(self.x.dtype).expand(*lead, m)
+        heights = (log_b + g / epsilon).to(self.x.dtype).expand(*lead, m)
+        # of absent points: -inf times 0 would be NaN
+        heights = heights.clamp(min=torch.finfo(heights.dtype).min / 8)
         xs, ys = (points.expand(*lead, *points.shape[-2:]) for points in (self.x, self.y))
         for index in itertools.product(*map(range, lead)):
             x = xs[index]
             y = x if self.y is self.x else ys[index]
-            present = presents[index]
             exponents = _Exponents(x, y, self.p, epsilon, heights[index], size)
-            y = present[:, None] * y
             for start in range(0, n, size):
                 points = slice(start, min(start + size, n))
                 weight, distance = exponents.tile(points)
@@ -138,8 +133,8 @@ class StreamedKernel:
                 weight.sub_(largest[:, None]).exp_()
                 log_factor = largest if exponents.row is None else largest + exponents.row[points]
                 yield _Tile(
-                    (*index, points), start, weight, weight @ present, log_factor, distance,
-                    x[points], y, present,
+                    (*index, points), start, weight, weight.sum(-1), log_factor, distance,
+                    x[points], y,
                 )  # fmt: skip
 
 
