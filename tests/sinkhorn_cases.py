@@ -59,7 +59,7 @@ def one_thread():
 def as_on_an_accelerator():
     """Take an accelerator's way on the CPU: torch's solvers, fixed numbers of iterations."""
     with (
-        mock.patch("fairclip_losses.ops.solve.suits_host_solver", lambda *_: False),
+        mock.patch("fairclip_losses.ops.solve.solves_on_cpu", lambda *_: False),
         mock.patch.object(SinkhornOptions, "can_read", staticmethod(lambda _: False)),
     ):
         yield
