@@ -49,7 +49,7 @@ BLOCK = 2**16
 MIN_POINTS = 3
 
 
-class LaplaceLine:
+class LaplaceLineSolver:
     """Solves p = 1 for points x (N,) and y (M,)."""
 
     def __init__(self, x: Array, y: Array, options: SinkhornOptions) -> None:
@@ -204,8 +204,8 @@ class LaplaceKernel:
     def _interpolate(self, values: Array) -> Array:
         """Read values (R, J) of the nodes at all points: (R, K)."""
         change = np.diff(values, append=0.0)
-        read: Array = values[:, self._node] + self._part * change[:, self._node]
-        return read
+        at_points: Array = values[:, self._node] + self._part * change[:, self._node]
+        return at_points
 
     def _scaled(self, exponent: Array) -> tuple[Array, Array]:
         """Return what the logs of the products are near to, and the weights in that scale.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import broadcast_shapes
 from ..gauss_line import Measure, marginal_error, solve_between, solve_within
-from ..laplace_line import LaplaceLine
+from ..laplace_line import LaplaceLineSolver
 from ..line_newton import Between, Within, join_rows
 from ..options import SinkhornOptions
 from ..solution import EntropicSolution
@@ -111,7 +111,7 @@ def _solve_laplace(
     between, within = [], []
     for k, own_x in enumerate(points_x):
         rows = slice(None) if is_shared else slice(k, k + 1)
-        line = LaplaceLine(own_x, own_x if y is x else points_y[k], options)
+        line = LaplaceLineSolver(own_x, own_x if y is x else points_y[k], options)
         between.append(line.between(every_a[rows], every_b[rows]))
         if options.debias:
             within.append(line.within(own_a[rows], own_b[rows]))
