@@ -38,14 +38,10 @@ def roc_auc(
 ) -> float:
     """Area under the ROC curve, ties counted half: P(s+ > s-) + P(s+ = s-) / 2.
 
-    Equals scikit-learn's `roc_auc_score(..., multi_class="ovr", average="macro")`. A class that no
-    sample, or every sample, belongs to has no one-vs-rest AUC and is left out of the mean. NaN,
-    with a UserWarning, if only one class is there.
-
-    Args:
-        y_true: class codes (N,).
-        scores: binary (N,), larger for class 1; or one column per class (N, K).
-        sample_weight: (N,) or None.
+    ``y_true`` are class codes (N,), ``scores`` binary (N,), larger for class 1, or one column per
+    class (N, K). Equals scikit-learn's `roc_auc_score(..., multi_class="ovr", average="macro")`. A
+    class that no sample, or every sample, belongs to has no one-vs-rest AUC and is left out of the
+    mean. NaN, with a UserWarning, if only one class is there.
 
     Raises:
         ValueError: lengths that differ, no samples, scores or weights that are not finite, class
@@ -150,8 +146,7 @@ def equalized_odds_difference(
     of that gap, as `fairness_report` does.
 
     Raises:
-        ValueError: lengths that differ, no samples, class codes outside 0..K-1, group codes
-            below -1, another ``undefined_rate``.
+        ValueError: as for `demographic_parity_difference`, or another ``undefined_rate``.
     """
     check_choice("undefined_rate", undefined_rate, ("zero", "skip"))
     p = _check_codes(y_pred, "y_pred", None, 0, check_integer("num_classes", num_classes, 2))
@@ -175,13 +170,10 @@ def decide(scores: FloatArray, threshold: float) -> IntArray:
 
 def _sum_by_code(weights: FloatArray, codes: IntArray, size: int) -> FloatArray:
     """Add up the weights (R, N) of the samples that share a code (N,) from 0: (R, size)."""
-    order = np.argsort(codes, kind="stable")  # sorted by code, every sum is one of a slice
-    order = order[np.searchsorted(codes[order], 0) :]
-    present, starts = np.unique(codes[order], return_index=True)
-    sums = np.zeros((len(weights), size))
-    if len(present):
-        sums[:, present] = np.add.reduceat(weights[:, order], starts, axis=1)
-    return sums
+    known = codes >= 0
+    cells = codes[known] + size * np.arange(len(weights))[:, None]
+    sums = np.bincount(cells.ravel(), weights[:, known].ravel(), len(weights) * size)
+    return np.asarray(sums, dtype=np.float64).reshape(len(weights), size)  # integers if empty
 
 
 def _binary_auc(weights: FloatArray, positive: npt.NDArray[np.bool_], s: FloatArray) -> FloatArray:
@@ -253,9 +245,8 @@ def group_rates(
 
 def _largest(values: FloatArray) -> FloatArray:
     """Largest over axis 1 of the values that exist in row 0: (R, G, K) -> (R, K)."""
-    known = ~np.isnan(values[0])
-    largest = np.where(known, values, -np.inf).max(axis=1, initial=-np.inf)
-    return np.where(known.any(axis=0), largest, np.nan)
+    largest = np.where(np.isnan(values[0]), -np.inf, values).max(axis=1, initial=-np.inf)
+    return np.where(np.isneginf(largest), np.nan, largest)
 
 
 def gap(rates: FloatArray) -> FloatArray:
@@ -279,8 +270,7 @@ def group_spread(
     """`equity_scaled` and both of `between_group_disparity`, of (R,) and (R, G): (R,) each."""
     values = group_values[:, ~np.isnan(group_values[0])]
     if not values.shape[1]:
-        nothing = np.full_like(overall, np.nan)
-        return nothing, nothing, nothing
+        return (np.full_like(overall, np.nan),) * 3
     scaled = overall / (1 + np.abs(overall[:, None] - values).sum(axis=1))
     return scaled, _ratio(values.std(axis=1), overall), _ratio(np.ptp(values, axis=1), overall)
 

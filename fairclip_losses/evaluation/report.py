@@ -25,7 +25,7 @@ BLOCK_SIZE = 2**22
 
 Row = dict[str, str | int | float | None]
 # By name: the group codes (N,) and the groups' labels.
-Attributes = Mapping[str, tuple[IntArray, tuple[str, ...]]]
+Attributes = dict[str, tuple[IntArray, Sequence[str]]]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ class FairnessReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested dicts and lists as JSON takes them; NaN becomes None."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
 
     def to_rows(self) -> list[Row]:
         """Return one flat row per number: attribute, group, metric, value, low, high, count.
@@ -202,7 +203,11 @@ def fairness_report(
         raise ValueError(f"expected a confidence between 0 and 1, got {confidence}")
     if not np.isfinite(threshold):
         raise ValueError(f"expected a finite threshold, got {threshold}")
-    attributes = _check_attributes(groups, labels, len(y))
+    if not isinstance(groups, Mapping):
+        expected = "expected groups as a mapping, attribute name -> codes (N,)"
+        raise ValueError(f"{expected}, got {type(groups).__name__}")
+    named = labels.labels if isinstance(labels, CodeBook) else labels
+    attributes = {name: _check_attribute(name, groups[name], named, len(y)) for name in groups}
     predicted = metrics.decide(s, threshold)
     blocks = [
         _all_metrics(weights, y, s, predicted, num_classes, attributes)
@@ -214,10 +219,9 @@ def fairness_report(
     reports = {}
     for name, (codes, names) in attributes.items():
         counts = np.bincount(codes[codes >= 0], minlength=len(names)).tolist()
-        gaps, aucs, accuracies = (
-            list(itertools.islice(estimates, size)) for size in (len(_GAPS), len(names), len(names))
-        )
-        members = tuple(map(GroupReport, names, counts, aucs, accuracies))
+        sizes = len(_GAPS), len(names), len(names)
+        gaps, *levels = (list(itertools.islice(estimates, size)) for size in sizes)
+        members = tuple(map(GroupReport, names, counts, *levels))
         reports[name] = AttributeReport(members, int((codes < 0).sum()), *gaps)
     report = FairnessReport(
         num_samples=len(y),
@@ -238,28 +242,17 @@ def fairness_report(
     return report
 
 
-def _check_attributes(
-    groups: Mapping[str, npt.ArrayLike],
-    labels: CodeBook | Mapping[str, Sequence[str]] | None,
-    size: int,
-) -> Attributes:
-    if not isinstance(groups, Mapping):
-        raise ValueError(
-            "expected groups as a mapping, attribute name -> codes (N,), "
-            f"got {type(groups).__name__}"
-        )
-    named = labels.labels if isinstance(labels, CodeBook) else labels
-    attributes = {}
-    for name, values in groups.items():
-        if named is not None and name not in named:
-            raise ValueError(f"expected labels for attribute {name!r}, got {sorted(named)}")
-        try:
-            number = None if named is None else len(named[name])
-            codes, number = metrics.check_groups(values, size, number)
-        except ValueError as error:
-            raise ValueError(f"attribute {name!r}: {error}") from error
-        attributes[name] = codes, tuple(map(str, range(number)) if named is None else named[name])
-    return attributes
+def _check_attribute(
+    name: str, values: npt.ArrayLike, named: Mapping[str, Sequence[str]] | None, size: int
+) -> tuple[IntArray, Sequence[str]]:
+    if named is not None and name not in named:
+        raise ValueError(f"expected labels for attribute {name!r}, got {sorted(named)}")
+    labels = None if named is None else named[name]
+    try:
+        codes, number = metrics.check_groups(values, size, None if labels is None else len(labels))
+    except ValueError as error:
+        raise ValueError(f"attribute {name!r}: {error}") from error
+    return codes, list(map(str, range(number))) if labels is None else labels
 
 
 def _all_metrics(
@@ -287,11 +280,10 @@ def _all_metrics(
 
 def _estimate(sample: float, resamples: FloatArray, tail: float) -> Estimate:
     """Return a number with the quantiles of its resamples that exist."""
-    resamples = resamples[~np.isnan(resamples)]
-    if np.isnan(sample) or not len(resamples):
+    known = resamples[~np.isnan(resamples)]
+    if np.isnan(sample) or not len(known):
         return Estimate(float(sample), np.nan, np.nan)
-    low, high = np.quantile(resamples, [tail, 1 - tail])
-    return Estimate(float(sample), float(low), float(high))
+    return Estimate(float(sample), *np.quantile(known, [tail, 1 - tail]).tolist())
 
 
 def _resamples(size: int, number: int, seed: int) -> Iterator[FloatArray]:
@@ -309,8 +301,6 @@ def _plain(value: Any) -> Any:
     """Turn tuples into lists and NaN into None, all the way down."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return value
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..data import CodeBook, Table, encode_attributes, encode_labels, write_table
 from ..data.groups import IntArray
@@ -143,14 +143,24 @@ def zero_shot_probabilities(
         ValueError: no images, or features that are not finite.
     """
     encoder: Any = model
-    with _evaluating(model):
-        scale = encoder.logit_scale.detach().cpu().double().exp()
-        text = F.normalize(encoder.encode_text(texts.to(device)).float(), dim=-1).cpu().double()
-        logits = []
-        for batch in images:
-            features: Tensor = encoder.encode_image(batch.to(device=device, dtype=input_dtype))
-            features = F.normalize(features.float(), dim=-1)
-            logits.append(scale * features.cpu().double() @ text.T)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+
+    def unit(features: Tensor) -> Tensor:
+        return F.normalize(features.float(), dim=-1).cpu().double()
+
+    try:
+        with torch.no_grad():
+            text = encoder.logit_scale.cpu().double().exp() * unit(
+                encoder.encode_text(texts.to(device))
+            )
+            logits = [
+                unit(encoder.encode_image(batch.to(device=device, dtype=input_dtype))) @ text.T
+                for batch in images
+            ]
+    finally:
+        for module, mode in modes:
+            module.training = mode
     if not logits:
         raise ValueError("expected images, got none")
     probabilities: FloatArray = torch.cat(logits).softmax(dim=-1).numpy()
@@ -188,10 +198,12 @@ def evaluate_task(
     """
     check_integer("batch_size", batch_size, 1)
     check_integer("workers", workers, 0)
+    rows: Any = list(enumerate(task.files, start=1))
     loader = DataLoader(
-        _Images(task.files, preprocess),
+        rows,
         batch_size=batch_size,
         num_workers=workers,
+        collate_fn=partial(_read_images, preprocess),
         # Without its own generator the loader would draw from, and so shift, the global one.
         generator=torch.Generator(),
     )
@@ -210,36 +222,16 @@ def evaluate_task(
     return report, Predictions(task, probabilities, decide(probabilities, threshold))
 
 
-class _Images(Dataset[Tensor]):
-    """Image files as tensors; a file that is no image is a ValueError that names it."""
-
-    def __init__(self, files: Sequence[str], preprocess: Preprocess) -> None:
-        self.files = files
-        self.preprocess = preprocess
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor:
-        file = self.files[index]
+def _read_images(preprocess: Preprocess, rows: Sequence[tuple[int, str]]) -> Tensor:
+    """Read image files, each with its row; one that is no image is a ValueError that names it."""
+    images = []
+    for row, file in rows:
         try:
             with Image.open(file) as image:
                 image.load()
         # Pillow's decoders raise more than OSError for broken files (SyntaxError, struct.error).
         except Exception as error:
-            where = f"row {index + 1}: cannot read image {file!r}"
+            where = f"row {row}: cannot read image {file!r}"
             raise ValueError(f"{where}: {reason(error)}") from error
-        return self.preprocess(image)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Turn evaluation mode on and gradients off; give every submodule its own mode back after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        images.append(preprocess(image))
+    return torch.stack(images)
