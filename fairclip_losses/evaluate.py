@@ -166,8 +166,7 @@ def load_weights(checkpoint: str | Path) -> dict[str, Tensor]:
     except Exception as error:
         raise ValueError(f"{checkpoint}: not a checkpoint that torch.load can read") from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    values = [*weights.values()] if isinstance(weights, dict) else [None]
-    if not values or not all(isinstance(value, Tensor) for value in values):
+    if not (isinstance(weights, dict) and weights and all(map(torch.is_tensor, weights.values()))):
         raise ValueError(f'{checkpoint}: expected model weights under "state_dict", got none')
     return {str(key).removeprefix("module."): value for key, value in weights.items()}
 

@@ -1,4 +1,4 @@
-"""Delimited text files: rows, protected attributes as group codes, pair ids and class labels.
+"""Delimited text files, and what their cells mean: group codes, pair ids and class labels.
 
 The readers follow what open_clip's CSV data set does (pandas, blank lines skipped), so that row i
 here is sample i there. A cell is a string with the white space around it taken off; what it means
@@ -17,18 +17,37 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import json
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from ..errors import reason
-from . import groups
-from .groups import UNKNOWN, CodeBook, GroupCoder, IntArray, write_text
+from .errors import reason
 
+IntArray = npt.NDArray[np.int64]
+
+UNKNOWN = -1
+"""Group code of a value that is not known: it counts in the whole and in no group."""
+
+MAX_GROUPS = 64
+"""A column with more distinct values is an id or a measurement, not a protected attribute."""
+
+OTHERS = "*"
+"""After the labels that a user lists: any other value is unknown."""
+
+_MISSING = frozenset({"", "na", "n/a", "nan", "none", "null", "unknown"})
+# pandas writes an integer column that has gaps as "1.0": still a whole number.
+_WHOLE = re.compile(r"([+-]?)0*(0|[1-9][0-9]*)(?:\.0*)?")
+_NUMBER = re.compile(r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf)", re.IGNORECASE)
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 # Zeros before the number included; int by itself refuses a few thousand digits.
 MAX_ID_CHARACTERS = 100
@@ -75,9 +94,8 @@ def read_table(path: str | os.PathLike[str], separator: str = "\t") -> Table:
     """
     separator = "\t" if separator == "\\t" else separator
     if len(separator) != 1 or separator in '"\r\n':
-        raise ValueError(
-            f"expected a separator of one character, not a quote or line end, got {separator!r}"
-        )
+        expected = "expected a separator of one character, not a quote or line end"
+        raise ValueError(f"{expected}, got {separator!r}")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             # A quote that is never closed swallows the rest of the file, and with it this line.
@@ -86,10 +104,8 @@ def read_table(path: str | os.PathLike[str], separator: str = "\t") -> Table:
         raise ValueError(f"{path}: cannot read the table: {reason(error)}") from error
 
     if records[-1][1] != [_END]:
-        raise ValueError(
-            f'{path}: the quote (") opened in the row that starts at line {records[-1][0]} '
-            f"is never closed"
-        )
+        where = f"in the row that starts at line {records[-1][0]}"
+        raise ValueError(f'{path}: the quote (") opened {where} is never closed')
     if len(records) == 1:
         raise ValueError(f"{path}: expected a header and rows, got an empty file")
     header = [name.strip() for name in records[0][1]]
@@ -101,10 +117,9 @@ def read_table(path: str | os.PathLike[str], separator: str = "\t") -> Table:
         raise ValueError(f"{path}: expected rows below the header, got the header alone")
     for number, (line, cells) in enumerate(rows, start=1):
         if len(cells) != len(header):
-            raise ValueError(
-                f"{path}: row {number} (line {line}): expected {len(header)} cells separated by "
-                f"{separator!r} as in the header, got {len(cells)}"
-            )
+            expected = f"{len(header)} cells separated by {separator!r} as in the header"
+            where = f"{path}: row {number} (line {line})"
+            raise ValueError(f"{where}: expected {expected}, got {len(cells)}")
     table = Table(str(path), {})
     columns = zip(*(cells for _, cells in records[:-1]), strict=True)
     for name, column in zip(header, columns, strict=True):
@@ -123,10 +138,8 @@ def write_table(
 ) -> None:
     """Write a header and rows as delimited text that `read_table` and pandas read back.
 
-    The file appears whole or not at all. Cells are written as `str` gives them, None as nothing.
-
-    Raises:
-        ValueError: a row has more or fewer cells than the header.
+    The file appears whole or not at all. Cells are written as `str` gives them, None as nothing; a
+    ValueError says which row has more or fewer cells than the header.
     """
     cells = [["" if cell is None else str(cell) for cell in row] for row in (header, *rows)]
     for number, row in enumerate(cells):
@@ -134,13 +147,10 @@ def write_table(
             raise ValueError(f"row {number}: expected {len(header)} cells, got {len(row)}")
     # The csv module leaves a lone carriage return unquoted, and readers take it for a line end.
     plain = not any("\r" in cell for row in cells for cell in row)
+    quoting: Any = csv.QUOTE_MINIMAL if plain else csv.QUOTE_ALL
     text = io.StringIO(newline="")
-    csv.writer(
-        text,
-        delimiter=separator,
-        lineterminator="\n",
-        quoting=csv.QUOTE_MINIMAL if plain else csv.QUOTE_ALL,
-    ).writerows(cells)
+    writer = csv.writer(text, delimiter=separator, lineterminator="\n", quoting=quoting)
+    writer.writerows(cells)
     write_text(path, text.getvalue())
 
 
@@ -151,20 +161,12 @@ def encode_attributes(
     *,
     others_unknown: Collection[str] = (),
 ) -> tuple[IntArray, CodeBook]:
-    """Turn columns of a table into group codes.
+    """Turn C columns of a table of N rows into group codes, int64 (N, C), and their code book.
 
     A column of whole numbers gets its labels in numerical order, any other in the order of the
     strings; a label's position is its code. The cells "", NA, N/A, NaN, None, null, unknown (in any
-    case) and -1 are `UNKNOWN`.
-
-    Args:
-        table: the N rows.
-        names: the C columns to encode.
-        codebook: labels decided earlier, which this table must keep to. None: it decides.
-        others_unknown: attributes of which a value that the code book lacks is unknown.
-
-    Returns:
-        Codes, int64 (N, C), in the order of `names`; and the code book of these C attributes.
+    case) and -1 are `UNKNOWN`. `codebook` has labels decided earlier, which this table must keep
+    to (None: it decides), `others_unknown` the attributes of which any other value is unknown.
 
     Raises:
         ValueError: no names or one twice, no such column, an attribute that the code book lacks,
@@ -179,7 +181,7 @@ def encode_attributes(
         cells = table.column(name)
         where = f"{table.path}: attribute column {name!r}"
         if codebook is None:
-            labels[name] = groups.attribute_labels(cells, where)
+            labels[name] = attribute_labels(cells, where)
         elif name in codebook.labels:
             labels[name] = codebook.labels[name]
         else:
@@ -210,21 +212,16 @@ def pair_ids(table: Table, column: str | None = None) -> IntArray:
         ids.append(int(cell))
     twice = [identity for identity, count in Counter(ids).items() if count > 1]
     if twice:
-        examples = ", ".join(map(str, twice[:3]))
-        raise ValueError(
-            f"{where}: expected each id once, got {len(twice)} of them more than once ({examples})"
-        )
+        got = f"got {len(twice)} of them more than once ({', '.join(map(str, twice[:3]))})"
+        raise ValueError(f"{where}: expected each id once, {got}")
     return np.array(ids, dtype=np.int64)
 
 
 def encode_labels(table: Table, column: str, num_classes: int) -> tuple[IntArray, tuple[str, ...]]:
-    """Turn a column into class codes 0..K-1, K = num_classes.
+    """Turn a column into class codes 0..K-1, int64 (N,), K = num_classes, and the K class names.
 
     Whole numbers that already lie in 0..K-1 are taken as they are, even where a class does not
     occur. Any others are numbered by their order, numerical or alphabetical.
-
-    Returns:
-        Codes, int64 (N,); and the K class names.
 
     Raises:
         ValueError: no such column, a missing label, a number with a fraction, or a number of
@@ -235,25 +232,22 @@ def encode_labels(table: Table, column: str, num_classes: int) -> tuple[IntArray
     cells = table.column(column)
     where = f"{table.path}: label column {column!r}"
     for row, cell in enumerate(cells, start=1):
-        if groups.is_missing(cell):
+        if is_missing(cell):
             raise ValueError(f"{where}: expected a label in every row, got {cell!r} in row {row}")
-    labels = groups.attribute_labels(cells, where, limit=None)
+    labels = attribute_labels(cells, where, limit=None)
     classes = tuple(str(code) for code in range(num_classes))
     if set(labels) <= set(classes):
         labels = classes
     if len(labels) != num_classes:
-        raise ValueError(
-            f"{where}: expected {num_classes} classes, got {len(labels)} distinct values: "
-            f"{groups.shortened(labels)}"
-        )
+        got = f"got {len(labels)} distinct values: {shortened(labels)}"
+        raise ValueError(f"{where}: expected {num_classes} classes, {got}")
     return GroupCoder(labels).encode(cells, where), labels
 
 
 def _records(lines: Iterable[str], separator: str) -> list[tuple[int, list[str]]]:
     """List the records that are not blank lines, each with the line on which it starts."""
     reader = csv.reader(lines, delimiter=separator)
-    records = []
-    start = 1
+    records, start = [], 1
     for cells in reader:
         # An empty cell that is quoted ("") is a row, a line of nothing but spaces is none.
         blank = not cells or (len(cells) == 1 and cells[0] != "" and not cells[0].strip(" \t"))
@@ -261,3 +255,143 @@ def _records(lines: Iterable[str], separator: str) -> list[tuple[int, list[str]]
             records.append((start, cells))
         start = reader.line_num + 1
     return records
+
+
+@dataclass(frozen=True)
+class CodeBook:
+    """What the group codes mean: each attribute's labels, a label's position being its code."""
+
+    labels: dict[str, tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        """Refuse labels that would not give every code one meaning."""
+        for name, labels in self.labels.items():
+            if not labels or len(set(labels)) != len(labels):
+                expected = "expected at least one label and each label once"
+                raise ValueError(f"attribute {name!r}: {expected}, got {list(labels)}")
+
+    @property
+    def num_groups(self) -> dict[str, int]:
+        """The number of groups of each attribute."""
+        return {name: len(labels) for name, labels in self.labels.items()}
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the code book as a JSON object, attribute name to list of labels."""
+        write_text(path, json.dumps(self.labels, indent=2) + "\n")
+
+
+def attribute_labels(
+    cells: Iterable[str], where: str, limit: int | None = MAX_GROUPS
+) -> tuple[str, ...]:
+    """Return a column's labels in order: numerical if all are whole numbers, else by string."""
+    distinct = {cell for cell in cells if not is_missing(cell)}
+    if all(_WHOLE.fullmatch(value) for value in distinct):
+        labels = tuple(sorted(set(map(_canonical, distinct)), key=Decimal))
+    elif all(_NUMBER.fullmatch(value) for value in distinct):
+        got = f"got the number {min(v for v in distinct if not _WHOLE.fullmatch(v))}"
+        raise ValueError(f"{where}: expected whole numbers or names, {got}; bin it first")
+    else:
+        labels = tuple(sorted(distinct))
+    if limit is not None and len(labels) > limit:
+        got = f"got {len(labels)} distinct values: an id, or a measurement to be binned first"
+        raise ValueError(f"{where}: expected at most {limit} groups, {got} ({shortened(labels)})")
+    return labels
+
+
+def given_labels(text: str, where: str) -> tuple[tuple[str, ...], bool]:
+    """Return the labels that a user lists with commas between, their order being their codes.
+
+    And whether the list ends in ``*``: any other value is unknown.
+
+    Raises:
+        ValueError: no label, one twice, a mark of the unknown among them, or too many.
+    """
+    items = [item.strip() for item in text.split(",")]
+    others_unknown = items[-1] == OTHERS
+    labels = tuple(map(_canonical, items[:-1] if others_unknown else items))
+    expected, missing = "expected labels separated by commas", list(filter(is_missing, labels))
+    if not labels or OTHERS in labels:
+        after = f"and {OTHERS} (any other value is unknown) after the last of them alone"
+        raise ValueError(f"{where}: {expected}, {after}")
+    if missing:
+        got = f"got {missing[0]!r}, which stands for an unknown value"
+        raise ValueError(f"{where}: {expected}, {got}")
+    if len(set(labels)) != len(labels) or len(labels) > MAX_GROUPS:
+        limit = f"expected each label once and at most {MAX_GROUPS}"
+        raise ValueError(f"{where}: {limit}, got {len(labels)} labels")
+    return labels, others_unknown
+
+
+class GroupCoder:
+    """What an attribute's values are as codes: the one rule, for tables and shards alike.
+
+    A label's code is its position, a missing value is `UNKNOWN`, and any other value is refused,
+    or, with ``others_unknown``, unknown too.
+    """
+
+    def __init__(self, labels: Sequence[str], *, others_unknown: bool = False) -> None:
+        self.labels = labels
+        self.others_unknown = others_unknown
+        self._codes = {label: position for position, label in enumerate(labels)}
+
+    def code(self, value: str | None) -> int | None:
+        """Return a value's code, None where it is refused; None stands for what is no value."""
+        default = UNKNOWN if self.others_unknown else None
+        if value is None:
+            return default
+        default = UNKNOWN if is_missing(value) else default
+        return self._codes.get(value, self._codes.get(_canonical(value), default))
+
+    def encode(self, cells: Sequence[str], where: str) -> IntArray:
+        """Return each cell's code, int64 (N,); a ValueError says which cells are refused."""
+        by_cell = {cell: self.code(cell) for cell in set(cells)}
+        refused = Counter(cell for cell in cells if by_cell[cell] is None)
+        if refused:
+            value, count = refused.most_common(1)[0]
+            times = f"{count} row{'s' * (count > 1)}, first in row {cells.index(value) + 1}"
+            raise ValueError(f"{where}: {self.expected}, got {value!r} in {times}")
+        return np.array([by_cell[cell] for cell in cells], dtype=np.int64)
+
+    @property
+    def expected(self) -> str:
+        """What to say of a value that is refused."""
+        return f"expected one of {shortened(self.labels)}"
+
+
+def _canonical(value: str) -> str:
+    """Write a whole number in one way ("+1", "01" and "1.0" are "1"); leave the rest alone."""
+    match = _WHOLE.fullmatch(value)  # not by int, which refuses a few thousand digits
+    if match is None:
+        return value
+    return match[2] if match[1] != "-" or match[2] == "0" else f"-{match[2]}"
+
+
+def is_missing(value: str) -> bool:
+    """Whether a cell says that its value is not known: empty, NA, NaN, None, unknown, -1, ..."""
+    return value.lower() in _MISSING or _canonical(value) == str(UNKNOWN)
+
+
+def shortened(labels: Sequence[str]) -> str:
+    """Return the first labels for a message."""
+    return ", ".join(map(repr, labels[:8])) + (", ..." if len(labels) > 8 else "")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file that appears whole or not at all, with the folders it needs.
+
+    The text goes to a temporary file in the same folder, which then takes the place of `path`.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        # mkstemp makes a private file; give this one the rights that an ordinary new file gets.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
