@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import itertools
 import json
@@ -17,6 +16,7 @@ from fairlearn.metrics import demographic_parity_difference, equalized_odds_diff
 from PIL import Image
 from sklearn.metrics import precision_score, recall_score, roc_auc_score, roc_curve
 
+from fairclip_losses.data import write_table
 from fairclip_losses.metrics import fairness_report
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "digits"
@@ -229,11 +229,7 @@ def test_the_reading_follows_the_numbers(compared, expected):
 
 
 def write_rows(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(path, list(rows[0]), [list(row.values()) for row in rows])
 
 
 def fake_run(folder, test, skill, seed):

@@ -24,8 +24,6 @@ from .group_metrics import FloatArray
 BLOCK_SIZE = 2**22
 
 Row = dict[str, str | int | float | None]
-# By name: the group codes (N,) and the groups' labels.
-Attributes = dict[str, tuple[IntArray, Sequence[str]]]
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,8 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        if math.isnan(self.value):
-            return "  n/a"
-        if math.isnan(self.low):
-            return f"{self.value:.3f}"
-        return f"{self.value:.3f}  [{self.low:.3f}, {self.high:.3f}]"
+        interval = "" if math.isnan(self.low) else f"  [{self.low:.3f}, {self.high:.3f}]"
+        return "  n/a" if math.isnan(self.value) else f"{self.value:.3f}{interval}"
 
 
 @dataclass(frozen=True)
@@ -124,22 +119,17 @@ class FairnessReport:
         head = f"{self.num_samples} samples, {task}"
         if self.num_bootstrap:
             head += f"; [{100 * self.confidence:g} % interval, {self.num_bootstrap} resamples]"
-        lines: list[tuple[str, str, str]] = []
-        section = ""
+        lines, section = [], ""
         for attribute, group, metric, estimate, count in self._numbers():
             if attribute != section:
                 unknown = self.attributes[attribute].unknown
                 lines += [("", "", ""), (attribute, f"{unknown} unknown" if unknown else "", "")]
                 section = attribute
-            title = _GAPS.get(metric) or _LEVELS[metric]
-            name = f"{title}, {group}" if group else title
-            indent = "  " if attribute else ""
-            lines.append((indent + name, str(estimate), f"n={count}" if group else ""))
-        widths = [max(len(line[column]) for line in lines) for column in range(2)]
-        body = [
-            f"{name:<{widths[0]}}  {value:<{widths[1]}}  {note}".rstrip()
-            for name, value, note in lines
-        ]
+            title = ("  " if attribute else "") + (_GAPS.get(metric) or _LEVELS[metric])
+            note = (f", {group}", f"n={count}") if group else ("", "")
+            lines.append((title + note[0], str(estimate), note[1]))
+        first, second, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
+        body = [f"{a:<{first}}  {b:<{second}}  {c}".rstrip() for a, b, c in lines]
         return "\n".join([head, "", *body])
 
     def _numbers(self) -> Iterator[tuple[str, str, str, Estimate, int]]:
@@ -236,9 +226,10 @@ def fairness_report(
     )
     for name, group, metric, estimate, count in report._numbers():
         if metric == "auc" and count and math.isnan(estimate.value):
-            holds = f"attribute {name!r}: group {group!r} holds one" if name else "one"
-            which = "its" if name else "the"
-            warnings.warn(f"{holds} class only: {which} AUC is NaN", UserWarning, stacklevel=2)
+            what = "one class only: the AUC is NaN"
+            if name:
+                what = f"attribute {name!r}: group {group!r} holds one class only: its AUC is NaN"
+            warnings.warn(what, UserWarning, stacklevel=2)
     return report
 
 
@@ -261,7 +252,7 @@ def _all_metrics(
     scores: FloatArray,
     predicted: IntArray,
     num_classes: int,
-    attributes: Attributes,
+    attributes: dict[str, tuple[IntArray, Sequence[str]]],
 ) -> FloatArray:
     """Compute each number for every row of the weights: (numbers, R), in the reports' order."""
     auc = metrics.macro_auc(weights, y, scores)

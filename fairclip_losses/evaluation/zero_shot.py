@@ -110,10 +110,7 @@ class Predictions:
         names = [(*labels, "") for labels in task.codebook.labels.values()]
         rows = [
             [
-                row,
-                file,
-                task.classes[task.labels[row]],
-                task.classes[self.predicted[row]],
+                *(row, file, task.classes[task.labels[row]], task.classes[self.predicted[row]]),
                 *(f"{probability:.9g}" for probability in self.probabilities[row]),
                 *(name[code] for name, code in zip(names, task.groups[row], strict=True)),
             ]
@@ -150,9 +147,8 @@ def zero_shot_probabilities(
 
     try:
         with torch.no_grad():
-            text = encoder.logit_scale.cpu().double().exp() * unit(
-                encoder.encode_text(texts.to(device))
-            )
+            scale = encoder.logit_scale.cpu().double().exp()
+            text = scale * unit(encoder.encode_text(texts.to(device)))
             logits = [
                 unit(encoder.encode_image(batch.to(device=device, dtype=input_dtype))) @ text.T
                 for batch in images
@@ -192,8 +188,7 @@ def evaluate_task(
     those of `fairness_report`.
 
     Raises:
-        ValueError: an image that cannot be read, output that is not finite, or a setting out of
-            range.
+        ValueError: an image that cannot be read, output that is not finite, or a bad setting.
     """
     check_integer("batch_size", batch_size, 1)
     check_integer("workers", workers, 0)
