@@ -73,7 +73,7 @@ class Table:
     def column(self, name: str) -> list[str]:
         """Return the cells of one column; a ValueError names the columns there are."""
         if name not in self.columns:
-            there = ", ".join(repr(column) for column in self.columns)
+            there = ", ".join(map(repr, self.columns))
             raise ValueError(f"{self.path}: no column {name!r}; the columns are {there}")
         return self.columns[name]
 
@@ -109,13 +109,11 @@ def read_table(path: str | os.PathLike[str], separator: str = "\t") -> Table:
     if len(records) == 1:
         raise ValueError(f"{path}: expected a header and rows, got an empty file")
     header = [name.strip() for name in records[0][1]]
-    twice = sorted(name for name, count in Counter(header).items() if count > 1)
-    if twice:
+    if twice := sorted(name for name, count in Counter(header).items() if count > 1):
         raise ValueError(f"{path}: expected each column name once, got {twice} more than once")
-    rows = records[1:-1]
-    if not rows:
+    if len(records) == 2:
         raise ValueError(f"{path}: expected rows below the header, got the header alone")
-    for number, (line, cells) in enumerate(rows, start=1):
+    for number, (line, cells) in enumerate(records[1:-1], start=1):
         if len(cells) != len(header):
             expected = f"{len(header)} cells separated by {separator!r} as in the header"
             where = f"{path}: row {number} (line {line})"
@@ -124,8 +122,7 @@ def read_table(path: str | os.PathLike[str], separator: str = "\t") -> Table:
     columns = zip(*(cells for _, cells in records[:-1]), strict=True)
     for name, column in zip(header, columns, strict=True):
         _, *table.columns[name] = stripped = [cell.strip() for cell in column]
-        padded = [row for row, cell in enumerate(stripped) if cell != column[row]]
-        if padded:
+        if padded := [row for row, cell in enumerate(stripped) if cell != column[row]]:
             table.padded[name] = padded[0]
     return table
 
@@ -210,8 +207,7 @@ def pair_ids(table: Table, column: str | None = None) -> IntArray:
         if len(cell) > MAX_ID_CHARACTERS or not -(2**63) <= int(cell) < 2**63:
             raise ValueError(f"{where}: expected 64-bit integers, got {cell} in row {row}")
         ids.append(int(cell))
-    twice = [identity for identity, count in Counter(ids).items() if count > 1]
-    if twice:
+    if twice := [identity for identity, count in Counter(ids).items() if count > 1]:
         got = f"got {len(twice)} of them more than once ({', '.join(map(str, twice[:3]))})"
         raise ValueError(f"{where}: expected each id once, {got}")
     return np.array(ids, dtype=np.int64)
@@ -345,8 +341,7 @@ class GroupCoder:
     def encode(self, cells: Sequence[str], where: str) -> IntArray:
         """Return each cell's code, int64 (N,); a ValueError says which cells are refused."""
         by_cell = {cell: self.code(cell) for cell in set(cells)}
-        refused = Counter(cell for cell in cells if by_cell[cell] is None)
-        if refused:
+        if refused := Counter(cell for cell in cells if by_cell[cell] is None):
             value, count = refused.most_common(1)[0]
             times = f"{count} row{'s' * (count > 1)}, first in row {cells.index(value) + 1}"
             raise ValueError(f"{where}: {self.expected}, got {value!r} in {times}")

@@ -14,6 +14,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, 2 for a mistake in what it was given, else 1."""
     options = _parser().parse_args(arguments)
     with warnings.catch_warnings():
-        warnings.showwarning = _print_warning
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"{PROGRAM}: warning: {message}", file=sys.stderr
+        )
         try:
             _run(options)
         except Exception as error:
@@ -177,13 +180,10 @@ def read_run_settings(checkpoint: str | Path) -> dict[str, Any]:
         lines = _params_file(checkpoint).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return {}
-    settings: dict[str, Any] = {}
-    for line in lines:
-        name, _, value = line.partition(": ")
-        try:
+    settings: dict[str, Any] = dict(line.split(": ", 1) for line in lines if ": " in line)
+    for name, value in settings.items():
+        with suppress(ValueError, SyntaxError):  # what is no literal stays text
             settings[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            settings[name] = value
     return settings
 
 
@@ -250,10 +250,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", metavar="DIR", help="where to write (default: beside the checkpoint)")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
-
-
-def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

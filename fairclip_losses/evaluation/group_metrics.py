@@ -74,9 +74,8 @@ def group_roc_auc(
     g, size = check_groups(groups, len(y), num_groups)
     values: FloatArray = group_macro_auc(_check_weights(sample_weight, len(y)), y, s, g, size)[0]
     for group in np.flatnonzero(np.isnan(values) & (np.bincount(g[g >= 0], minlength=size) > 0)):
-        warnings.warn(
-            f"group {group} holds one class only: its AUC is NaN", UserWarning, stacklevel=2
-        )
+        what = f"group {group} holds one class only: its AUC is NaN"
+        warnings.warn(what, UserWarning, stacklevel=2)
     return values
 
 
@@ -164,8 +163,7 @@ def decide(scores: FloatArray, threshold: float) -> IntArray:
     """Predict classes (N,): from the threshold on class 1 of two, of more the largest score's."""
     if scores.ndim == 2 and scores.shape[1] > 2:
         return np.asarray(scores.argmax(axis=1), dtype=np.int64)
-    positive = scores if scores.ndim == 1 else scores[:, 1]
-    return np.asarray(positive >= threshold, dtype=np.int64)
+    return np.asarray((scores if scores.ndim == 1 else scores[:, 1]) >= threshold, dtype=np.int64)
 
 
 def _sum_by_code(weights: FloatArray, codes: IntArray, size: int) -> FloatArray:
@@ -188,9 +186,8 @@ def _binary_auc(weights: FloatArray, positive: npt.NDArray[np.bool_], s: FloatAr
 
 def macro_auc(weights: FloatArray, y_true: IntArray, scores: FloatArray) -> FloatArray:
     """AUC (R,): binary for scores (N,), for (N, K) the mean of the one-vs-rest AUCs that exist."""
-    if scores.ndim == 1:
-        return _binary_auc(weights, y_true == 1, scores)
-    tasks = [_binary_auc(weights, y_true == k, column) for k, column in enumerate(scores.T)]
+    columns = enumerate(scores.T) if scores.ndim == 2 else [(1, scores)]
+    tasks = [_binary_auc(weights, y_true == k, column) for k, column in columns]
     return _mean_of_known(np.stack(tasks, axis=1))
 
 
@@ -324,9 +321,7 @@ def _check_codes(
 
 def _check_weights(sample_weight: npt.ArrayLike | None, length: int) -> FloatArray:
     """Return the weights as one row (1, N)."""
-    if sample_weight is None:
-        return np.ones((1, length))
-    weights = np.asarray(sample_weight, dtype=np.float64)
+    weights = np.asarray(np.ones(length) if sample_weight is None else sample_weight, np.float64)
     if weights.shape != (length,):
         raise ValueError(f"expected sample_weight of shape ({length},), got {weights.shape}")
     if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():

@@ -81,8 +81,7 @@ class ZeroShotTask:
             if not os.path.isfile(file):
                 raise ValueError(f"{table.path}: row {row}: no image file {file!r}")
         task = cls(files, labels, classes, tuple(prompts), groups, book)
-        twice = [name for name, count in Counter(task.header()).items() if count > 1]
-        if twice:
+        if twice := [name for name, count in Counter(task.header()).items() if count > 1]:
             raise ValueError(f"attributes named {twice}: taken by other columns of the predictions")
         return task
 
