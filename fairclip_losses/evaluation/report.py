@@ -182,9 +182,8 @@ def fairness_report(
         positives (negatives) is left out of the true (false) positive rates' gap.
 
     Raises:
-        ValueError: lengths that differ, no samples, scores that are not finite, groups that are no
-            mapping, class or group codes out of range, an attribute without labels, or a setting
-            out of range.
+        ValueError: as for `roc_auc`, groups that are no mapping, group codes out of range, an
+            attribute without labels, or a setting out of range.
     """
     y, s, num_classes = metrics.check_samples(y_true, scores)
     s = s[:, 1] if s.ndim == 2 and num_classes == 2 else s

@@ -202,10 +202,9 @@ def evaluate_task(
     )
     texts = tokenizer(list(task.prompts))
     probabilities = zero_shot_probabilities(model, loader, texts, device, input_dtype=input_dtype)
+    groups = dict(zip(task.codebook.labels, task.groups.T, strict=True))
     report = fairness_report(
-        task.labels,
-        probabilities,
-        dict(zip(task.codebook.labels, task.groups.T, strict=True)),
+        *(task.labels, probabilities, groups),
         labels=task.codebook,
         threshold=threshold,
         n_bootstrap=n_bootstrap,
