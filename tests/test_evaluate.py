@@ -154,9 +154,7 @@ def test_an_image_that_cannot_be_read_is_named(loaded, task, tmp_path):
     broken.write_bytes(b"no image")
     files = [*task.files[:3], str(broken), *task.files[4:]]
     bad = ZeroShotTask(files, task.labels, task.classes, task.prompts, task.groups, task.codebook)
-    with pytest.raises(
-        ValueError, match=r"row 4: cannot read image '.*broken.png': cannot identif"
-    ):
+    with pytest.raises(ValueError, match=r"row 4: cannot read image '.*broken.png': cannot ident"):
         evaluate_task(*loaded, bad)
     # A file that breaks off in the middle opens well and fails at the pixels.
     with open(task.files[0], "rb") as whole:
@@ -287,9 +285,8 @@ def test_command_prints_a_table_and_writes_three_files(run, tmp_path, capsys, lo
     assert written["file"] == task.files
     assert written["label"] == [str(label) for label in task.labels]
     assert written["prediction"] == [str(label) for label in predictions.predicted]
-    np.testing.assert_allclose(
-        np.array(written["prob_1"], float), predictions.probabilities[:, 1], rtol=1e-8
-    )
+    found = np.array(written["prob_1"], float)
+    np.testing.assert_allclose(found, predictions.probabilities[:, 1], rtol=1e-8)
     assert written["sex"] == read_table(run / "val.tsv").columns["sex"]
 
 
@@ -303,9 +300,8 @@ def test_command_takes_a_model_name_and_low_precision_and_writes_beside_the_chec
     assert main(replaced(arguments, "--output")) == 0
     _, predictions = evaluate_task(*loaded, task, n_bootstrap=0)
     written = read_table(tmp_path / "predictions.csv", ",").columns
-    np.testing.assert_allclose(
-        np.array(written["prob_1"], float), predictions.probabilities[:, 1], atol=0.1
-    )
+    found = np.array(written["prob_1"], float)
+    np.testing.assert_allclose(found, predictions.probabilities[:, 1], atol=0.1)
 
 
 def replaced(arguments, option, *values):
