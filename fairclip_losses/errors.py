@@ -17,7 +17,7 @@ class CallbackError(RuntimeError):
 def reason(error: BaseException) -> str:
     """Return what an error says as one line, without the file's name.
 
-    Of an error that a loader's worker process passed on as a whole traceback it is the last line.
+    Of an error that a loader's worker process passed on as a whole traceback: the last line.
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -14,6 +14,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,17 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, 2 for a mistake in what it was given, else 1."""
     options = _parser().parse_args(arguments)
     with warnings.catch_warnings():
-        warnings.showwarning = _print_warning
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"{PROGRAM}: warning: {message}", file=sys.stderr
+        )
         try:
             _run(options)
         except Exception as error:
             if options.debug:
                 raise
-            expected = isinstance(error, ValueError | OSError)
-            kind = "" if expected else "unexpected "
-            hint = "" if expected else " (--debug shows the traceback)"
-            print(f"{PROGRAM}: error: {kind}{one_line(error)}{hint}", file=sys.stderr)
-            return 2 if expected else 1
+            status, text = 2, one_line(error)
+            if not isinstance(error, ValueError | OSError):
+                status, text = 1, f"unexpected {text} (--debug shows the traceback)"
+            print(f"{PROGRAM}: error: {text}", file=sys.stderr)
+            return status
     return 0
 
 
@@ -73,7 +76,7 @@ def _run(options: argparse.Namespace) -> None:
         attributes=options.attributes,
         image_key=options.csv_img_key,
     )
-    output = Path(options.output) if options.output else checkpoint.parent
+    output = Path(options.output or checkpoint.parent)
     output.mkdir(parents=True, exist_ok=True)
 
     model, preprocess, tokenizer = load_model(
@@ -118,9 +121,9 @@ def load_model(
     settings = settings or {}
     weights = load_weights(checkpoint)
     kwargs = {key: settings[key] for key in _MODEL_OPTIONS if settings.get(key) is not None}
-    size = kwargs.get("force_image_size")
-    if isinstance(size, list | tuple) and len(size) == 1:
-        kwargs["force_image_size"] = size[0]
+    match kwargs.get("force_image_size"):
+        case [size]:
+            kwargs["force_image_size"] = size
     # The normalisation of a pretrained tag is part of the run, though its weights are not needed.
     tag = settings.get("pretrained") or ""
     pretrained = open_clip.get_pretrained_cfg(name, tag) if tag else {}
@@ -129,17 +132,13 @@ def load_model(
             kwargs.setdefault(f"image_{key}", pretrained[key])
     if any(key.endswith("logit_bias") for key in weights):
         kwargs["init_logit_bias"] = 0.0
+    kwargs["pretrained_hf"] = False
 
-    # open_clip warns that the weights are random, which they are until the next statement.
+    # open_clip warns that the weights are random, which they are until `_fill`.
     logging.disable(logging.WARNING)
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(
-            name,
-            precision=precision,
-            device=device,
-            output_dict=True,
-            pretrained_hf=False,
-            **kwargs,
+            name, precision=precision, device=device, output_dict=True, **kwargs
         )
         tokenizer = open_clip.get_tokenizer(name, context_length=kwargs.get("force_context_length"))
     except Exception as error:
@@ -147,8 +146,7 @@ def load_model(
     finally:
         logging.disable(logging.NOTSET)
     _fill(model, weights, f"{checkpoint}: expected the weights of {name!r}, got")
-    model.eval()
-    return model, preprocess, tokenizer
+    return model.eval(), preprocess, tokenizer
 
 
 def load_weights(checkpoint: str | Path) -> dict[str, Tensor]:
@@ -171,8 +169,7 @@ def load_weights(checkpoint: str | Path) -> dict[str, Tensor]:
     except Exception as error:
         raise ValueError(f"{checkpoint}: not a checkpoint that torch.load can read") from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    values = weights.values() if isinstance(weights, dict) else ()
-    if weights is None or not values or not all(isinstance(value, Tensor) for value in values):
+    if not (isinstance(weights, dict) and weights and all(map(torch.is_tensor, weights.values()))):
         raise ValueError(f'{checkpoint}: expected model weights under "state_dict", got none')
     return {str(key).removeprefix("module."): value for key, value in weights.items()}
 
@@ -183,13 +180,10 @@ def read_run_settings(checkpoint: str | Path) -> dict[str, Any]:
         lines = _params_file(checkpoint).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return {}
-    settings: dict[str, Any] = {}
-    for line in lines:
-        name, _, value = line.partition(": ")
-        try:
+    settings: dict[str, Any] = dict(line.split(": ", 1) for line in lines if ": " in line)
+    for name, value in settings.items():
+        with suppress(ValueError, SyntaxError):  # what is no literal stays text
             settings[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            settings[name] = value
     return settings
 
 
@@ -200,16 +194,18 @@ def _params_file(checkpoint: str | Path) -> Path:
 def _fill(model: nn.Module, weights: Mapping[str, Tensor], complaint: str) -> None:
     """Load weights that must fit exactly; say in one line how they do not."""
     own = model.state_dict()
-    missing = [key for key in own if key not in weights]
-    foreign = [key for key in weights if key not in own]
     # A scalar parameter may have been stored as a vector of one, as some distributed modes need.
     fitted = {
         key: value.reshape(own[key].shape) if value.numel() == own[key].numel() == 1 else value
         for key, value in weights.items()
         if key in own
     }
-    reshaped = [key for key, value in fitted.items() if value.shape != own[key].shape]
-    for keys, what in ((missing, "missing"), (foreign, "unknown"), (reshaped, "of other shape")):
+    wrong = {
+        "missing": [key for key in own if key not in weights],
+        "unknown": [key for key in weights if key not in own],
+        "of other shape": [key for key, value in fitted.items() if value.shape != own[key].shape],
+    }
+    for what, keys in wrong.items():
         if keys:
             raise ValueError(f"{complaint} {len(keys)} {what}, such as {keys[0]!r}")
     model.load_state_dict(fitted)
@@ -217,19 +213,16 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], complaint: str) -> No
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
+        return torch.zeros(1, device=name).device
     except Exception as error:
         raise ValueError(f"cannot use device {name!r}: {one_line(error)}") from error
-    return device
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line, without the usage."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{PROGRAM}: error: {message}\n")  # one line, without the usage
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -257,10 +250,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", metavar="DIR", help="where to write (default: beside the checkpoint)")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
-
-
-def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..data.groups import UNKNOWN, IntArray
+from ..data import UNKNOWN, IntArray
 from ..validation import check_choice, check_integer
 
 FloatArray = npt.NDArray[np.float64]
@@ -38,14 +38,10 @@ def roc_auc(
 ) -> float:
     """Area under the ROC curve, ties counted half: P(s+ > s-) + P(s+ = s-) / 2.
 
-    Equals scikit-learn's `roc_auc_score(..., multi_class="ovr", average="macro")`. A class that no
-    sample, or every sample, belongs to has no one-vs-rest AUC and is left out of the mean. NaN,
-    with a UserWarning, if only one class is there.
-
-    Args:
-        y_true: class codes (N,).
-        scores: binary (N,), larger for class 1; or one column per class (N, K).
-        sample_weight: (N,) or None.
+    ``y_true`` are class codes (N,), ``scores`` binary (N,), larger for class 1, or one column per
+    class (N, K). Equals scikit-learn's `roc_auc_score(..., multi_class="ovr", average="macro")`. A
+    class that no sample, or every sample, belongs to has no one-vs-rest AUC and is left out of the
+    mean. NaN, with a UserWarning, if only one class is there.
 
     Raises:
         ValueError: lengths that differ, no samples, scores or weights that are not finite, class
@@ -78,9 +74,8 @@ def group_roc_auc(
     g, size = check_groups(groups, len(y), num_groups)
     values: FloatArray = group_macro_auc(_check_weights(sample_weight, len(y)), y, s, g, size)[0]
     for group in np.flatnonzero(np.isnan(values) & (np.bincount(g[g >= 0], minlength=size) > 0)):
-        warnings.warn(
-            f"group {group} holds one class only: its AUC is NaN", UserWarning, stacklevel=2
-        )
+        what = f"group {group} holds one class only: its AUC is NaN"
+        warnings.warn(what, UserWarning, stacklevel=2)
     return values
 
 
@@ -150,8 +145,7 @@ def equalized_odds_difference(
     of that gap, as `fairness_report` does.
 
     Raises:
-        ValueError: lengths that differ, no samples, class codes outside 0..K-1, group codes
-            below -1, another ``undefined_rate``.
+        ValueError: as for `demographic_parity_difference`, or another ``undefined_rate``.
     """
     check_choice("undefined_rate", undefined_rate, ("zero", "skip"))
     p = _check_codes(y_pred, "y_pred", None, 0, check_integer("num_classes", num_classes, 2))
@@ -169,19 +163,15 @@ def decide(scores: FloatArray, threshold: float) -> IntArray:
     """Predict classes (N,): from the threshold on class 1 of two, of more the largest score's."""
     if scores.ndim == 2 and scores.shape[1] > 2:
         return np.asarray(scores.argmax(axis=1), dtype=np.int64)
-    positive = scores if scores.ndim == 1 else scores[:, 1]
-    return np.asarray(positive >= threshold, dtype=np.int64)
+    return np.asarray((scores if scores.ndim == 1 else scores[:, 1]) >= threshold, dtype=np.int64)
 
 
 def _sum_by_code(weights: FloatArray, codes: IntArray, size: int) -> FloatArray:
     """Add up the weights (R, N) of the samples that share a code (N,) from 0: (R, size)."""
-    order = np.argsort(codes, kind="stable")  # sorted by code, every sum is one of a slice
-    order = order[np.searchsorted(codes[order], 0) :]
-    present, starts = np.unique(codes[order], return_index=True)
-    sums = np.zeros((len(weights), size))
-    if len(present):
-        sums[:, present] = np.add.reduceat(weights[:, order], starts, axis=1)
-    return sums
+    known = codes >= 0
+    cells = codes[known] + size * np.arange(len(weights))[:, None]
+    sums = np.bincount(cells.ravel(), weights[:, known].ravel(), len(weights) * size)
+    return np.asarray(sums, dtype=np.float64).reshape(len(weights), size)  # integers if empty
 
 
 def _binary_auc(weights: FloatArray, positive: npt.NDArray[np.bool_], s: FloatArray) -> FloatArray:
@@ -196,9 +186,8 @@ def _binary_auc(weights: FloatArray, positive: npt.NDArray[np.bool_], s: FloatAr
 
 def macro_auc(weights: FloatArray, y_true: IntArray, scores: FloatArray) -> FloatArray:
     """AUC (R,): binary for scores (N,), for (N, K) the mean of the one-vs-rest AUCs that exist."""
-    if scores.ndim == 1:
-        return _binary_auc(weights, y_true == 1, scores)
-    tasks = [_binary_auc(weights, y_true == k, column) for k, column in enumerate(scores.T)]
+    columns = enumerate(scores.T) if scores.ndim == 2 else [(1, scores)]
+    tasks = [_binary_auc(weights, y_true == k, column) for k, column in columns]
     return _mean_of_known(np.stack(tasks, axis=1))
 
 
@@ -253,9 +242,8 @@ def group_rates(
 
 def _largest(values: FloatArray) -> FloatArray:
     """Largest over axis 1 of the values that exist in row 0: (R, G, K) -> (R, K)."""
-    known = ~np.isnan(values[0])
-    largest = np.where(known, values, -np.inf).max(axis=1, initial=-np.inf)
-    return np.where(known.any(axis=0), largest, np.nan)
+    largest = np.where(np.isnan(values[0]), -np.inf, values).max(axis=1, initial=-np.inf)
+    return np.where(np.isneginf(largest), np.nan, largest)
 
 
 def gap(rates: FloatArray) -> FloatArray:
@@ -279,8 +267,7 @@ def group_spread(
     """`equity_scaled` and both of `between_group_disparity`, of (R,) and (R, G): (R,) each."""
     values = group_values[:, ~np.isnan(group_values[0])]
     if not values.shape[1]:
-        nothing = np.full_like(overall, np.nan)
-        return nothing, nothing, nothing
+        return (np.full_like(overall, np.nan),) * 3
     scaled = overall / (1 + np.abs(overall[:, None] - values).sum(axis=1))
     return scaled, _ratio(values.std(axis=1), overall), _ratio(np.ptp(values, axis=1), overall)
 
@@ -334,9 +321,7 @@ def _check_codes(
 
 def _check_weights(sample_weight: npt.ArrayLike | None, length: int) -> FloatArray:
     """Return the weights as one row (1, N)."""
-    if sample_weight is None:
-        return np.ones((1, length))
-    weights = np.asarray(sample_weight, dtype=np.float64)
+    weights = np.asarray(np.ones(length) if sample_weight is None else sample_weight, np.float64)
     if weights.shape != (length,):
         raise ValueError(f"expected sample_weight of shape ({length},), got {weights.shape}")
     if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():

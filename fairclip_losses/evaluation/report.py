@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..data.groups import CodeBook, IntArray
+from ..data import CodeBook, IntArray
 from ..validation import check_integer
 from . import group_metrics as metrics
 from .group_metrics import FloatArray
@@ -24,8 +24,6 @@ from .group_metrics import FloatArray
 BLOCK_SIZE = 2**22
 
 Row = dict[str, str | int | float | None]
-# By name: the group codes (N,) and the groups' labels.
-Attributes = Mapping[str, tuple[IntArray, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,8 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        if math.isnan(self.value):
-            return "  n/a"
-        if math.isnan(self.low):
-            return f"{self.value:.3f}"
-        return f"{self.value:.3f}  [{self.low:.3f}, {self.high:.3f}]"
+        interval = "" if math.isnan(self.low) else f"  [{self.low:.3f}, {self.high:.3f}]"
+        return "  n/a" if math.isnan(self.value) else f"{self.value:.3f}{interval}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +98,8 @@ class FairnessReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested dicts and lists as JSON takes them; NaN becomes None."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
 
     def to_rows(self) -> list[Row]:
         """Return one flat row per number: attribute, group, metric, value, low, high, count.
@@ -123,22 +119,17 @@ class FairnessReport:
         head = f"{self.num_samples} samples, {task}"
         if self.num_bootstrap:
             head += f"; [{100 * self.confidence:g} % interval, {self.num_bootstrap} resamples]"
-        lines: list[tuple[str, str, str]] = []
-        section = ""
+        lines, section = [], ""
         for attribute, group, metric, estimate, count in self._numbers():
             if attribute != section:
                 unknown = self.attributes[attribute].unknown
                 lines += [("", "", ""), (attribute, f"{unknown} unknown" if unknown else "", "")]
                 section = attribute
-            title = _GAPS.get(metric) or _LEVELS[metric]
-            name = f"{title}, {group}" if group else title
-            indent = "  " if attribute else ""
-            lines.append((indent + name, str(estimate), f"n={count}" if group else ""))
-        widths = [max(len(line[column]) for line in lines) for column in range(2)]
-        body = [
-            f"{name:<{widths[0]}}  {value:<{widths[1]}}  {note}".rstrip()
-            for name, value, note in lines
-        ]
+            title = ("  " if attribute else "") + (_GAPS.get(metric) or _LEVELS[metric])
+            note = (f", {group}", f"n={count}") if group else ("", "")
+            lines.append((title + note[0], str(estimate), note[1]))
+        first, second, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
+        body = [f"{a:<{first}}  {b:<{second}}  {c}".rstrip() for a, b, c in lines]
         return "\n".join([head, "", *body])
 
     def _numbers(self) -> Iterator[tuple[str, str, str, Estimate, int]]:
@@ -191,9 +182,8 @@ def fairness_report(
         positives (negatives) is left out of the true (false) positive rates' gap.
 
     Raises:
-        ValueError: lengths that differ, no samples, scores that are not finite, groups that are no
-            mapping, class or group codes out of range, an attribute without labels, or a setting
-            out of range.
+        ValueError: as for `roc_auc`, groups that are no mapping, group codes out of range, an
+            attribute without labels, or a setting out of range.
     """
     y, s, num_classes = metrics.check_samples(y_true, scores)
     s = s[:, 1] if s.ndim == 2 and num_classes == 2 else s
@@ -202,7 +192,11 @@ def fairness_report(
         raise ValueError(f"expected a confidence between 0 and 1, got {confidence}")
     if not np.isfinite(threshold):
         raise ValueError(f"expected a finite threshold, got {threshold}")
-    attributes = _check_attributes(groups, labels, len(y))
+    if not isinstance(groups, Mapping):
+        expected = "expected groups as a mapping, attribute name -> codes (N,)"
+        raise ValueError(f"{expected}, got {type(groups).__name__}")
+    named = labels.labels if isinstance(labels, CodeBook) else labels
+    attributes = {name: _check_attribute(name, groups[name], named, len(y)) for name in groups}
     predicted = metrics.decide(s, threshold)
     blocks = [
         _all_metrics(weights, y, s, predicted, num_classes, attributes)
@@ -214,10 +208,9 @@ def fairness_report(
     reports = {}
     for name, (codes, names) in attributes.items():
         counts = np.bincount(codes[codes >= 0], minlength=len(names)).tolist()
-        gaps, aucs, accuracies = (
-            list(itertools.islice(estimates, size)) for size in (len(_GAPS), len(names), len(names))
-        )
-        members = tuple(map(GroupReport, names, counts, aucs, accuracies))
+        sizes = len(_GAPS), len(names), len(names)
+        gaps, *levels = (list(itertools.islice(estimates, size)) for size in sizes)
+        members = tuple(map(GroupReport, names, counts, *levels))
         reports[name] = AttributeReport(members, int((codes < 0).sum()), *gaps)
     report = FairnessReport(
         num_samples=len(y),
@@ -232,34 +225,24 @@ def fairness_report(
     )
     for name, group, metric, estimate, count in report._numbers():
         if metric == "auc" and count and math.isnan(estimate.value):
-            holds = f"attribute {name!r}: group {group!r} holds one" if name else "one"
-            which = "its" if name else "the"
-            warnings.warn(f"{holds} class only: {which} AUC is NaN", UserWarning, stacklevel=2)
+            what = "one class only: the AUC is NaN"
+            if name:
+                what = f"attribute {name!r}: group {group!r} holds one class only: its AUC is NaN"
+            warnings.warn(what, UserWarning, stacklevel=2)
     return report
 
 
-def _check_attributes(
-    groups: Mapping[str, npt.ArrayLike],
-    labels: CodeBook | Mapping[str, Sequence[str]] | None,
-    size: int,
-) -> Attributes:
-    if not isinstance(groups, Mapping):
-        raise ValueError(
-            "expected groups as a mapping, attribute name -> codes (N,), "
-            f"got {type(groups).__name__}"
-        )
-    named = labels.labels if isinstance(labels, CodeBook) else labels
-    attributes = {}
-    for name, values in groups.items():
-        if named is not None and name not in named:
-            raise ValueError(f"expected labels for attribute {name!r}, got {sorted(named)}")
-        try:
-            number = None if named is None else len(named[name])
-            codes, number = metrics.check_groups(values, size, number)
-        except ValueError as error:
-            raise ValueError(f"attribute {name!r}: {error}") from error
-        attributes[name] = codes, tuple(map(str, range(number)) if named is None else named[name])
-    return attributes
+def _check_attribute(
+    name: str, values: npt.ArrayLike, named: Mapping[str, Sequence[str]] | None, size: int
+) -> tuple[IntArray, Sequence[str]]:
+    if named is not None and name not in named:
+        raise ValueError(f"expected labels for attribute {name!r}, got {sorted(named)}")
+    labels = None if named is None else named[name]
+    try:
+        codes, number = metrics.check_groups(values, size, None if labels is None else len(labels))
+    except ValueError as error:
+        raise ValueError(f"attribute {name!r}: {error}") from error
+    return codes, list(map(str, range(number))) if labels is None else labels
 
 
 def _all_metrics(
@@ -268,7 +251,7 @@ def _all_metrics(
     scores: FloatArray,
     predicted: IntArray,
     num_classes: int,
-    attributes: Attributes,
+    attributes: dict[str, tuple[IntArray, Sequence[str]]],
 ) -> FloatArray:
     """Compute each number for every row of the weights: (numbers, R), in the reports' order."""
     auc = metrics.macro_auc(weights, y, scores)
@@ -287,11 +270,10 @@ def _all_metrics(
 
 def _estimate(sample: float, resamples: FloatArray, tail: float) -> Estimate:
     """Return a number with the quantiles of its resamples that exist."""
-    resamples = resamples[~np.isnan(resamples)]
-    if np.isnan(sample) or not len(resamples):
+    known = resamples[~np.isnan(resamples)]
+    if np.isnan(sample) or not len(known):
         return Estimate(float(sample), np.nan, np.nan)
-    low, high = np.quantile(resamples, [tail, 1 - tail])
-    return Estimate(float(sample), float(low), float(high))
+    return Estimate(float(sample), *np.quantile(known, [tail, 1 - tail]).tolist())
 
 
 def _resamples(size: int, number: int, seed: int) -> Iterator[FloatArray]:
@@ -309,8 +291,6 @@ def _plain(value: Any) -> Any:
     """Turn tuples into lists and NaN into None, all the way down."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return value
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from ..data import CodeBook, Table, encode_attributes, encode_labels, write_table
-from ..data.groups import IntArray
+from ..data import CodeBook, IntArray, Table, encode_attributes, encode_labels, write_table
 from ..errors import reason
 from ..validation import check_integer
 from .group_metrics import FloatArray, decide
@@ -82,8 +81,7 @@ class ZeroShotTask:
             if not os.path.isfile(file):
                 raise ValueError(f"{table.path}: row {row}: no image file {file!r}")
         task = cls(files, labels, classes, tuple(prompts), groups, book)
-        twice = [name for name, count in Counter(task.header()).items() if count > 1]
-        if twice:
+        if twice := [name for name, count in Counter(task.header()).items() if count > 1]:
             raise ValueError(f"attributes named {twice}: taken by other columns of the predictions")
         return task
 
@@ -111,10 +109,7 @@ class Predictions:
         names = [(*labels, "") for labels in task.codebook.labels.values()]
         rows = [
             [
-                row,
-                file,
-                task.classes[task.labels[row]],
-                task.classes[self.predicted[row]],
+                *(row, file, task.classes[task.labels[row]], task.classes[self.predicted[row]]),
                 *(f"{probability:.9g}" for probability in self.probabilities[row]),
                 *(name[code] for name, code in zip(names, task.groups[row], strict=True)),
             ]
@@ -143,14 +138,23 @@ def zero_shot_probabilities(
         ValueError: no images, or features that are not finite.
     """
     encoder: Any = model
-    with _evaluating(model):
-        scale = encoder.logit_scale.detach().cpu().double().exp()
-        text = F.normalize(encoder.encode_text(texts.to(device)).float(), dim=-1).cpu().double()
-        logits = []
-        for batch in images:
-            features: Tensor = encoder.encode_image(batch.to(device=device, dtype=input_dtype))
-            features = F.normalize(features.float(), dim=-1)
-            logits.append(scale * features.cpu().double() @ text.T)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+
+    def unit(features: Tensor) -> Tensor:
+        return F.normalize(features.float(), dim=-1).cpu().double()
+
+    try:
+        with torch.no_grad():
+            scale = encoder.logit_scale.cpu().double().exp()
+            text = scale * unit(encoder.encode_text(texts.to(device)))
+            logits = [
+                unit(encoder.encode_image(batch.to(device=device, dtype=input_dtype))) @ text.T
+                for batch in images
+            ]
+    finally:
+        for module, mode in modes:
+            module.training = mode
     if not logits:
         raise ValueError("expected images, got none")
     probabilities: FloatArray = torch.cat(logits).softmax(dim=-1).numpy()
@@ -183,24 +187,24 @@ def evaluate_task(
     those of `fairness_report`.
 
     Raises:
-        ValueError: an image that cannot be read, output that is not finite, or a setting out of
-            range.
+        ValueError: an image that cannot be read, output that is not finite, or a bad setting.
     """
     check_integer("batch_size", batch_size, 1)
     check_integer("workers", workers, 0)
+    rows: Any = list(enumerate(task.files, start=1))
     loader = DataLoader(
-        _Images(task.files, preprocess),
+        rows,
         batch_size=batch_size,
         num_workers=workers,
+        collate_fn=partial(_read_images, preprocess),
         # Without its own generator the loader would draw from, and so shift, the global one.
         generator=torch.Generator(),
     )
     texts = tokenizer(list(task.prompts))
     probabilities = zero_shot_probabilities(model, loader, texts, device, input_dtype=input_dtype)
+    groups = dict(zip(task.codebook.labels, task.groups.T, strict=True))
     report = fairness_report(
-        task.labels,
-        probabilities,
-        dict(zip(task.codebook.labels, task.groups.T, strict=True)),
+        *(task.labels, probabilities, groups),
         labels=task.codebook,
         threshold=threshold,
         n_bootstrap=n_bootstrap,
@@ -210,36 +214,16 @@ def evaluate_task(
     return report, Predictions(task, probabilities, decide(probabilities, threshold))
 
 
-class _Images(Dataset[Tensor]):
-    """Image files as tensors; a file that is no image is a ValueError that names it."""
-
-    def __init__(self, files: Sequence[str], preprocess: Preprocess) -> None:
-        self.files = files
-        self.preprocess = preprocess
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor:
-        file = self.files[index]
+def _read_images(preprocess: Preprocess, rows: Sequence[tuple[int, str]]) -> Tensor:
+    """Read image files, each with its row; one that is no image is a ValueError that names it."""
+    images = []
+    for row, file in rows:
         try:
             with Image.open(file) as image:
                 image.load()
         # Pillow's decoders raise more than OSError for broken files (SyntaxError, struct.error).
         except Exception as error:
-            where = f"row {index + 1}: cannot read image {file!r}"
+            where = f"row {row}: cannot read image {file!r}"
             raise ValueError(f"{where}: {reason(error)}") from error
-        return self.preprocess(image)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Turn evaluation mode on and gradients off; give every submodule its own mode back after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        images.append(preprocess(image))
+    return torch.stack(images)

@@ -4,7 +4,7 @@ The modules keep the state and call these; a training loop with a state of its o
 directly.
 """
 
-from ..data.groups import UNKNOWN
+from ..data import UNKNOWN
 from ..ops import sinkhorn_divergence
 from .fairness import (
     Detach,
