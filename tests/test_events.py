@@ -48,32 +48,30 @@ def test_methods_and_documentation_are_those_of_the_events():
 
 
 class Fails(Callback):
-    def __init__(self, error):
-        self.error = error
+    name = None
+
+    def __init__(self, error, name="Fails"):
+        self.error, self.name = error, name
 
     def on_batch_end(self, state):
         raise self.error
 
 
-class Named(Fails):
-    name = "the loader's guard"
-
-
 @pytest.mark.parametrize(
-    ("kind", "error", "message"),
+    ("failing", "message"),
     [
-        (Fails, KeyError("column"), "callback Fails failed at batch_end: KeyError: 'column'"),
-        (Named, KeyError("column"), "callback the loader's guard failed at batch_end: KeyError"),
-        (Fails, SystemExit(3), "callback Fails failed at batch_end: SystemExit: 3"),
-        (Fails, StopIteration(3), "callback Fails failed at batch_end: StopIteration: 3"),
+        (Fails(KeyError("column")), "callback Fails failed at batch_end: KeyError: 'column'"),
+        (Fails(KeyError("x"), "a guard"), "callback a guard failed at batch_end: KeyError"),
+        (Fails(SystemExit(3)), "callback Fails failed at batch_end: SystemExit: 3"),
+        (Fails(StopIteration(3)), "callback Fails failed at batch_end: StopIteration: 3"),
     ],
 )
-def test_a_failure_names_callback_and_event_and_stops_the_delivery(kind, error, message):
+def test_a_failure_names_callback_and_event_and_stops_the_delivery(failing, message):
     heard = []
-    registry = CallbackRegistry([Recorder("after", heard), kind(error)])  # an end runs backwards
+    registry = CallbackRegistry([Recorder("after", heard), failing])  # an end runs backwards
     with pytest.raises(CallbackError, match=message) as caught:
         registry.fire(Event.BATCH_END, TrainState())
-    assert caught.value.__cause__ is error and not heard
+    assert caught.value.__cause__ is failing.error and not heard
 
 
 @pytest.mark.parametrize(
@@ -85,24 +83,9 @@ def test_what_passes_as_it_is(error):
     assert caught.value is error
 
 
-class Misspelt(Callback):
-    def on_epoch_ended(self, state):
-        pass
-
-
-class Strange(Callback):
-    def on_coffee(self, state):
-        pass
-
-
-class Saves(Callback):
-    def state_dict(self):
-        return {}
-
-
-class Loads(Callback):
-    def load_state_dict(self, state):
-        pass
+def having(name, *methods):
+    """A callback of a class with these methods."""
+    return type(name, (Callback,), dict.fromkeys(methods, lambda self, state: None))()
 
 
 ONE = Callback()
@@ -129,10 +112,10 @@ def test_register_and_unregister():
         (3, "expected a Callback, got 3"),
         (Callback, "register an instance, not the class"),
         # A misspelt method would never be called, and nobody would know.
-        (Misspelt(), "on_epoch_ended, .* did you mean on_epoch_end"),
-        (Strange(), "on_coffee, which no event calls"),
-        (Saves(), "callback Saves must override state_dict and"),
-        (Loads(), "callback Loads must override state_dict and"),
+        (having("Misspelt", "on_epoch_ended"), "on_epoch_ended, .* did you mean on_epoch_end"),
+        (having("Strange", "on_coffee"), "on_coffee, which no event calls"),
+        (having("Saves", "state_dict"), "callback Saves must override state_dict and"),
+        (having("Loads", "load_state_dict"), "callback Loads must override state_dict and"),
     ],
 )
 def test_register_errors(wrong, message):
@@ -168,12 +151,10 @@ def test_the_default_registry():
 
 
 class Counts(Callback):
-    def __init__(self, label="Counts"):
-        self.label, self.count = label, 0
+    name = None
 
-    @property
-    def name(self):
-        return self.label
+    def __init__(self, name="Counts"):
+        self.name, self.count = name, 0
 
     def state_dict(self):
         return {"count": self.count}

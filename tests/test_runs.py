@@ -38,12 +38,7 @@ def test_events_come_in_the_documented_order_and_loss_calls_are_counted_by_step(
 
 def test_runs_share_no_state_hide_themselves_and_keep_the_loaders_attributes(program, registered):
     states = []
-
-    class Keeps(Callback):
-        def on_run_end(self, state):
-            states.append(state)
-
-    registered(Keeps())
+    registered(Callback()).on_run_end = states.append
     for _ in range(2):
         run_training([])
         assert vars(program.args) == {"epochs": 1, "accum_freq": 1}
@@ -124,26 +119,17 @@ def test_a_run_that_has_ended_holds_nothing(program, registered, fails):
 
 
 def test_a_run_inside_another_is_refused(program, registered):
-    class Nests(Callback):
-        def on_epoch_end(self, state):
-            run_training([])
-
-    registered(Nests())
+    nests = registered(Callback())
+    nests.on_epoch_end = lambda state: run_training([])
     with pytest.raises(UsageError, match="a run inside another one: start it in a process of its"):
         run_training([])
     assert not any(hasattr(getattr(program, name), "__wrapped__") for name in HOOKS)
 
 
 def test_a_callbacks_own_pass_over_the_loader_fires_nothing(program, registered):
-    passes, journal = [], []
-
-    class Peeks(Callback):
-        def on_loss_ready(self, state):
-            passes.append(len(list(state.data["train"].dataloader)))
-
-        on_epoch_start = on_batch_end = on_loss_ready
-
-    registered(Peeks())
+    passes, journal, peeks = [], [], registered(Callback())
+    for name in ("on_loss_ready", "on_epoch_start", "on_batch_end"):
+        setattr(peeks, name, lambda s: passes.append(len(list(s.data["train"].dataloader))))
     registered(recorder(journal))
     run_training([])
     assert passes == [len(Loader())] * 6
@@ -173,11 +159,6 @@ class Exits(Callback):
         sys.exit(3)
 
 
-class ExitsLater(Callback):
-    def on_loss_end(self, state):
-        sys.exit()
-
-
 class Faulty(Callback):
     def on_epoch_end(self, state):
         raise KeyError("gone")
@@ -187,7 +168,6 @@ class Faulty(Callback):
     ("name", "status", "line"),
     [
         ("Exits", 2, ":Exits cannot be made without arguments: SystemExit: 3"),
-        ("ExitsLater", 1, "callback ExitsLater failed at loss_end: SystemExit: "),
         ("Faulty", 1, "callback Faulty failed at epoch_end: KeyError: 'gone'"),
         ("missing", 2, ":missing cannot be imported: AttributeError"),
     ],
