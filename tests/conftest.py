@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -9,8 +10,8 @@ import sys
 import pytest
 from hypothesis import settings
 from stub_open_clip import make_program
+from stub_open_clip import registered as in_every_run
 
-from fairclip_losses.integrations import events
 from fairclip_losses.integrations.open_clip import PROGRAM
 
 # Everywhere else each run draws new problems; in continuous integration a run must repeat.
@@ -54,12 +55,5 @@ def own_handlers():
 @pytest.fixture
 def registered():
     """Registers callbacks for every run of a test, and takes them back."""
-    added = []
-
-    def add(callback):
-        added.append(events.register(callback))
-        return callback
-
-    yield add
-    for callback in added:
-        events.default_registry.unregister(callback)
+    with contextlib.ExitStack() as stack:
+        yield lambda callback: stack.enter_context(in_every_run(callback))

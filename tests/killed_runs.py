@@ -13,6 +13,7 @@ import socket
 import sys
 
 import torch
+from cpu_processes import AllowCpu
 from tiny_clip import HAS_LOCAL_DIR, write_model
 
 from fairclip_losses.integrations import events
@@ -97,55 +98,49 @@ def _run(arguments, folder, moment, callbacks, environment):
     write_model(folder / "tiny")
     if moment:
         install(moment)
-    if callbacks is not None:
-        from fairclip_losses import train
+    if callbacks is None:
+        import open_clip_train.main
 
-        for callback in callbacks:
-            events.register(callback)
-        sys.exit(train.main(arguments))
-    import open_clip_train.main
+        sys.exit(open_clip_train.main.main(arguments))
+    from fairclip_losses import train
 
-    sys.exit(open_clip_train.main.main(arguments))
+    for callback in callbacks:
+        events.register(callback)
+    sys.exit(train.main(arguments))
 
 
-def output_of(folder, environment=()):
+def output_of(folder, environment):
     """Where a process writes what it would have shown."""
-    return folder / f"output-{dict(environment).get('RANK', 0)}.txt"
-
-
-def start(arguments, folder, moment=None, callbacks=(), environment=()):
-    """Start a run with these callbacks, or (None) of open_clip alone; return its process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    arguments = (arguments, folder, moment, callbacks, dict(environment))
-    process = context.Process(target=_run, args=arguments)
-    process.start()
-    return process
+    return folder / f"output-{environment.get('RANK', 0)}.txt"
 
 
 def run(arguments, folder, moment=None, callbacks=()):
-    """Run to the end; return the exit status, -9 where it was killed."""
-    (status,) = run_together(arguments, folder, moment, [callbacks], [{}])
+    """Run with these callbacks, or (None) open_clip alone; return the status, -9 where killed."""
+    (status,) = run_together(arguments, folder, moment, callbacks, [{}])
     return status
 
 
-def run_processes(arguments, folder, moment, callbacks):
-    """Run one process for each entry of ``callbacks``, over gloo; return their exit statuses."""
+def run_two_processes(arguments, folder, moment, callbacks):
+    """Run two processes over gloo, each with its own callbacks; return their exit statuses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": str(len(callbacks)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [{**world, "RANK": str(k), "LOCAL_RANK": str(k)} for k in range(len(callbacks))]
-    return run_together([*arguments, "--dist-backend", "gloo"], folder, moment, callbacks, ranks)
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    arguments = [*arguments, "--dist-backend", "gloo"]
+    return run_together(arguments, folder, moment, (AllowCpu(), *callbacks), ranks)
 
 
 def run_together(arguments, folder, moment, callbacks, environments):
-    """Run processes to their end, each with its own callbacks and environment."""
-    processes = [
-        start(arguments, folder, moment, own, environment)
-        for own, environment in zip(callbacks, environments, strict=True)
-    ]
+    """Run a process in each environment to its end."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    processes = []
     try:
+        for environment in environments:
+            own = (arguments, folder, moment, callbacks, environment)
+            processes.append(context.Process(target=_run, args=own))
+            processes[-1].start()
         for process, environment in zip(processes, environments, strict=True):
             process.join(240)
             text = output_of(folder, environment).read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import os
 import re
@@ -11,7 +12,7 @@ import types
 import torch
 from torch import nn
 
-from fairclip_losses.integrations.events import Callback, Event
+from fairclip_losses.integrations.events import Callback, Event, default_registry, register
 from fairclip_losses.integrations.open_clip import PROGRAM
 
 
@@ -28,9 +29,16 @@ class Loader:
         return 4
 
 
+def filled(program, *functions):
+    for function in functions:
+        setattr(program, function.__name__, function)
+    return program
+
+
 def make_program():
     """A module with the five hook points and a main() that uses them as open_clip's does."""
     program = types.ModuleType(PROGRAM)
+    program.seen, program.status = [], None
 
     def parse_args(argv):
         parser = argparse.ArgumentParser()
@@ -66,10 +74,7 @@ def make_program():
             program.evaluate(None, data, epoch + 1, args)
         return program.status
 
-    for function in (parse_args, get_data, create_loss, train_one_epoch, evaluate, main):
-        setattr(program, function.__name__, function)
-    program.seen, program.status = [], None
-    return program
+    return filled(program, parse_args, get_data, create_loss, train_one_epoch, evaluate, main)
 
 
 def make_saving_program():
@@ -82,9 +87,8 @@ def make_saving_program():
         parser.add_argument("--logs", default="")
         parser.add_argument("--resume")
         parser.add_argument("--save-frequency", type=int, default=1)
-        parser.add_argument("--save-most-recent", action="store_true")
-        parser.add_argument("--delete-previous-checkpoint", action="store_true")
-        parser.add_argument("--val", action="store_true")
+        for flag in ("--save-most-recent", "--delete-previous-checkpoint", "--val"):
+            parser.add_argument(flag, action="store_true")
         args = parser.parse_args(argv)
         args.accum_freq = 1
         return args
@@ -92,9 +96,6 @@ def make_saving_program():
     def get_data(args, preprocess_fns, epoch=0, tokenizer=None):
         data = {"train": types.SimpleNamespace(dataloader=Loader())}
         return {**data, "val": None} if args.val else data
-
-    def create_loss(args):
-        return lambda image_features, output_dict: {"contrastive_loss": image_features.sum()}
 
     def train_one_epoch(
         model, data, loss, epoch, optimizer, scaler, scheduler, dist_model, args, tb_writer=None
@@ -149,22 +150,25 @@ def make_saving_program():
                 torch.save(content, os.path.join(folder, "tmp.pt"))
                 os.replace(os.path.join(folder, "tmp.pt"), os.path.join(folder, "epoch_latest.pt"))
 
-    for function in (parse_args, get_data, create_loss, train_one_epoch, main):
-        setattr(program, function.__name__, function)
-    return program
+    return filled(program, parse_args, get_data, train_one_epoch, main)
+
+
+@contextlib.contextmanager
+def registered(callback):
+    """Have a callback in every run of the block."""
+    register(callback)
+    try:
+        yield callback
+    finally:
+        if callback in list(default_registry):
+            default_registry.unregister(callback)
 
 
 def recorder(journal):
-    class Recorder(Callback):
-        pass
+    def note(event):
+        return lambda self, state: journal.append((event, state.loss_call))
 
-    for event in Event:
-        setattr(
-            Recorder,
-            f"on_{event.value}",
-            lambda self, state, event=event: journal.append((event, state.loss_call)),
-        )
-    return Recorder()
+    return type("Recorder", (Callback,), {f"on_{event.value}": note(event) for event in Event})()
 
 
 def events_of(epochs):

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_clip import HAS_LOCAL_DIR, write_model, write_pairs
+from tiny_clip import write_model, write_pairs
+from training_runs import arguments, registered
 
 from fairclip_losses import train
-from fairclip_losses.integrations import events
 from fairclip_losses.integrations.events import Callback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -74,25 +74,19 @@ class Groups(Callback):
 
 
 @pytest.fixture
-def arguments(tmp_path):
+def command(tmp_path):
     pytest.importorskip("open_clip_train.main")
-    return [
-        *("--train-data", str(write_pairs(tmp_path, PAIRS, "train"))),
-        *("--model", write_model(tmp_path / "tiny"), "--logs", str(tmp_path), "--workers", "0"),
-        *(("--device", "cpu") if HAS_LOCAL_DIR else ()),  # 2.x has no such flag
-        *("--batch-size", str(BATCH), "--warmup", "1", "--name", "run"),
-        *("--fair-callback", "group_balanced:GroupBalancedBatches"),
-    ]
+    table = str(write_pairs(tmp_path, PAIRS, "train"))
+    data = {"train": table, "model": write_model(tmp_path / "tiny")}
+    more = ("--batch-size", str(BATCH), "--fair-callback", "group_balanced:GroupBalancedBatches")
+    return arguments(data, tmp_path, "run", *more)
 
 
 @pytest.mark.filterwarnings("default")  # open_clip's own
-def test_the_training_sees_balanced_batches_and_goes_on_with_them(arguments):
+def test_the_training_sees_balanced_batches_and_goes_on_with_them(command):
     def heard(*flags):
-        callback = events.register(Groups())
-        try:
-            assert train.main([*arguments, "--fair-loss", "--fair-attributes", "sex", *flags]) == 0
-        finally:
-            events.default_registry.unregister(callback)
+        with registered(Groups()) as callback:
+            assert train.main([*command, "--fair-loss", "--fair-attributes", "sex", *flags]) == 0
         return callback.batches
 
     whole = heard("--name", "whole", "--epochs", "2")
@@ -112,6 +106,6 @@ def test_the_training_sees_balanced_batches_and_goes_on_with_them(arguments):
         (("--fair-attributes", "sex", "--dataset-type", "synthetic"), "needs the CSV file of"),
     ],
 )
-def test_wrong_input_is_one_line(arguments, capsys, flags, message):
-    assert train.main([*arguments, *flags]) == 2
+def test_wrong_input_is_one_line(command, capsys, flags, message):
+    assert train.main([*command, *flags]) == 2
     assert message in capsys.readouterr().err

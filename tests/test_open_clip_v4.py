@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 from open_clip import ClipLoss
-from stub_open_clip import recorder
+from stub_open_clip import filled, recorder
 from tiny_clip import write_pairs
 from torch import nn
 from torch.utils.data import DataLoader
@@ -35,12 +35,11 @@ class Task(nn.Module):
             self.loss = loss
 
     def forward(self, image, text, text_valid):
-        pair = {"image": image, "text": text}
-        out = {
-            f"{key}_features": nn.functional.normalize(self.trainable_module[key](x), dim=-1)
-            for key, x in pair.items()
-        }
-        return {**out, "logit_scale": torch.tensor(4.0)}
+        out = {"logit_scale": torch.tensor(4.0)}
+        for key, x in (("image", image), ("text", text)):
+            features = self.trainable_module[key](x)
+            out[f"{key}_features"] = nn.functional.normalize(features, dim=-1)
+        return out
 
 
 def make_program(loss):
@@ -98,10 +97,8 @@ def make_program(loss):
             program.train_one_epoch(state, data, args, tb_writer=None)
             program.evaluate(task, data, state.epoch + 1, args, tb_writer=None, tokenizer=None)
 
-    for function in (parse_args, create_task, get_data, train_one_epoch, evaluate, main):
-        setattr(program, function.__name__, function)
     program.batches = []
-    return program
+    return filled(program, parse_args, create_task, get_data, train_one_epoch, evaluate, main)
 
 
 @pytest.fixture
@@ -144,13 +141,12 @@ def test_the_events_are_those_of_the_released_versions(start, registered):
 
 
 def test_a_batch_of_another_form_is_refused(start, registered):
-    class Leave(Callback):
-        def on_batch_start(self, state):
-            images, texts = state.batch
-            assert images.shape == texts.shape == (BATCH, SIZE)
-            state.batch = (images, texts, "one more")
+    def leave(state):
+        images, texts = state.batch
+        assert images.shape == texts.shape == (BATCH, SIZE)
+        state.batch = (images, texts, "one more")
 
-    registered(Leave())
+    registered(Callback()).on_batch_start = leave
     with pytest.raises(ValueError, match=r"must be \(image, text\) .* got 3 values"):
         start()
 
@@ -161,8 +157,8 @@ def test_the_fair_loss_sees_each_pair_once_and_idle_trains_upstreams_weights(sta
     report = start(*more, fair=True).loss.inner.miner.report()
     assert report.ids.tolist() == list(range(COUNT)) and set(report.visits) == {2}
     idle = ("--fair-weight", "0", "--fair-warmup-epochs", "9")
-    weights = [start(*more).state_dict(), start(*more, *idle, fair=True).state_dict()]
-    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+    upstream, ours = start(*more).state_dict(), start(*more, *idle, fair=True).state_dict()
+    torch.testing.assert_close({name: ours[name] for name in upstream}, dict(upstream))
 
 
 def test_a_task_without_a_loss_is_refused(start):

@@ -17,13 +17,20 @@ from hypothesis import strategies as st
 from tiny_clip import write_model, write_pairs
 from tiny_shards import hashed, write_shards
 from torch.utils.data import DataLoader, TensorDataset
-from training_runs import BATCH, arguments, one_line, rows_of
+from training_runs import (
+    BATCH,
+    Visits,
+    arguments,
+    assert_remembered,
+    one_line,
+    registered,
+    rows_of,
+)
 
 from fairclip_losses import train
 from fairclip_losses.data import CodeBook, Table, encode_attributes
 from fairclip_losses.errors import UsageError
 from fairclip_losses.integrations import webdataset_pairs as module
-from fairclip_losses.integrations.events import Callback
 from fairclip_losses.integrations.fair_training import pair_source
 from fairclip_losses.integrations.flags import split_flags
 from fairclip_losses.integrations.pair_reports import attribute_column, count_flagged, flag_rates
@@ -47,19 +54,10 @@ pytestmark = pytest.mark.filterwarnings("default", "ignore::ResourceWarning")
 
 def open_clip_arguments(**changes):
     """open_clip's arguments, as far as sources read them."""
-    values = {
-        "dataset_type": "auto",
-        "train_data": None,
-        "train_num_samples": None,
-        "train_data_upsampling_factors": None,
-        "dataset_resampled": False,
-        "csv_separator": "\t",
-        "csv_img_key": "filepath",
-        "csv_caption_key": "title",
-        "batch_size": 4,
-        "accum_freq": 1,
-        "workers": 0,
-    }
+    values = dict.fromkeys(("train_data", "train_num_samples", "train_data_upsampling_factors"))
+    values |= {"dataset_type": "auto", "dataset_resampled": False, "workers": 0}
+    values |= {"csv_separator": "\t", "csv_img_key": "filepath", "csv_caption_key": "title"}
+    values |= {"batch_size": 4, "accum_freq": 1}
     return SimpleNamespace(**{**values, **changes})
 
 
@@ -68,6 +66,8 @@ def options(*argv):
 
 
 # ------------------------------ rows
+
+SEXES = ("", "f", "m")
 
 
 def test_rows_come_through_several_workers_in_every_epoch(tmp_path):
@@ -88,13 +88,11 @@ def test_rows_come_through_several_workers_in_every_epoch(tmp_path):
         seen = []
         for batch in loader:
             (images, _), pairs = source.take(batch)
-            for row, pair_id, codes in zip(
-                images.tolist(), pairs.ids.tolist(), pairs.groups.tolist(), strict=True
-            ):
-                assert pair_id == int(rows[row]["pair"])
-                sex = ["f", "m"].index(rows[row]["sex"]) if rows[row]["sex"] else -1
-                assert codes == [sex, int(rows[row]["site"])]
-                seen.append(row)
+            seen += images.tolist()
+            of = [rows[row] for row in images.tolist()]
+            assert pairs.ids.tolist() == [int(row["pair"]) for row in of]
+            codes = [[SEXES.index(row["sex"]) - 1, int(row["site"])] for row in of]
+            assert pairs.groups.tolist() == codes
         assert sorted(seen) == list(range(22))  # the last batch is a partial one
         orders.append(seen)
     assert orders[0] != orders[1] != orders[2]
@@ -145,27 +143,14 @@ def test_a_run_resumed_on_fewer_rows_reports_the_lost_pairs_without_them(tmp_pat
     assert train.main(arguments(data, tmp_path, "run", *argv, "--resume", "latest", epochs=2)) == 0
     rows = rows_of(tmp_path / "run" / "checkpoints" / "pairs_epoch_2.csv")
     assert {row["id"] for row in rows} == every.keys()
-    flagged = {"f": [], "m": []}
     for row in rows:
         _, file, caption, sex, *_ = every[row["id"]]
-        there = ("", "", "") if row["id"] in gone else (file, caption, sex)
-        assert (row["file"], row["caption"], row["sex"]) == there
-        assert row["visits"] == ("1" if row["id"] in gone else "2")
-        if row["sex"]:
-            flagged[row["sex"]].append(row["kind"] != "clean")
+        there = ("", "", "", "1") if row["id"] in gone else (file, caption, sex, "2")
+        assert (row["file"], row["caption"], row["sex"], row["visits"]) == there
     log = (tmp_path / "run" / "out.log").read_text().splitlines()
-    for sex, kinds in flagged.items():
-        rate = f"sex={sex} {sum(kinds) / len(kinds):.1%}"
-        assert rate in [line for line in log if "pairs seen" in line][-1]
-
-
-class Recorder(Callback):
-    def __init__(self):
-        self.ids, self.groups = [], []
-
-    def on_loss_end(self, state):
-        self.ids.append(state.loss_inputs["pair_ids"].tolist())
-        self.groups.append(state.loss_inputs["groups"].tolist())
+    for sex in "fm":
+        flagged = [row["kind"] != "clean" for row in rows if row["sex"] == sex]
+        assert f"sex={sex} {np.mean(flagged):.1%}" in [x for x in log if "pairs seen" in x][-1]
 
 
 def synthetic(tmp_path, *more):
@@ -175,15 +160,13 @@ def synthetic(tmp_path, *more):
     return argv[:at] + argv[at + 2 :]
 
 
-def test_synthetic_pairs_are_named_by_row_and_take_labels_in_turn(tmp_path, registered):
-    record = registered(Recorder())
+def test_synthetic_pairs_are_named_by_row_and_take_labels_in_turn(tmp_path):
     flags = ("--fair-loss", "--fair-attributes", "kind=a,b,c", "--fair-save-pairs")
-    assert train.main(synthetic(tmp_path, "--train-num-samples", "20", *flags)) == 0
-    assert len(record.ids) == 2 * (20 // BATCH)
-    for ids, groups in zip(record.ids, record.groups, strict=True):
-        assert [[pair % 3] for pair in ids] == groups
+    with registered(Visits()) as record:
+        assert train.main(synthetic(tmp_path, "--train-num-samples", "20", *flags)) == 0
+    assert sum(map(len, record.epochs)) == 2 * (20 // BATCH) * BATCH
     rows = rows_of(tmp_path / "run" / "checkpoints" / "pairs_epoch_2.csv")
-    assert {int(row["id"]) for row in rows} == {pair for ids in record.ids for pair in ids}
+    assert_remembered(rows, record.visits)
     assert all(row["attribute_kind"] == "abc"[int(row["id"]) % 3] for row in rows)
 
 
@@ -275,29 +258,29 @@ def test_codes_of_json_values(value, code, others_unknown):
     labels = ("Asian", "Black", "2", "True")
     others = ",*" * others_unknown
     flags = options("--fair-attributes", f"race={','.join(labels)}{others}", "--fair-id-key", "id")
-    stage = PairStage({"u": (5, "0.tar")}, flags, {})
+    stage, book = PairStage({"u": (5, "0.tar")}, flags, {}), CodeBook({"race": labels})
     member = {"race": value, "id": 9}
     sample = {"__key__": "k", "__url__": "u", "json": member, "txt": "caption"}
     table = Table("t", {"race": ["Asian", "" if value is None else str(value).strip()]})
     allowed = ["race"] if others_unknown else []
     if code is None and not others_unknown:
-        where = "shard 0.tar, sample k: key 'race' of the json member: "
-        message = where + f"expected one of 'Asian', 'Black', '2', 'True', got {value!r}"
+        message = f"{IN_THE_JSON}expected one of 'Asian', 'Black', '2', 'True', got {value!r}"
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             list(stage([sample]))
         with pytest.raises(
             ValueError, match=r"'race': expected one of .* in 1 row, first in row 2"
         ):
-            encode_attributes(table, ["race"], CodeBook({"race": labels}), others_unknown=allowed)
+            encode_attributes(table, ["race"], book, others_unknown=allowed)
         return
     code = -1 if code is None else code
     (passed,) = stage([sample])
     assert passed[FIELDS[0]].tolist() == [9, 5, 0, code]
     assert passed[FIELDS[1]] == "k" and passed["txt"] == "caption"
-    codes, _ = encode_attributes(
-        table, ["race"], CodeBook({"race": labels}), others_unknown=allowed
-    )
+    codes, _ = encode_attributes(table, ["race"], book, others_unknown=allowed)
     assert codes[:, 0].tolist() == [0, code]
+
+
+IN_THE_JSON = "shard 0.tar, sample k: key 'race' of the json member: "
 
 
 @pytest.mark.parametrize(
@@ -309,11 +292,9 @@ def test_without_labels_integers_are_codes_as_they_are(value, code):
     stage = PairStage({"u": (5, "0.tar")}, options("--fair-attributes", "race"), {"race": 3})
     sample = {"__key__": "k", "__url__": "u", "json": {"race": value}}
     if code is None:
-        message = (
-            "shard 0.tar, sample k: key 'race' of the json member: expected a code from 0 to 2, or "
-            f"labels given as --fair-attributes race=LABEL,LABEL,..., got {value!r}"
-        )
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        message = "or labels given as --fair-attributes race=LABEL,LABEL,..., got "
+        message = re.escape(f"{IN_THE_JSON}expected a code from 0 to 2, {message}{value!r}")
+        with pytest.raises(ValueError, match=f"^{message}$"):
             list(stage([sample]))
         return
     (passed,) = stage([sample])
@@ -378,7 +359,8 @@ def test_what_open_clip_would_refuse_late(tmp_path, changes, message):
 
 
 def test_every_worker_needs_a_shard_unless_they_are_resampled(tmp_path, monkeypatch):
-    values = {"train_data": write_shards(tmp_path, (3, 3)), "train_num_samples": 6}
+    values = {"train_data": write_shards(tmp_path, (3, 3))}
+    (tmp_path / "sizes.json").write_text(json.dumps({"00000.tar": 3, "00001.tar": 3}))
     assert pair_source(open_clip_arguments(**values, workers=2), options("dbpm"))
     resampled = open_clip_arguments(**values, workers=3, dataset_resampled=True)
     assert pair_source(resampled, options("dbpm"))
@@ -415,13 +397,11 @@ def test_flag_rates_equal_a_double_loop():
     rng = np.random.default_rng(1)
     flagged, codes = rng.random(50) < 0.3, rng.integers(-1, 3, (50, 2))
     codes[:, 1] = np.minimum(codes[:, 1], 1)  # the last group of the second is never seen
-    book = CodeBook({"a": ("x", "y", "z"), "b": ("u", "v", "w")})
-    expected = {}
+    book, expected = CodeBook({"a": ("x", "y", "z"), "b": ("u", "v", "w")}), {}
     for column, (name, labels) in enumerate(book.labels.items()):
         expected[name] = {}
         for code, label in enumerate(labels):
-            of_group = [bool(flagged[k]) for k in range(50) if codes[k, column] == code]
-            if of_group:
+            if of_group := [bool(flagged[k]) for k in range(50) if codes[k, column] == code]:
                 expected[name][label] = sum(of_group) / len(of_group)
     assert set(expected["b"]) == {"u", "v"}
     assert flag_rates(count_flagged(flagged, codes, book), book) == expected

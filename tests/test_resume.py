@@ -7,22 +7,16 @@ import time
 
 import pytest
 import torch
-from cpu_processes import AllowCpu
-from killed_runs import DieAt, RaiseIn, Tally, output_of, run, run_processes
-from tiny_clip import HAS_LOCAL_DIR, write_model, write_pairs
-from training_runs import SeedEpochs
+from killed_runs import DieAt, RaiseIn, Tally, output_of, run, run_two_processes
+from tiny_clip import write_model, write_pairs
+from training_runs import BATCH, SeedEpochs, assert_same
+from training_runs import arguments as of_open_clip
 
 pytest.importorskip("open_clip_train.main")
 
-PAIRS, BATCH, EPOCHS = 16, 8, 3
-FAIR = (
-    *("--fair-loss", "--fair-attributes", "sex", "site", "--fair-queue", "4"),
-    *("--fair-faulty-sigma", "1", "--fair-noisy-sigma", "1"),
-)
-IDLE = (
-    *("--fair-loss", "--fair-attributes", "sex", "--fair-weight", "0"),
-    *("--fair-faulty-sigma", "inf", "--fair-noisy-sigma", "inf"),
-)
+PAIRS, EPOCHS = 16, 3
+SIGMAS = ("--fair-faulty-sigma", "1", "--fair-noisy-sigma", "1")
+FAIR = ("--fair-loss", "--fair-attributes", "sex", "site", "--fair-queue", "4", *SIGMAS)
 FREQUENT = ("--save-frequency", "1")
 RECENT = ("--save-frequency", "0", "--save-most-recent")
 DELETING = (*FREQUENT, "--delete-previous-checkpoint")
@@ -40,13 +34,8 @@ def data(tmp_path_factory):
 
 
 def arguments(data, logs, *more, evaluated=True):
-    return [
-        *("--train-data", data["train"], "--model", data["model"]),
-        *(("--val-data", data["val"]) if evaluated else ()),
-        *(("--device", "cpu") if HAS_LOCAL_DIR else ()),  # 2.x has no such flag
-        *("--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--workers", "0"),
-        *("--warmup", "2", "--lr", "1e-3", "--logs", str(logs), "--name", "run", *more),
-    ]
+    more = (*(("--val-data", data["val"]) if evaluated else ()), "--precision", "amp", *more)
+    return of_open_clip(data, logs, "run", *more, epochs=EPOCHS)
 
 
 def callbacks(moment=None):
@@ -69,24 +58,6 @@ def end_of(logs):
     states = torch.load(folder / f"epoch_{EPOCHS}.fair", weights_only=True)
     flagged = [path.read_text() for path in folder.glob(f"flagged_epoch_{EPOCHS}.csv")]
     return checkpoint, states, flagged
-
-
-def assert_same(first, second, where=""):
-    """Equal bit for bit, and of the same types, all the way down."""
-    assert type(first) is type(second), where
-    if isinstance(first, torch.Tensor):
-        assert first.dtype == second.dtype and first.shape == second.shape, where
-        assert first.numpy().tobytes() == second.numpy().tobytes(), where
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys(), where
-        for key, value in first.items():
-            assert_same(value, second[key], f"{where}[{key!r}]")
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second), where
-        for position, pair in enumerate(zip(first, second, strict=True)):
-            assert_same(*pair, f"{where}[{position}]")
-    else:
-        assert first == second, where
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +95,8 @@ def test_killed_and_resumed_equals_uninterrupted(data, whole, tmp_path, saving, 
 def test_the_weights_are_those_of_open_clips_own_resume(data, tmp_path):
     """In one process open_clip does not take up its order of the data, nor do we in its place."""
     ends = []
-    for name, own, flags in (("upstream", None, ()), ("ours", (), IDLE)):
-        command = arguments(data, tmp_path / name, *FREQUENT, *flags)
+    for name, own in (("upstream", None), ("ours", (Tally(),))):
+        command = arguments(data, tmp_path / name, *FREQUENT)
         assert run(command, data["folder"], "after_checkpoint", own) == -signal.SIGKILL
         assert run([*command, "--resume", "latest"], data["folder"], None, own) == 0
         ends.append(load(checkpoints(tmp_path / name) / f"epoch_{EPOCHS}.pt"))
@@ -138,12 +109,11 @@ def test_two_processes_killed_and_resumed_equal_the_uninterrupted(data, tmp_path
     for name, moment in (("whole", None), ("cut", "after_checkpoint")):
         # 2.x evaluates in the first process by a forward pass that waits for the others.
         command = arguments(data, tmp_path / name, *flags, evaluated=False)
-        own = [(AllowCpu(), *callbacks()), (AllowCpu(), *callbacks())]
         if moment:
-            statuses = run_processes(command, data["folder"], moment, own)
+            statuses = run_two_processes(command, data["folder"], moment, callbacks())
             assert statuses[0] == -signal.SIGKILL and statuses[1] != 0
             command += ["--resume", "latest"]
-        assert run_processes(command, data["folder"], None, own) == [0, 0]
+        assert run_two_processes(command, data["folder"], None, callbacks()) == [0, 0]
         ends.append(end_of(tmp_path / name))
     assert_same(*ends)
 
@@ -151,9 +121,8 @@ def test_two_processes_killed_and_resumed_equal_the_uninterrupted(data, tmp_path
 def test_a_callback_that_raises_in_one_process_stops_them_all(data, tmp_path):
     rank = 1
     command = arguments(data, tmp_path, *FAIR, "--batch-size", "4")
-    own = [(AllowCpu(), RaiseIn(rank)), (AllowCpu(), RaiseIn(rank))]
     began = time.monotonic()
-    statuses = run_processes(command, data["folder"], None, own)
+    statuses = run_two_processes(command, data["folder"], None, (RaiseIn(rank),))
     assert statuses[rank] == 1 and statuses[1 - rank] != 0
     assert time.monotonic() - began < 60  # gloo itself would wait for half an hour
     line = "error: callback RaiseIn failed at batch_end: ValueError: no more of this"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-import types
 import weakref
+from typing import ClassVar
 
 import pytest
 from stub_open_clip import Loader, events_of, recorder
@@ -36,18 +36,9 @@ def test_events_come_in_the_documented_order_and_loss_calls_are_counted_by_step(
     assert [call for event, call in journal if event is Event.LOSS_START] == [0, 1, 0, 1]
 
 
-class Keeps(Callback):
-    """Keeps the state of each run beyond its end."""
-
-    def __init__(self):
-        self.states = []
-
-    def on_run_end(self, state):
-        self.states.append(state)
-
-
 def test_runs_share_no_state_hide_themselves_and_keep_the_loaders_attributes(program, registered):
-    states = registered(Keeps()).states
+    states = []
+    registered(Callback()).on_run_end = states.append
     for _ in range(2):
         run_training([])
         assert vars(program.args) == {"epochs": 1, "accum_freq": 1}
@@ -95,28 +86,19 @@ def test_a_run_that_open_clip_gives_up_has_no_end_and_is_a_failed_command(progra
     assert Event.RUN_END not in [event for event, _ in journal]
 
 
-class Watches(Callback):
-    """Keeps no more than weak references to what a run works on."""
-
-    def __init__(self, fails=False):
-        self.seen, self.fails = {}, fails
-
-    def on_batch_end(self, state):
-        loader = state.data["train"].dataloader
-        seen = {"state": state, "loader": loader, "batch": state.batch[0], "args": state.args}
-        self.seen = {name: weakref.ref(value) for name, value in seen.items()}
-        if self.fails:
-            raise ValueError("no more of this")
-
-    def alive(self):
-        assert self.seen
-        return [name for name, reference in self.seen.items() if reference() is not None]
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_run_that_has_ended_holds_nothing(program, registered, fails):
-    watches = registered(Watches(fails))
-    main = program.main
+    seen, main = {}, program.main
+
+    class Watches(Callback):
+        """Keeps no more than weak references to what a run works on."""
+
+        def on_batch_end(self, state):
+            values = {"state": state, "batch": state.batch[0], "args": state.args}
+            values["loader"] = state.data["train"].dataloader
+            seen.update({name: weakref.ref(value) for name, value in values.items()})
+            if fails:
+                raise ValueError("no more of this")
 
     def forgetful(argv):
         try:
@@ -125,40 +107,32 @@ def test_a_run_that_has_ended_holds_nothing(program, registered, fails):
             del program.args
             program.seen.clear()
 
+    registered(Watches())
     program.main = forgetful
     gc.collect()
     gc.disable()
     try:
         assert train.main([]) == fails
-        assert not watches.alive()
+        assert len(seen) == 4 and not [name for name, there in seen.items() if there() is not None]
     finally:
         gc.enable()
 
 
 def test_a_run_inside_another_is_refused(program, registered):
-    class Nests(Callback):
-        def on_epoch_end(self, state):
-            run_training([])
-
-    registered(Nests())
+    nests = registered(Callback())
+    nests.on_epoch_end = lambda state: run_training([])
     with pytest.raises(UsageError, match="a run inside another one: start it in a process of its"):
         run_training([])
     assert not any(hasattr(getattr(program, name), "__wrapped__") for name in HOOKS)
 
 
 def test_a_callbacks_own_pass_over_the_loader_fires_nothing(program, registered):
-    passes, journal = [], []
-
-    class Peeks(Callback):
-        def on_loss_ready(self, state):
-            passes.append(list(state.data["train"].dataloader))
-
-        on_epoch_start = on_batch_end = on_loss_ready
-
-    registered(Peeks())
+    passes, journal, peeks = [], [], registered(Callback())
+    for name in ("on_loss_ready", "on_epoch_start", "on_batch_end"):
+        setattr(peeks, name, lambda s: passes.append(len(list(s.data["train"].dataloader))))
     registered(recorder(journal))
     run_training([])
-    assert [len(batches) for batches in passes] == [len(Loader())] * 6
+    assert passes == [len(Loader())] * 6
     assert [event for event, _ in journal].count(Event.BATCH_START) == 4
 
 
@@ -177,14 +151,12 @@ def test_open_clips_parser_warns_as_ever_and_refuses_in_one_line(program, capsys
     assert capsys.readouterr().err == ""
 
 
+ONE = Callback()
+
+
 class Exits(Callback):
     def __init__(self):
         sys.exit(3)
-
-
-class ExitsLater(Callback):
-    def on_loss_end(self, state):
-        sys.exit()
 
 
 class Faulty(Callback):
@@ -196,7 +168,6 @@ class Faulty(Callback):
     ("name", "status", "line"),
     [
         ("Exits", 2, ":Exits cannot be made without arguments: SystemExit: 3"),
-        ("ExitsLater", 1, "callback ExitsLater failed at loss_end: SystemExit: "),
         ("Faulty", 1, "callback Faulty failed at epoch_end: KeyError: 'gone'"),
         ("missing", 2, ":missing cannot be imported: AttributeError"),
     ],
@@ -209,12 +180,11 @@ def test_a_callback_that_fails_ends_the_command_with_its_name(program, capsys, n
     assert all(vars(program)[name] is before[name] for name in HOOKS)
 
 
-ORDER = []
-
-
 class Second(Callback):
+    heard: ClassVar[list[str]] = []
+
     def on_args_parsed(self, state):
-        ORDER.append(type(self).__name__)
+        self.heard.append(type(self).__name__)
 
     on_epoch_end = on_args_parsed
 
@@ -226,13 +196,10 @@ class First(Second):
 def test_the_order_is_registered_then_command_line(program, registered):
     registered(First())
     run_training([f"--fair-callback={__name__}:Second"])
-    assert ORDER == ["First", "Second", "Second", "First"]  # reversed at an end
+    assert Second.heard == ["First", "Second", "Second", "First"]  # reversed at an end
 
 
-def test_one_instance_twice_on_the_command_line_is_one_line(program, capsys, monkeypatch):
-    module = types.ModuleType("module_of_the_tests")
-    module.ONE = Callback()
-    monkeypatch.setitem(sys.modules, "module_of_the_tests", module)
-    flags = ["--fair-callback", "module_of_the_tests:ONE"]
+def test_one_instance_twice_on_the_command_line_is_one_line(program, capsys):
+    flags = ["--fair-callback", f"{__name__}:ONE"]
     assert train.main([*flags, *flags]) == 2
     assert "callback Callback is registered already" in capsys.readouterr().err

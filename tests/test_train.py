@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from tiny_clip import write_model, write_pairs
 from training_runs import (
     BATCH,
     EPOCHS,
+    FIRM_STEPS,
     IDLE,
     Visits,
     arguments,
+    assert_close_weights,
     assert_remembered,
-    assert_same_weights,
+    assert_same,
     one_line,
     pairs_of,
     registered,
@@ -62,6 +65,10 @@ class StepRecorder(Visits):
         self.steps.append({name: float(value.detach()) for name, value in state.losses.items()})
 
 
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 @pytest.fixture
 def record():
     with registered(StepRecorder()) as callback:
@@ -69,6 +76,7 @@ def record():
 
 
 FAIR = ("--fair-loss", "--fair-attributes", "sex", "site")
+SELDOM = ("--val-frequency", str(EPOCHS), *FIRM_STEPS)
 PROMPTS = ("--fair-eval-prompts", "a dark picture", "a bright picture")
 
 
@@ -88,10 +96,15 @@ def fair_run(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain_run(data, tmp_path_factory):
-    """A run of the patched program without our flags."""
+    """Trains under flags, in the folder of a run of the patched program without ours."""
     logs = tmp_path_factory.mktemp("plain")
-    assert train.main(arguments(data, logs, "ours", "--val-data", data["val"])) == 0
-    return logs
+
+    def run(name, *flags, main=train.main):
+        # open_clip evaluates the last epoch alone.
+        return main(arguments(data, logs, name, "--val-data", data["val"], *SELDOM, *flags))
+
+    assert run("ours") == 0
+    return logs, run
 
 
 @pytest.fixture(scope="module")
@@ -103,45 +116,50 @@ def one_epoch(data, tmp_path_factory):
     return logs / "run"
 
 
-def test_without_the_flag_training_is_upstreams_bit_for_bit(data, plain_run):
-    program.main(arguments(data, plain_run, "upstream", "--val-data", data["val"]))
-    assert_same_weights(weights(plain_run, "upstream"), weights(plain_run, "ours"))
+def test_without_the_flag_training_is_upstreams_bit_for_bit(plain_run):
+    logs, run = plain_run
+    run("upstream", main=program.main)
+    assert_same(weights(logs, "upstream"), weights(logs, "ours"))
+    own = ("name", "log_path", "checkpoint_path")
     upstream, ours = (
-        [
-            line
-            for line in (plain_run / name / "params.txt").read_text().splitlines()
-            if not line.startswith(("name", "log_path", "checkpoint_path"))
-        ]
+        [line for line in (logs / name / "params.txt").open() if not line.startswith(own)]
         for name in ("upstream", "ours")
     )
     assert upstream == ours
 
 
-def test_a_fair_loss_that_flags_nothing_trains_the_plain_weights(data, plain_run, record):
-    flags = (*FAIR, *IDLE, "--val-data", data["val"])
-    assert train.main(arguments(data, plain_run, "idle", *flags)) == 0
+def test_a_fair_loss_that_flags_nothing_trains_the_plain_weights(plain_run, record):
+    logs, run = plain_run
+    assert run("idle", *FAIR, *IDLE) == 0
     assert len(record.steps) == EPOCHS * STEPS
     assert {step["fairness_loss"] for step in record.steps} == {0.0}
-    assert_same_weights(weights(plain_run, "ours"), weights(plain_run, "idle"))
+    assert_close_weights(weights(logs, "ours"), weights(logs, "idle"))
 
 
 def test_plain_siglip_equals_the_idle_fair_loss(data, tmp_path):
-    assert train.main(arguments(data, tmp_path, "plain", "--siglip", epochs=1)) == 0
-    assert train.main(arguments(data, tmp_path, "idle", "--siglip", *FAIR, *IDLE, epochs=1)) == 0
-    assert_same_weights(weights(tmp_path, "plain", 1), weights(tmp_path, "idle", 1))
+    for name, flags in (("plain", ()), ("idle", (*FAIR, *IDLE))):
+        flags = ("--siglip", *FIRM_STEPS, *flags)
+        assert train.main(arguments(data, tmp_path, name, *flags, epochs=1)) == 0
+    assert_close_weights(weights(tmp_path, "plain", 1), weights(tmp_path, "idle", 1))
 
 
-def test_evaluating_fairness_does_not_change_the_training(data, plain_run):
-    evaluation = ("--fair-attributes", "sex", "--fair-eval-label", "bright", *PROMPTS)
-    argv = arguments(data, plain_run, "evaluated", "--val-data", data["val"], *evaluation)
-    assert train.main(argv) == 0
-    assert_same_weights(weights(plain_run, "ours"), weights(plain_run, "evaluated"))
+def test_fairness_is_evaluated_when_open_clip_evaluates_and_changes_no_training(plain_run):
+    logs, run = plain_run
+    groups = ("--fair-attributes", "sex=m,x,*", "site=1,0")
+    assert run("evaluated", *groups, "--fair-eval-label", "bright", *PROMPTS) == 0
+    assert_same(weights(logs, "ours"), weights(logs, "evaluated"))
+    for name in ("results.jsonl", "fair_results.jsonl"):
+        lines = lines_of(logs / "evaluated" / "checkpoints" / name)
+        assert [line["epoch"] for line in lines] == [EPOCHS]
+    groups = [name.partition("/")[0] for name in lines[0] if "=" in name]
+    assert list(dict.fromkeys(groups)) == ["sex=m", "site=1", "site=0"]
 
 
-def test_an_existing_run_is_not_overwritten(data, plain_run):
-    saved = weights(plain_run, "ours")
-    assert train.main(arguments(data, plain_run, "ours", *FAIR)) == 1
-    assert_same_weights(saved, weights(plain_run, "ours"))
+def test_an_existing_run_is_not_overwritten(plain_run):
+    logs, run = plain_run
+    saved = weights(logs, "ours")
+    assert run("ours", *FAIR) == 1
+    assert_same(saved, weights(logs, "ours"))
 
 
 def test_the_miner_remembers_each_pair_by_its_row_under_shuffling(fair_run):
@@ -172,21 +190,16 @@ def test_flagged_pairs_are_written_every_epoch(fair_run, data):
     assert flagged
 
 
-def test_the_code_book_is_saved_with_the_run(fair_run):
-    logs, _ = fair_run
+def test_codes_are_saved_and_the_log_shows_terms_flags_and_rates(fair_run):
+    logs, record = fair_run
     book = json.loads((logs / "run" / "fair_codebook.json").read_text())
     assert book == {"sex": ["f", "m"], "site": ["0", "1"]}
-
-
-def test_the_log_shows_terms_flags_and_rates(fair_run):
-    logs, record = fair_run
     text = (logs / "run" / "out.log").read_text()
-    assert "Contrastive_loss:" in text and "Fairness_loss:" in text
-    last = pairs_of(logs, "run", kind="flagged")
-    noisy = sum(row["kind"] == "noisy" for row in last)
-    faulty = sum(row["kind"] == "faulty" for row in last)
-    assert f"flagged noisy {noisy} faulty {faulty} of {PAIRS} pairs seen | flag rate sex=f" in text
-    assert "distance/sex=m" in text
+    kinds = [row["kind"] for row in pairs_of(logs, "run", kind="flagged")]
+    flagged = f"flagged noisy {kinds.count('noisy')} faulty {kinds.count('faulty')} of {PAIRS}"
+    terms = ("Contrastive_loss:", "Fairness_loss:", "distance/sex=m")
+    for part in (*terms, f"{flagged} pairs seen | flag rate sex=f"):
+        assert part in text
     terms = {"contrastive_loss", "fairness_loss"}
     assert all(step.keys() - {"loss"} == terms for step in record.steps)
     assert any(step["fairness_loss"] > 0 for step in record.steps)
@@ -199,38 +212,27 @@ def test_tensorboard_shows_terms_flags_rates_and_metrics(fair_run):
     events_file = EventAccumulator(str(logs / "run" / "tensorboard"))
     events_file.Reload()
     tags = set(events_file.Tags()["scalars"])
-    assert tags >= {
-        "train/contrastive_loss",
-        "train/fairness_loss",
-        "train/fair/flagged_noisy",
-        "train/fair/flagged_faulty",
-        "train/fair/flag_rate/sex=f",
-        "train/fair/distance/site=1",
-        "val/fair/sex/es_auc",
-        "val/fair/auc",
-    }
-    assert [event.step for event in events_file.Scalars("val/fair/auc")] == [1, 2, 3]
+    fair = ("flagged_noisy", "flagged_faulty", "flag_rate/sex=f", "distance/site=1")
+    expected = {"contrastive_loss", "fairness_loss", *(f"fair/{name}" for name in fair)}
+    assert tags >= {f"train/{name}" for name in expected} | {"val/fair/sex/es_auc"}
+    assert [event.step for event in events_file.Scalars("val/fair/auc")] == [1, 2]
 
 
-def test_wandb_gets_the_same_scalars(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_wandb_gets_the_same_scalars_whatever_the_preset(data, tmp_path, monkeypatch, preset):
     logged = []
-
-    class Wandb:
-        init = save = finish = staticmethod(lambda *args, **kwargs: None)
-
-        @staticmethod
-        def log(scalars, step=None):
-            logged.append((step, scalars))
-
-    fake = Wandb()
+    fake = SimpleNamespace(log=lambda scalars, step=None: logged.append((step, scalars)))
+    for name in ("init", "save", "finish"):
+        setattr(fake, name, lambda *args, **kwargs: None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(program, "wandb", fake)
     monkeypatch.setattr("open_clip_train.train.wandb", fake)
-    assert train.main(arguments(data, tmp_path, "wandb", *FAIR, "--report-to", "wandb")) == 0
+    flags = (*FAIR, "--fair-preset", preset, "--report-to", "wandb")
+    assert train.main(arguments(data, tmp_path, "wandb", *flags)) == 0
     fair = [(step, scalars) for step, scalars in logged if "train/fair/distance/sex=f" in scalars]
     plain = [step for step, scalars in logged if "train/contrastive_loss" in scalars]
     assert [step for step, _ in fair] == plain
-    assert "train/fair/flagged_faulty" in fair[-1][1]
+    assert "train/fair/flagged_faulty" in fair[-1][1] or preset == "official"
 
 
 def test_fairness_metrics_of_an_epoch_are_those_of_the_evaluate_command(fair_run, data, tmp_path):
@@ -238,39 +240,17 @@ def test_fairness_metrics_of_an_epoch_are_those_of_the_evaluate_command(fair_run
 
     logs, _ = fair_run
     folder = logs / "run" / "checkpoints"
-    lines = [json.loads(line) for line in (folder / "fair_results.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    lines = lines_of(folder / "fair_results.jsonl")
+    assert [line["epoch"] for line in lines] == [1, 2]
     command = [
-        *("--checkpoint", str(folder / f"epoch_{EPOCHS}.pt"), "--data", data["val"]),
-        *("--label", "bright", "--prompts", "a dark picture", "a bright picture"),
-        *("--attributes", "sex", "site", "--device", "cpu", "--bootstrap", "10"),
-        *("--output", str(tmp_path)),
+        *("--checkpoint", str(folder / f"epoch_{EPOCHS}.pt"), "--data", data["val"], "--label"),
+        *("bright", "--prompts", *PROMPTS[1:], "--attributes", "sex", "site", "--device", "cpu"),
+        *("--bootstrap", "10", "--output", str(tmp_path)),
     ]
     assert evaluate.main(command) == 0
     report = json.loads((tmp_path / "fairness.json").read_text())
     found = report.get("report", report)
     assert lines[-1]["auc"] == pytest.approx(found["auc"]["value"], abs=1e-12)
-
-
-def test_fairness_is_evaluated_when_open_clip_evaluates_by_the_labels_given(data, tmp_path):
-    evaluation = (
-        *("--val-data", data["val"], "--fair-attributes", "sex=m,x,*", "site=1,0"),
-        *("--fair-eval-label", "bright", *PROMPTS, "--val-frequency", "2"),
-    )
-    assert train.main(arguments(data, tmp_path, "run", *evaluation)) == 0
-    folder = tmp_path / "run" / "checkpoints"
-    for name in ("results.jsonl", "fair_results.jsonl"):
-        lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-        assert [line["epoch"] for line in lines] == [2, 3]
-    groups = [name.partition("/")[0] for name in lines[0] if "=" in name]
-    assert list(dict.fromkeys(groups)) == ["sex=m", "site=1", "site=0"]
-
-
-@pytest.mark.parametrize("preset", ["paper", "official"])
-def test_the_other_presets_train(data, tmp_path, preset):
-    flags = (*FAIR, "--fair-preset", preset)
-    assert train.main(arguments(data, tmp_path, preset, *flags, epochs=1)) == 0
-    assert (tmp_path / preset / "checkpoints" / "epoch_1.fair").exists()
 
 
 def test_accumulation_records_each_pair_once_a_step_by_its_own_id(data, tmp_path, record):
@@ -338,6 +318,9 @@ def rewritten(data, tmp_path, change):
     return {**data, "train": str(path)}
 
 
+EVALUATED = ("--fair-eval-label", "bright", *PROMPTS, "--fair-attributes", "sex")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -358,33 +341,24 @@ def rewritten(data, tmp_path, change):
         (("--fair-loss", "dbpm", "--batch-size", "64"), "40 pairs, fewer than one step"),
         (("--fair-loss", "dbpm", "--train-data", "/no/such.csv"), "/no/such.csv"),
         (("--fair-loss", "dbpm", "--train-data", "x.parquet"), "trains on a table"),
+        ((*EVALUATED, "--fair-eval-prompts", "a"), "a prompt for each of two or more classes"),
         (
-            ("--fair-eval-label", "bright", "--fair-eval-prompts", "a",
-             "--fair-attributes", "sex"),
-            "a prompt for each of two or more classes",
-        ),
-        (
-            ("--fair-eval-label", "bright", "--fair-eval-prompts", "a", "b",
-             "--fair-attributes", "sex=f"),
+            (*EVALUATED, "--fair-attributes", "sex=f"),
             "val.tsv: attribute column 'sex': expected one of 'f', got 'm' in ",
         ),
-        (
-            ("--fair-eval-label", "shade", "--fair-eval-prompts", "a", "b",
-             "--fair-attributes", "sex"),
-            "no column 'shade'",
-        ),
-        (
-            ("--fair-eval-label", "bright", "--fair-eval-prompts", "a", "b",
-             "--fair-attributes", "sex", "--val-data", "x.tar"),
-            "takes the validation pairs from a table",
-        ),
+        ((*EVALUATED, "--fair-eval-label", "shade"), "no column 'shade'"),
+        ((*EVALUATED, "--val-data", "x.tar"), "takes the validation pairs from a table"),
     ],
-)  # fmt: skip
+)
 def test_wrong_input_stops_before_training_with_one_line(data, tmp_path, capsys, flags, message):
     evaluation = ("--val-data", data["val"]) if "--fair-eval-label" in flags else ()
     assert train.main(arguments(data, tmp_path, "bad", *evaluation, *flags)) == 2
     assert message in one_line(capsys)
     assert not (tmp_path / "bad").exists()
+
+
+def replaced(old, new):
+    return lambda lines: [line.replace(old, new) for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -393,19 +367,11 @@ def test_wrong_input_stops_before_training_with_one_line(data, tmp_path, capsys,
         (lambda lines: lines[:1], "header"),
         (lambda lines: [], "empty"),
         (lambda lines: [*lines[:5], "7\tx\n", *lines[5:]], "row"),
-        (lambda lines: [line.replace("\t1\t", "\t0.5\t") for line in lines], "0.5"),
-        (
-            lambda lines: [lines[0].replace("filepath", "filepath "), *lines[1:]],
-            "the name of column 'filepath' has white space around it",
-        ),
-        (
-            lambda lines: [lines[0].replace("title", " title"), *lines[1:]],
-            "the name of column 'title' has white space around it",
-        ),
-        (
-            lambda lines: [line.replace("train_3.png", "train_3.png ") for line in lines],
-            "row 4: white space around the image file '",
-        ),
+        (replaced("\t1\t", "\t0.5\t"), "0.5"),
+        (replaced("filepath", "filepath "), "name of column 'filepath' has white space around it"),
+        (replaced("title", " title"), "the name of column 'title' has white space around it"),
+        (replaced("train_3.png", "train_3.png "), "row 4: white space around the image file '"),
+        (replaced("train_3.png", "gone.png"), "row 4: no image file"),
     ],
 )
 def test_a_broken_table_stops_before_training(data, tmp_path, capsys, change, message):
@@ -415,43 +381,31 @@ def test_a_broken_table_stops_before_training(data, tmp_path, capsys, change, me
     assert not (tmp_path / "bad").exists()
 
 
-def test_a_missing_image_stops_before_training(data, tmp_path, capsys):
-    broken = rewritten(
-        data, tmp_path, lambda lines: [line.replace("train_3.png", "gone.png") for line in lines]
-    )
-    assert train.main(arguments(broken, tmp_path, "bad", *FAIR)) == 2
-    line = one_line(capsys)
-    assert "row 4: no image file" in line and "gone.png" in line
-    assert not (tmp_path / "bad").exists()
-
-
 def test_a_broken_image_is_one_line_and_leaves_no_half_checkpoint(data, tmp_path, capsys):
     picture = tmp_path / "broken.png"
     picture.write_bytes(b"no picture")
     image = str(Path(data["train"]).with_name("train_3.png"))
-    broken = rewritten(
-        data, tmp_path, lambda lines: [line.replace(image, str(picture)) for line in lines]
-    )
+    broken = rewritten(data, tmp_path, replaced(image, str(picture)))
     assert train.main(arguments(broken, tmp_path, "bad", *FAIR, "--workers", "2")) == 1
     assert "cannot identify image file" in one_line(capsys)
     assert not list((tmp_path / "bad" / "checkpoints").iterdir())
     assert "Traceback" in (tmp_path / "bad" / "out.log").read_text()
 
 
-def test_a_poisoned_step_does_not_enter_the_memory(data, tmp_path, record):
+def test_a_poisoned_step_does_not_enter_the_memory(data, tmp_path):
     class Poison(Callback):
+        def on_batch_start(self, state):
+            self.saved = {k: v.clone() for k, v in state.model.state_dict().items()}
+
         def on_loss_start(self, state):
-            if state.epoch == 0 and state.batch_index == 1:
+            if state.batch_index == 1:
                 features = state.loss_inputs["image_features"]
                 state.loss_inputs["image_features"] = features * float("nan")
 
         def on_batch_end(self, state):
-            if state.epoch == 0 and state.batch_index == 1:
+            if state.batch_index == 1:
                 state.model.load_state_dict(self.saved)
                 state.optimizer.state.clear()
-
-        def on_batch_start(self, state):
-            self.saved = {k: v.clone() for k, v in state.model.state_dict().items()}
 
     with registered(Poison()):
         flags = (*FAIR, "--fair-save-pairs", "--fair-queue", "4")
@@ -465,11 +419,9 @@ def test_a_poisoned_step_does_not_enter_the_memory(data, tmp_path, record):
     ("batch", "got"), [(lambda batch: batch[:2], "2 items"), (lambda batch: None, "NoneType")]
 )
 def test_a_callback_that_loses_whose_pairs_they_are_is_one_line(data, tmp_path, capsys, batch, got):
-    class ReplacesBatch(Callback):
-        def on_batch_start(self, state):
-            state.batch = batch(state.batch)
-
-    with registered(ReplacesBatch()):
+    replaces = Callback()
+    replaces.on_batch_start = lambda state: setattr(state, "batch", batch(state.batch))
+    with registered(replaces):
         assert train.main(arguments(data, tmp_path, "run", *FAIR)) == 2
     assert one_line(capsys).endswith(f"expected (images, texts, pairs), got {got}")
 

@@ -33,17 +33,15 @@ def test_what_a_session_never_called_is_not_shown(monkeypatch):
 
 
 TRAINS = """
-from pathlib import Path
 import pytest
 from open_clip_train.main import main
-from tiny_clip import HAS_LOCAL_DIR, write_model
+from tiny_clip import write_model
+from training_runs import arguments
 
 @pytest.mark.parametrize("name", ["first", "second"])
 def test_training(tmp_path, name):
-    device = ["--device", "cpu"] if HAS_LOCAL_DIR else []
-    model = write_model(Path(tmp_path) / "tiny")
-    main(["--model", model, "--batch-size", "4", "--epochs", "1", "--workers", "0", "--name", name,
-          *device])
+    data = {"model": write_model(tmp_path / "tiny"), "train": "unused"}
+    main(arguments(data, "logs", name, "--batch-size", "4", epochs=1))
 """
 
 

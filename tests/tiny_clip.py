@@ -13,23 +13,12 @@ from PIL import Image
 
 from fairclip_losses.data import write_table
 
+TOWER = {"width": 32, "layers": 1}
 CONFIG = {
     "model_cfg": {
         "embed_dim": 16,
-        "vision_cfg": {
-            "image_size": 32,
-            "patch_size": 16,
-            "width": 32,
-            "head_width": 16,
-            "layers": 1,
-        },
-        "text_cfg": {
-            "context_length": 12,
-            "vocab_size": 49408,
-            "width": 32,
-            "heads": 2,
-            "layers": 1,
-        },
+        "vision_cfg": {**TOWER, "image_size": 32, "patch_size": 16, "head_width": 16},
+        "text_cfg": {**TOWER, "context_length": 12, "vocab_size": 49408, "heads": 2},
     },
     "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
 }

@@ -54,11 +54,7 @@ def write_shards(folder, sizes, *, member=attributes_of):
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
                 number += 1
-    return (
-        f"{folder}/{{00000..{len(sizes) - 1:05d}}}.tar"
-        if len(sizes) > 1
-        else (f"{folder}/00000.tar")
-    )
+    return f"{folder}/{{00000..{len(sizes) - 1:05d}}}.tar"
 
 
 def hashed(*parts):
@@ -76,14 +72,11 @@ def read_shards(folder):
                 if extension != "txt":
                     continue
                 number = int(tar.extractfile(name).read().split()[-1])
-                try:
-                    member = json.loads(tar.extractfile(f"{key}.json").read())
-                except KeyError:
-                    member = None
+                has_json = f"{key}.json" in tar.getnames()
                 pairs[number] = {
                     "shard": path.name,
                     "key": key,
                     "id": hashed(path.name, key),
-                    "json": member,
+                    "json": json.load(tar.extractfile(f"{key}.json")) if has_json else None,
                 }
     return pairs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import subprocess
 import sys
@@ -10,24 +9,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from stub_open_clip import registered as registered
 from tiny_clip import HAS_LOCAL_DIR, as_process
 
 from fairclip_losses.evaluate import load_weights
-from fairclip_losses.integrations import events
 from fairclip_losses.integrations.events import Callback
 
-BATCH, EPOCHS = 8, 3
+BATCH, EPOCHS = 8, 2
+# Adam's own eps of 1e-8 makes a step of the rounding of a gradient that is nearly 0.
+FIRM_STEPS = ("--eps", "1e-4")
 IDLE = ("--fair-weight", "0", "--fair-faulty-sigma", "inf", "--fair-noisy-sigma", "inf")
-
-
-@contextlib.contextmanager
-def registered(callback):
-    """Have a callback in every run of the block."""
-    events.register(callback)
-    try:
-        yield callback
-    finally:
-        events.default_registry.unregister(callback)
 
 
 def saved_loss(logs, name, epoch=EPOCHS):
@@ -114,22 +105,24 @@ def arguments(data, logs, name, *more, epochs=EPOCHS):
     ]
 
 
-def assert_same_weights(first, second):
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        assert torch.equal(value, second[key]), key
+def assert_same(first, second, where=""):
+    """Equal bit for bit, and of the same types, all the way down."""
+    assert type(first) is type(second), where
+    if isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype and first.shape == second.shape, where
+        bits = (tensor.detach().flatten().view(torch.uint8) for tensor in (first, second))
+        assert torch.equal(*bits), where
+    elif isinstance(first, dict | list | tuple):
+        assert len(first) == len(second), where
+        for key in first if isinstance(first, dict) else range(len(first)):
+            assert_same(first[key], second[key], f"{where}[{key!r}]")
+    else:
+        assert first == second, where
 
 
-def assert_same_state(first, second):
-    """Bit for bit, where NaN equals NaN."""
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        same = (
-            torch.equal(value.nan_to_num(7), second[key].nan_to_num(7))
-            if isinstance(value, torch.Tensor)
-            else value == second[key]
-        )
-        assert same, key
+def assert_close_weights(first, second):
+    """To rounding, of runs with FIRM_STEPS."""
+    torch.testing.assert_close(dict(second), dict(first), rtol=1e-5, atol=1e-5)
 
 
 def pairs_of(logs, name, epoch=EPOCHS, kind="pairs"):

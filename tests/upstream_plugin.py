@@ -44,8 +44,6 @@ class Tally(Callback):
 
 
 def _counted(name, function):
-    """open_clip's own function, as the patch finds it."""
-
     @functools.wraps(function)
     def call(*args, **options):
         caller = sys._getframe(1).f_globals["__name__"]
