@@ -127,7 +127,7 @@ def marginal_error(x: Measure, y: Measure, f: Array, g: Array, epsilon: float) -
     error = 0.0
     for one, own, other, across in ((x, f, y, g), (y, g, x, f)):
         due, _ = read(one.points, other.points, other.weights, other.take(across), epsilon)
-        error += marginal_violation(one.weights, one.take(own), due, epsilon).sum()
+        error += marginal_violation(one.weights, one.take(own) / epsilon, due / epsilon).sum()
     return error
 
 
@@ -273,7 +273,6 @@ class GaussKernel:
     those in windows by `BandKernel`. The transposed kernel is a view: both use the same entries.
     """
 
-    epsilon = 1.0
     max_change = 300.0  # of a potential, up to which the entries serve
 
     def __init__(self, cost: Array, log_weights: list[Array]) -> None:
