@@ -57,9 +57,9 @@ def divide(
 ) -> Array:
     """Return edges of cells of ``own`` no longer than ``max_length * eps / sd``.
 
-    The optimal transport map T to ``image`` tells sd before anything is solved: ``sd^2``
-    is near ``eps T'``, with T' the length of the image over that of the cell, both of thrice the cell, as the
-    blur smooths T. Where T jumps over a gap, sd is half of the gap. Cells of at most
+    The optimal transport map T to ``image`` tells sd before anything is solved: ``sd^2`` is near
+    ``eps T'``, with T' the length of the image over that of the cell, both of thrice the cell, as
+    the blur smooths T. Where T jumps over a gap, sd is half of the gap. Cells of at most
     ``max_points`` are left as they are, and the outermost points stand for themselves, however
     light they are: potentials beyond the outermost nodes would be extrapolated.
     """

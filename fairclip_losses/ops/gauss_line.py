@@ -261,7 +261,7 @@ class GaussKernel:
 
     def log_product(self, exponent: Array) -> Array:
         """See `LineKernel.log_product`; for (1, M)."""
-        sums = self._sums(exponent[0] - self.log_weights[1 - self.side])
+        (sums,) = self._sums(exponent[0] - self.log_weights[1 - self.side])
         product: Array = np.log(sums) - self.potentials[self.side]
         return product[None]
 
@@ -270,21 +270,19 @@ class GaussKernel:
 
         ``x - mean`` is the gradient of the cost in x, per unit of its mass.
         """
-        total, mean, square = self._sums(g, np.stack([np.ones_like(y), y, y * y], -1)).T
-        mean = mean / total
-        return mean, np.sqrt(np.maximum(square / total - mean * mean, 0.0))
+        total, *sums = self._sums(g, y, y * y)
+        mean, square = (part / total for part in sums)
+        return mean, np.sqrt(np.maximum(square - mean * mean, 0.0))
 
-    def _sums(self, g: Array, values: Array | None = None) -> Array:
-        """Return ``sum_j b_j exp(u_i + g_j - C_ij)`` (N,), or that times values (M, k), first 1."""
+    def _sums(self, g: Array, *values: Array) -> Array:
+        """Return ``sum_j b_j exp(u_i + g_j - C_ij)``, (1 + k, N), and those times k values (M,)."""
         across = 1 - self.side
         self._follow(g)
         for is_last in (False, True):
-            exponent = g - self.potentials[across]
-            exponent += self.log_weights[across]
+            exponent = g - self.potentials[across] + self.log_weights[across]
             weight = np.exp(np.minimum(exponent, MAX_EXPONENT))
-            sums: Array = self.entries @ (weight if values is None else weight[:, None] * values)
-            total = sums if values is None else sums[:, 0]
-            serves = total.min() > MIN_NUMBER and total.max() < 1.0 / MIN_NUMBER  # False for NaN
+            sums: Array = (self.entries @ np.stack([weight, *(weight * v for v in values)], -1)).T
+            serves = sums[0].min() > MIN_NUMBER and sums[0].max() < 1.0 / MIN_NUMBER  # not NaN
             if is_last or serves:
                 break
             self.rescale(across, g)
@@ -392,16 +390,14 @@ class BandKernel(GaussKernel):
         The equations are those of both sides' points, ``[[D_a, B], [B^T, D_b]]``, in the order in
         which the plan runs through them: a band.
         """
-        scaled = self.entries.tocsr()
-        middle = 0.5 * (scaled.indices[scaled.indptr[:-1]] + scaled.indices[scaled.indptr[1:] - 1])
-        middle = np.maximum.accumulate(middle).astype(int) + 1
-        place_x = np.arange(left.size) + middle
-        every = np.arange(right.size)
-        place_y = every + middle.searchsorted(every, "right")
-        rows = np.arange(left.size, dtype=np.int32).repeat(np.diff(scaled.indptr))
-        values = scaled.data * left[rows] * right[scaled.indices]
+        plan = self.entries.tocoo()
+        rows, columns = plan.row, plan.col
+        middle = np.bincount(rows, columns, left.size) / np.bincount(rows, minlength=left.size)
+        places = np.append(np.maximum.accumulate(middle), np.arange(right.size))
+        place_x, place_y = np.split(places.argsort(kind="stable").argsort(), [left.size])
+        values = plan.data * left[rows] * right[columns]
         kept = np.flatnonzero(values > MIN_COUPLING)
-        rows, columns, values = rows[kept], scaled.indices[kept], values[kept]
+        rows, columns, values = rows[kept], columns[kept], values[kept]
         sums_x = np.bincount(rows, values * roots[1][columns], left.size)
         sums_y = np.bincount(columns, values * roots[0][rows], right.size)
         row, column = place_x[rows], place_y[columns]
