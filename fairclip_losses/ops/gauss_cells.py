@@ -13,47 +13,72 @@ sorted, distinct points (N,).
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 
 import numpy as np
+from numpy.polynomial.chebyshev import chebpts1, chebval, chebvander
 
 from .line_newton import CUMULATIVE_WEIGHT_TOL, Array
 
 # Most parts of a cell in one pass: a few far points make the mean slope of a long cell a poor one.
 MAX_PARTS = 32
+# Cumulative weights that are as near as this are equal here.
+MASS_TOL = 8.0 * CUMULATIVE_WEIGHT_TOL
 # Norm of a polynomial, relative to a cell's mass, that is rounding: the cell has no more nodes.
 MIN_NORM = 1e-13
 
 
-def divide(
-    x: Array, cumulative_x: Array, y: Array, cumulative_y: Array, epsilon: float,
-    max_points: int, max_length: float,
-) -> Array:  # fmt: skip
-    """Return edges of cells of x no longer than ``max_length * eps / sd``.
+class Measure:
+    """Points (N,) in any order, with ties, and weights (N,) of sum one of which some may be 0."""
 
-    The optimal transport map T to y tells sd before anything is solved: ``sd^2`` is near ``eps
-    T'``, with T' the length of the image over that of the cell, both of thrice the cell, as the
-    blur smooths T. Where T jumps over a gap, sd is half of the gap. Cells of at most
+    def __init__(self, points: Array, weights: Array) -> None:
+        present = np.flatnonzero(weights > 0)
+        order = present[points[present].argsort()]
+        x = points[order]
+        is_new = np.append(True, x[1:] != x[:-1])
+        first = np.flatnonzero(is_new)
+        self._order, self._which = order, np.add.accumulate(is_new) - 1
+        self.places = order[first]  # (P,) of the distinct points, in order
+        self.points, self.weights = x[first], np.add.reduceat(weights[order], first)
+        self.cumulative = np.add.accumulate(self.weights)
+        self._weights, self._all = weights, points
+
+    def spread(self, values: Array, beyond: Callable[[Array], Array] | None = None) -> Array:
+        """Put values (P,) in the order of the points, (1, N); those absent have 0 or ``beyond``."""
+        full = np.zeros(self._all.size)
+        full[self._order] = values[self._which]
+        if beyond and (absent := np.flatnonzero(self._weights <= 0)).size:
+            full[absent] = beyond(self._all[absent])
+        return full[None]
+
+
+def divide(
+    own: Measure, image: Measure, epsilon: float, max_points: int, max_length: float
+) -> Array:
+    """Return edges of cells of ``own`` no longer than ``max_length * eps / sd``.
+
+    The optimal transport map T to ``image`` tells sd before anything is solved: ``sd^2`` is near
+    ``eps T'``, with T' the length of the image over that of the cell, both of thrice the cell, as
+    the blur smooths T. Where T jumps over a gap, sd is half of the gap. Cells of at most
     ``max_points`` are left as they are, and the outermost points stand for themselves, however
     light they are: potentials beyond the outermost nodes would be extrapolated.
     """
-    gaps = np.append(np.diff(y), 0.0)
+    x, y = own.points, image.points
+    gaps, cumulative = np.append(np.diff(y), 0.0), np.append(0.0, own.cumulative)
     edges = np.unique([0, 1, x.size - 1, x.size])
     while True:
         first, last = edges[:-1], edges[1:] - 1
         length = x[last] - x[first]
         low = x.searchsorted(x[first] - length)
         high = x.searchsorted(x[last] + length, "right") - 1
-        before = np.where(low > 0, cumulative_x[low - 1], 0.0)
-        begin = cumulative_y.searchsorted(before + 8.0 * CUMULATIVE_WEIGHT_TOL, "right")
-        end = cumulative_y.searchsorted(cumulative_x[high] - 8.0 * CUMULATIVE_WEIGHT_TOL)
-        begin = np.minimum(begin, y.size - 1)
-        end = np.clip(end, begin, y.size - 1)
+        before, after = cumulative[low] + MASS_TOL, cumulative[high + 1] - MASS_TOL
+        begin = np.minimum(image.cumulative.searchsorted(before, "right"), y.size - 1)
+        end = np.clip(image.cumulative.searchsorted(after), begin, y.size - 1)
         pairs = np.stack([begin, end], -1).reshape(-1)
         gap = np.where(end > begin, np.maximum.reduceat(gaps, pairs)[::2], 0.0)
         span = x[high] - x[low]
-        image = (y[end] - y[begin]) * length / np.where(span > 0.0, span, 1.0)
-        smooth = np.sqrt(length * image / epsilon) / max_length
+        slope = (y[end] - y[begin]) / np.where(span > 0.0, span, 1.0)
+        smooth = length * np.sqrt(slope / epsilon) / max_length
         short = np.maximum(smooth, 0.5 * gap * length / (max_length * epsilon)) <= 1.0
         short |= last - first < max_points
         if short.all():
@@ -139,28 +164,15 @@ class Interpolation:
         middle, half = 0.5 * (low + high), 0.5 * (high - low)
         self._cell = np.arange(middle.size).repeat(sizes[many])
         self._u = (x[~self._copied] - middle[self._cell]) / half[self._cell]
-        roots = (middle[:, None] + half[:, None] * _chebyshev(order)[0]).reshape(-1)
+        roots = (middle[:, None] + half[:, None] * chebpts1(order)).reshape(-1)
         self.places = np.concatenate([x[self._copied], roots])
 
     def at_points(self, values: Array) -> Array:
-        """Return (N,) from values at the places, by Clenshaw's sum of each Chebyshev series."""
-        own = self.places.size - self._order * (self._cell[-1] + 1 if self._cell.size else 0)
-        series = np.ascontiguousarray(
-            (values[own:].reshape(-1, self._order) @ _chebyshev(self._order)[1]).T
-        )
-        one = two = np.zeros_like(self._u)
-        for k in range(self._order - 1, 0, -1):
-            one, two = series[k][self._cell] + 2.0 * self._u * one - two, one
+        """Return (N,) from values at the places, by each cell's Chebyshev series."""
+        own, order = np.count_nonzero(self._copied), self._order
+        matrix = chebvander(chebpts1(order), order - 1)
+        series = np.linalg.solve(matrix, values[own:].reshape(-1, order).T)
         found = np.empty(self._copied.size)
         found[self._copied] = values[:own]
-        found[~self._copied] = series[0][self._cell] + self._u * one - two
+        found[~self._copied] = chebval(self._u, series[:, self._cell], tensor=False)
         return found
-
-
-@cache
-def _chebyshev(order: int) -> tuple[Array, Array]:
-    """Return the Chebyshev points (order,) in [-1, 1] and the map of values to coefficients."""
-    angles = (np.arange(order) + 0.5) * (np.pi / order)
-    matrix = 2.0 / order * np.cos(angles[:, None] * np.arange(order))
-    matrix[:, 0] *= 0.5
-    return np.cos(angles), matrix

@@ -10,7 +10,7 @@ Everything is about one pair of measures, a row of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import copy
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ import numpy as np
 from scipy.linalg import solveh_banded
 from scipy.linalg.lapack import dposv
 
-from .gauss_cells import Interpolation, cut, divide, gauss_points
+from .gauss_cells import Interpolation, Measure, cut, divide, gauss_points
 from .line_newton import (
     CUMULATIVE_WEIGHT_TOL,
     MAX_EXPONENT,
@@ -56,35 +56,6 @@ ROUNDING, MIN_SHIFT, MAX_SHIFT = 1e-16, 1e-12, 1e-8
 MIN_NUMBER = 1e-100
 # Part of the roots of both weights below which an entry is left out of Newton's banded equations.
 MIN_COUPLING = 1e-12
-
-
-class Measure:
-    """Points (N,) in any order, with ties, and weights (N,) of sum one of which some may be 0."""
-
-    def __init__(self, points: Array, weights: Array) -> None:
-        present = np.flatnonzero(weights > 0)
-        order = present[points[present].argsort()]
-        x, a = points[order], weights[order]
-        is_new = np.append(True, x[1:] != x[:-1])
-        first = np.flatnonzero(is_new)
-        self._order, self._first, self._which = order, first, np.add.accumulate(is_new) - 1
-        self.points, self.weights = x[first], np.add.reduceat(a, first)  # (P,) in order, distinct
-        self.cumulative = np.add.accumulate(self.weights)
-        self._weights, self._all = weights, points
-
-    def take(self, values: Array) -> Array:
-        """Read values (N,) at the distinct points."""
-        taken: Array = values[self._order[self._first]]
-        return taken
-
-    def spread(self, values: Array, beyond: Callable[[Array], Array] | None = None) -> Array:
-        """Put values (P,) in the order of the points, (1, N); those absent have 0 or ``beyond``."""
-        full = np.zeros(self._all.size)
-        full[self._order] = values[self._which]
-        absent = np.flatnonzero(self._weights <= 0) if beyond else np.zeros(0, int)
-        if beyond and absent.size:
-            full[absent] = beyond(self._all[absent])
-        return full[None]
 
 
 def solve_between(x: Measure, y: Measure, options: SinkhornOptions, potentials: bool) -> Between:
@@ -126,8 +97,8 @@ def marginal_error(x: Measure, y: Measure, f: Array, g: Array, epsilon: float) -
     """Return the L1 error of both marginals of the coupling of potentials f (N,) and g (M,)."""
     error = 0.0
     for one, own, other, across in ((x, f, y, g), (y, g, x, f)):
-        due, _ = read(one.points, other.points, other.weights, other.take(across), epsilon)
-        error += marginal_violation(one.weights, one.take(own), due, epsilon).sum()
+        due, _ = read(one.points, other.points, other.weights, across[other.places], epsilon)
+        error += marginal_violation(one.weights, own[one.places] / epsilon, due / epsilon).sum()
     return error
 
 
@@ -149,17 +120,14 @@ class _Side:
 
     def __init__(self, own: Measure, image: Measure, options: SinkhornOptions) -> None:
         self.own, self._epsilon = own, options.epsilon
-        self.nodes, self.weights = own.points, own.weights
-        self._edges: Array | None = None
         radius = min(CELL_TOL_FACTOR * options.tol, 0.01) ** (-0.5 / NODES)
         self._max_length = 2.0 * np.pi / (radius - 1.0 / radius)
+        edges = np.arange(own.points.size + 1)
         if own.points.size > MIN_POINTS:
-            self._compress(divide(
-                own.points, own.cumulative, image.points, image.cumulative, options.epsilon,
-                NODES, self._max_length,
-            ))  # fmt: skip
+            edges = divide(own, image, options.epsilon, NODES, self._max_length)
+        self._lay_out(edges)
 
-    def _compress(self, edges: Array) -> None:
+    def _lay_out(self, edges: Array) -> None:
         own, self._edges = self.own, edges
         self.nodes, self.weights, self._starts = gauss_points(own.points, own.weights, edges, NODES)
 
@@ -168,8 +136,6 @@ class _Side:
 
         Cells of points that stand for themselves add nothing.
         """
-        if self._edges is None:
-            return 0.0
         length = self.own.points[self._edges[1:] - 1] - self.own.points[self._edges[:-1]]
         length[np.diff(self._edges) <= NODES] = 0.0
         k = length * np.maximum.reduceat(sd, self._starts) / self._epsilon
@@ -180,8 +146,7 @@ class _Side:
 
     def refine(self) -> None:
         """Cut the cells that were judged to be too long."""
-        if self._edges is not None:
-            self._compress(cut(self.own.points, self._edges, self._parts))
+        self._lay_out(cut(self.own.points, self._edges, self._parts))
 
     def read(self, places: Array, solved: _Solved) -> tuple[Array, Array]:
         """Return the c-transform of the nodes' potential at places of the other side."""
@@ -192,7 +157,7 @@ class _Side:
     ) -> tuple[Array, Array]:
         """Return potential and gradient (1, N) at all points."""
         f, grad = solved.potential, self.nodes - solved.mean
-        if self._edges is not None and self.nodes.size < self.own.points.size:
+        if self.nodes.size < self.own.points.size:
             smooth = Interpolation(self.own.points, self._edges, 2 * NODES)
             f, grad = (smooth.at_points(values) for values in other.read(smooth.places, across))
         beyond = (lambda places: other.read(places, across)[0]) if potentials else None
@@ -273,7 +238,6 @@ class GaussKernel:
     those in windows by `BandKernel`. The transposed kernel is a view: both use the same entries.
     """
 
-    epsilon = 1.0
     max_change = 300.0  # of a potential, up to which the entries serve
 
     def __init__(self, cost: Array, log_weights: list[Array]) -> None:
@@ -297,7 +261,7 @@ class GaussKernel:
 
     def log_product(self, exponent: Array) -> Array:
         """See `LineKernel.log_product`; for (1, M)."""
-        sums = self._sums(exponent[0] - self.log_weights[1 - self.side])
+        (sums,) = self._sums(exponent[0] - self.log_weights[1 - self.side])
         product: Array = np.log(sums) - self.potentials[self.side]
         return product[None]
 
@@ -306,23 +270,20 @@ class GaussKernel:
 
         ``x - mean`` is the gradient of the cost in x, per unit of its mass.
         """
-        total, mean, square = self._sums(g, np.stack([np.ones_like(y), y, y * y], -1)).T
-        mean = mean / total
-        return mean, np.sqrt(np.maximum(square / total - mean * mean, 0.0))
+        total, *sums = self._sums(g, y, y * y)
+        mean, square = (part / total for part in sums)
+        return mean, np.sqrt(np.maximum(square - mean * mean, 0.0))
 
-    def _sums(self, g: Array, values: Array | None = None) -> Array:
-        """Return ``sum_j b_j exp(u_i + g_j - C_ij)`` (N,), or that times values (M, k), first 1."""
+    def _sums(self, g: Array, *values: Array) -> Array:
+        """Return ``sum_j b_j exp(u_i + g_j - C_ij)``, (1 + k, N), and those times k values (M,)."""
         across = 1 - self.side
         self._follow(g)
         for is_last in (False, True):
-            exponent = g - self.potentials[across]
-            exponent += self.log_weights[across]
+            exponent = g - self.potentials[across] + self.log_weights[across]
             weight = np.exp(np.minimum(exponent, MAX_EXPONENT))
-            sums: Array = self.entries @ (weight if values is None else weight[:, None] * values)
-            total = sums if values is None else sums[:, 0]
-            if is_last or (
-                total.min() > MIN_NUMBER and total.max() < 1.0 / MIN_NUMBER
-            ):  # False for NaN
+            sums: Array = (self.entries @ np.stack([weight, *(weight * v for v in values)], -1)).T
+            serves = sums[0].min() > MIN_NUMBER and sums[0].max() < 1.0 / MIN_NUMBER  # not NaN
+            if is_last or serves:
                 break
             self.rescale(across, g)
         return sums
@@ -405,19 +366,17 @@ class BandKernel(GaussKernel):
         # the coupling's density is at most 1 / a_i, and what is below exp(-depth) adds nothing
         depths = [WINDOW_DEPTH - logs for logs in self.log_weights]
         low, high = windows(x, y, epsilon * potential, epsilon, depths[1 - side])
-        across = np.empty_like(x)
-        for rows, columns, entries, runs in _in_windows(x, y, low, high, potential, epsilon):
-            across[rows], _, _ = _softmin(entries + logs[columns], *runs)
-        first, last = windows(y, x, epsilon * across, epsilon, depths[side])
+        least, _ = read(x, y, np.exp(logs), epsilon * potential, epsilon)
+        first, last = windows(y, x, least, epsilon, depths[side])
         first = np.minimum.accumulate(first[::-1])[::-1]
         every = np.arange(x.size)
         low = np.minimum(low, np.maximum.accumulate(last).searchsorted(every))
         high = np.maximum(high, first.searchsorted(every, "right") - 1)
         ends = np.append(0, np.add.accumulate(high - low + 1))
         indices, data = np.empty(ends[-1], np.int32), np.empty(ends[-1])
-        for rows, columns, entries, runs in _in_windows(x, y, low, high, potential, epsilon):
-            across[rows], _, _ = _softmin(entries + logs[columns], *runs)
-            entries += across[rows].repeat(runs[1])
+        across = least / epsilon
+        for rows, columns, entries, (_, count) in _in_windows(x, y, low, high, potential, epsilon):
+            entries += across[rows].repeat(count)
             some = slice(ends[rows.start], ends[rows.stop])
             indices[some], data[some] = columns, np.exp(np.minimum(entries, MAX_EXPONENT))
         shape = (x.size, y.size)
@@ -431,16 +390,14 @@ class BandKernel(GaussKernel):
         The equations are those of both sides' points, ``[[D_a, B], [B^T, D_b]]``, in the order in
         which the plan runs through them: a band.
         """
-        scaled = self.entries.tocsr()
-        middle = 0.5 * (scaled.indices[scaled.indptr[:-1]] + scaled.indices[scaled.indptr[1:] - 1])
-        middle = np.maximum.accumulate(middle).astype(int) + 1
-        place_x = np.arange(left.size) + middle
-        every = np.arange(right.size)
-        place_y = every + middle.searchsorted(every, "right")
-        rows = np.arange(left.size, dtype=np.int32).repeat(np.diff(scaled.indptr))
-        values = scaled.data * left[rows] * right[scaled.indices]
+        plan = self.entries.tocoo()
+        rows, columns = plan.row, plan.col
+        middle = np.bincount(rows, columns, left.size) / np.bincount(rows, minlength=left.size)
+        places = np.append(np.maximum.accumulate(middle), np.arange(right.size))
+        place_x, place_y = np.split(places.argsort(kind="stable").argsort(), [left.size])
+        values = plan.data * left[rows] * right[columns]
         kept = np.flatnonzero(values > MIN_COUPLING)
-        rows, columns, values = rows[kept], scaled.indices[kept], values[kept]
+        rows, columns, values = rows[kept], columns[kept], values[kept]
         sums_x = np.bincount(rows, values * roots[1][columns], left.size)
         sums_y = np.bincount(columns, values * roots[0][rows], right.size)
         row, column = place_x[rows], place_y[columns]
@@ -467,8 +424,10 @@ def read(x: Array, y: Array, b: Array, g: Array, epsilon: float) -> tuple[Array,
     exponent, least, grad = np.log(b) + g / epsilon, np.empty_like(x), np.empty_like(x)
     low, high = windows(x, y, epsilon * exponent, epsilon, WINDOW_DEPTH)
     for rows, columns, entries, (starts, count) in _in_windows(x, y, low, high, exponent, epsilon):
-        across, weights, total = _softmin(entries, starts, count)
-        least[rows] = epsilon * across
+        largest = np.maximum.reduceat(entries, starts)
+        weights = np.exp(entries - largest.repeat(count))  # in units of the largest
+        total = np.add.reduceat(weights, starts)
+        least[rows] = -epsilon * (np.log(total) + largest)
         weights *= x[rows].repeat(count) - y[columns]
         grad[rows] = np.add.reduceat(weights, starts) / total
     return least, grad
@@ -507,11 +466,10 @@ def windows(
         middle = (near + far + outwards) // 2
         above = height[middle] + t * place[middle] >= needed
         near, far = np.where(above, middle, near), np.where(above, far, middle + 1 - 2 * outwards)
-    first, final = near[: top.size], near[top.size :]
-    # points between two corners lie under their chord
-    low = np.where(first > 0, corners[np.maximum(first - 1, 0)] + 1, 0)
-    high = np.where(final < last, corners[np.minimum(final + 1, last)] - 1, y.size - 1)
-    return low, high
+    first, final = np.split(near, 2)
+    # points between two corners lie under their chord: all from beyond the one before
+    corners = np.concatenate([[-1], corners, [y.size]])
+    return corners[first] + 1, corners[final + 2] - 1
 
 
 def _in_windows(
@@ -534,11 +492,3 @@ def _in_windows(
         entries += exponent[columns]
         yield rows, columns, entries, (starts, size)
         begin = rows.stop
-
-
-def _softmin(entries: Array, starts: Array, count: Array) -> tuple[Array, Array, Array]:
-    """Return softmins of runs of exponents, the terms in units of the largest, and their sums."""
-    largest = np.maximum.reduceat(entries, starts)
-    weights = np.exp(entries - largest.repeat(count))
-    total = np.add.reduceat(weights, starts)
-    return -(np.log(total) + largest), weights, total

@@ -79,20 +79,22 @@ class LaplaceLineSolver:
 
     def _between(self, a: Array, b: Array) -> Between:
         kernel, epsilon = self._kernel, self.options.epsilon
-        best, iterations = newton_between(
-            kernel, a, b, closed_form_start(kernel, a, b), self.options
-        )
-        f, g = best.f_next, best.g
+        start = closed_form_start(kernel, a, b)
+        best, iterations = newton_between(kernel, a, b, start, self.options)
+        grad_x = kernel.mean_sign(log_weights(b) + best.g)[:, self._x]
+        grad_y = kernel.mean_sign(log_weights(a) + best.f_next)[:, self._y]
+        f, g = epsilon * best.f_next, epsilon * best.g
         cost = (a * f).sum(-1) + (b * g).sum(-1)
-        grad_x = kernel.mean_sign(log_weights(b) + g / epsilon)[:, self._x]
-        grad_y = kernel.mean_sign(log_weights(a) + f / epsilon)[:, self._y]
         return Between(cost, f[:, self._x], g[:, self._y], grad_x, grad_y, iterations)
 
     def _within(self, a: Array) -> Within:
         """Solve for weights a (R, K) of all points of the line."""
-        f, f_next = heavy_ball_within(self._kernel, a, self.options)
-        grad = self._kernel.mean_sign(log_weights(a) + f / self.options.epsilon)
-        return Within((a * (f + f_next)).sum(-1), f_next, grad)
+        epsilon, (f, f_next) = (
+            self.options.epsilon,
+            heavy_ball_within(self._kernel, a, self.options),
+        )
+        grad = self._kernel.mean_sign(log_weights(a) + f)
+        return Within(epsilon * (a * (f + f_next)).sum(-1), epsilon * f_next, grad)
 
     def _blocks(self, weights: Array) -> list[slice]:
         size = max(BLOCK // weights.shape[-1], 1)
@@ -108,11 +110,10 @@ class LaplaceKernel:
     """The kernel on sorted points z (K,), as a `LineKernel`."""
 
     def __init__(self, z: Array, epsilon: float) -> None:
-        self.z, self.epsilon, self.t = z, epsilon, (z - z[0]) / epsilon
-        self.gap = np.maximum(np.diff(z) / epsilon, MIN_GAP_EPS)
-        self._fade = np.append(np.exp(-self.gap), 0.0)
-        self._below = -self._fade[:-1]
-        self._diagonal = np.append(-1.0 / np.expm1(-2.0 * self.gap), 1.0)
+        self.z, self.t = z, (z - z[0]) / epsilon
+        # to the next point; none is after the last
+        self.gap = np.append(np.maximum(np.diff(z) / epsilon, MIN_GAP_EPS), np.inf)
+        self._below, self._diagonal = -np.exp(-self.gap[:-1]), -1.0 / np.expm1(-2.0 * self.gap)
         self._is_long = self.t[-1] > MAX_LENGTH_EPS
         # nodes of Newton's equations: one in each cell, and both ends of longer gaps
         is_node = np.diff(np.floor(self.t / NODE_DISTANCE_EPS), prepend=-1.0) > 0
@@ -141,8 +142,7 @@ class LaplaceKernel:
     def mean_sign(self, exponent: Array) -> Array:
         """``sum_j P(j | i) sign(z_i - z_j)``, the cost's gradient in z_i per unit of its mass."""
         scale, weight = self._scaled(exponent)
-        rise, fall = self._fading(scale)
-        left = _solve_factors(-rise, np.ones(self.z.size), np.zeros_like(fall), weight.copy())
+        left = self._solve(scale, weight.copy(), only_left=True)
         # twice what lies to the left and the point itself, less all and the point itself
         twice = 2.0 * left - weight
         whole = self._product(scale, weight)
@@ -154,25 +154,27 @@ class LaplaceKernel:
         The unknowns are means over the coupling P, ``q = P^T d / b`` of a's step d and
         ``h = P q / (P 1)`` of those. Both are products with the kernel, of inverse T:
 
-            e^(g/eps) T (e^(-g/eps) q) = a e^((f+g)/eps) d,   d = a / (P 1) - 1 + h,
-            e^(f_next/eps) T (e^(-f_next/eps) h) = b e^((f_next+g)/eps) q.
+            e^g T (e^-g q) = a e^(f+g) d,   d = a / (P 1) - 1 + h,
+            e^f_next T (e^-f_next h) = b e^(f_next+g) q.
 
         Where q, d and h are 1 the left sides are the weights on the right: the rows of T so scaled
         sum to these. That gives the diagonal, and no entry depends on more than the differences
         of the potentials between neighbours. The damping takes its part from the h in d.
         """
-        f, g, f_next = at.f / self.epsilon, at.g / self.epsilon, at.f_next / self.epsilon
-        step: Array = np.expm1(np.minimum(f_next - f, MAX_EXPONENT))
-        mass_a = a * np.exp(np.minimum(f + g, MAX_EXPONENT))
-        mass_b = b * np.exp(np.minimum(f_next + g, MAX_EXPONENT))
+        step: Array = np.expm1(np.minimum(at.f_next - at.f, MAX_EXPONENT))
+        mass_a = a * np.exp(np.minimum(at.f + at.g, MAX_EXPONENT))
+        mass_b = b * np.exp(np.minimum(at.f_next + at.g, MAX_EXPONENT))
+        masses = np.stack([mass_a * step, mass_a, mass_b])
+        # divided between the nodes on either side: (3, R, J)
+        after = masses * self._part
+        gathered: Array = np.add.reduceat(masses - after, self._nodes, -1)
+        gathered[..., 1:] += np.add.reduceat(after, self._nodes, -1)[..., :-1]
         # The unknowns are (q_1, h_1, q_2, h_2, ...): two bands on either side of the diagonal.
         # LAPACK reads the bands of a column together: entry (i, j) is the (i - j + 4)th of j.
-        size = self._nodes.size
-        bands = np.zeros((len(f), size, 2, 7))
-        right = np.zeros((len(f), size, 2))
-        right[..., 0] = self._gather(mass_a * step)
-        mass_a, mass_b = self._gather(mass_a), self._gather(mass_b)
-        for unknown, potential, mass in ((0, g, mass_a), (1, f_next, mass_b)):
+        bands = np.zeros((len(step), self._nodes.size, 2, 7))
+        right = np.zeros(bands.shape[:3])
+        right[..., 0], mass_a, mass_b = gathered
+        for unknown, potential, mass in ((0, at.g, mass_a), (1, at.f_next, mass_b)):
             change = np.diff(potential[:, self._nodes])
             after = np.exp(np.minimum(self._log_coupling - change, MAX_LOG_COUPLING))
             before = np.exp(np.minimum(self._log_coupling + change, MAX_LOG_COUPLING))
@@ -189,23 +191,11 @@ class LaplaceKernel:
                 2, 2, own_bands.reshape(-1, 7).T, own_right.reshape(-1, 1),
                 overwrite_ab=True, overwrite_b=True,
             )[2].reshape(-1, 2)  # fmt: skip
-        step += self._interpolate(right[..., 1])
+        h = right[..., 1]
+        step += h[:, self._node] + self._part * np.diff(h, append=0.0)[:, self._node]
         step -= (a * step).sum(-1, keepdims=True)
         step[~np.isfinite(step)] = 0.0
         return step
-
-    def _gather(self, masses: Array) -> Array:
-        """Divide masses (R, K) between the nodes on either side: (R, J)."""
-        after = masses * self._part
-        gathered: Array = np.add.reduceat(masses - after, self._nodes, -1)
-        gathered[:, 1:] += np.add.reduceat(after, self._nodes, -1)[:, :-1]
-        return gathered
-
-    def _interpolate(self, values: Array) -> Array:
-        """Read values (R, J) of the nodes at all points: (R, K)."""
-        change = np.diff(values, append=0.0)
-        at_points: Array = values[:, self._node] + self._part * change[:, self._node]
-        return at_points
 
     def _scaled(self, exponent: Array) -> tuple[Array, Array]:
         """Return what the logs of the products are near to, and the weights in that scale.
@@ -225,36 +215,24 @@ class LaplaceKernel:
         if not self._is_long:
             solved: Array = dpttrs(self._diagonal, self._below, weight.T, overwrite_b=True)[0]
             return solved.T
-        rise, fall = self._fading(scale)
-        return _solve_factors(-rise, self._diagonal, -fall * self._diagonal, weight)
+        return self._solve(scale, weight)
 
-    def _fading(self, scale: Array) -> tuple[Array, Array]:
-        """Return by how much scaled sums fade to the next point, from the left and the right."""
-        if not self._is_long:
-            return self._fade, self._fade
-        change = np.diff(scale)
-        rise, fall = np.zeros_like(scale), np.zeros_like(scale)
-        np.exp(-change - self.gap, out=rise[:, :-1])
-        np.exp(change - self.gap, out=fall[:, :-1])
-        return rise, fall
+    def _solve(self, scale: Array, weight: Array, only_left: bool = False) -> Array:
+        """Solve with the factors in that scale, or with L alone, which sums up what lies left.
 
-
-def _solve_factors(below: Array, diagonal: Array, above: Array, right: Array) -> Array:
-    """Solve with the factors ``L U``: ones and ``below``, ``diagonal`` and ``above``.
-
-    ``below`` and ``above`` are (K,) and shared by all rows, or (R, K). The k-th lies between
-    unknowns k and k + 1, the last is 0, so that all rows are one long system.
-    """
-    columns = right.T
-    if below.ndim > 1:
-        diagonal = np.broadcast_to(diagonal, right.shape).reshape(-1)
-        below, above, columns = below.reshape(-1), above.reshape(-1), right.reshape(-1, 1)
-    size = len(columns)
-    solved: Array = dgttrs(
-        below[:-1], diagonal, above[:-1], np.zeros(size - 2),
-        np.arange(1, size + 1, dtype=np.int32), columns, overwrite_b=True,
-    )[0]  # fmt: skip
-    return solved.T.reshape(right.shape)
+        All rows are one long system, in which the last gap of each parts it from the next.
+        """
+        change = np.diff(np.broadcast_to(scale, weight.shape), append=0.0)
+        below = -np.exp(-change - self.gap).reshape(-1)
+        diagonal = np.broadcast_to(self._diagonal, weight.shape)
+        above = -diagonal * np.exp(change - self.gap)
+        if only_left:
+            diagonal, above = np.ones(weight.shape), np.zeros(weight.shape)
+        solved: Array = dgttrs(
+            below[:-1], diagonal.reshape(-1), above.reshape(-1)[:-1], np.zeros(weight.size - 2),
+            np.arange(1, weight.size + 1, dtype=np.int32), weight.reshape(-1, 1), overwrite_b=True,
+        )[0]  # fmt: skip
+        return solved.reshape(weight.shape)
 
 
 def closed_form_start(kernel: LaplaceKernel, a: Array, b: Array) -> Array:
@@ -262,18 +240,19 @@ def closed_form_start(kernel: LaplaceKernel, a: Array, b: Array) -> Array:
 
     Mass must cross from one side of a point to the other, the difference of the cumulative weights
     there. Where both measures have the density n, an entropic coupling of slope s = f' in [-1, 1]
-    moves ``-2 n eps s / (1 - s^2)`` across; that determines s, and
-    ``f + g = eps log((1 - s^2) / 2 n eps)``.
+    moves ``-2 n eps s / (1 - s^2)`` across; that determines s, and, both in units of epsilon,
+    ``f + g = log((1 - s^2) / 2 n eps)``.
     """
     # the kernel integrates to 2 eps: this is n eps, at the points and between them
     density = 0.25 * np.exp(np.maximum(kernel.log_product(log_weights(a + b)), -600.0))
-    between = np.minimum(density[:, 1:], density[:, :-1]) * np.exp(-0.5 * kernel.gap) + MIN_DENSITY
+    gap = kernel.gap[:-1]
+    between = np.minimum(density[:, 1:], density[:, :-1]) * np.exp(-0.5 * gap) + MIN_DENSITY
     crossing = np.cumsum(a - b, -1)
     crossing[np.abs(crossing) < CUMULATIVE_WEIGHT_TOL] = 0.0
     slope = crossing[:, :-1] / (between + np.hypot(between, crossing[:, :-1]))
     f = np.zeros_like(density)
-    f[:, 1:] = -np.cumsum(slope * kernel.gap, -1)
+    f[:, 1:] = -np.cumsum(slope * gap, -1)
     at_points = 0.5 * crossing
     at_points[:, 1:] += 0.5 * crossing[:, :-1]
     f -= 0.5 * np.log(density + np.hypot(density, at_points))
-    return kernel.epsilon * f
+    return f

@@ -1,8 +1,8 @@
 """What the CPU solvers on a line share: Newton's method on the dual, and the loop for self-terms.
 
 For a potential f, ``g = softmin f`` meets b, and the first marginal of the coupling P differs from
-a. Newton's step d, in units of epsilon, solves ``(diag(P 1) - P diag(1 / b) P^T) d = a - P 1``;
-how, the kernel knows. Arrays are (R, N) and (R, M): R rows at once, or a single one.
+a. Newton's step d solves ``(diag(P 1) - P diag(1 / b) P^T) d = a - P 1``; how, the kernel knows.
+All potentials here are in units of epsilon. Arrays are (R, N) and (R, M): R rows at once.
 """
 
 from __future__ import annotations
@@ -45,8 +45,6 @@ HEAVY_BALL_MOMENTUM = ((math.sqrt(2.0) - 1.0) / (math.sqrt(2.0) + 1.0)) ** 2
 class LineKernel(Protocol):
     """A Gibbs kernel ``exp(-C_ij / eps)`` between points x (N,) and y (M,)."""
 
-    epsilon: float
-
     @property
     def transposed(self) -> LineKernel:
         """The kernel from y to x."""
@@ -55,7 +53,7 @@ class LineKernel(Protocol):
         """``log sum_j exp(exponent_j - C_ij / eps)``, (R, N) from (R, M)."""
 
     def steps(self, a: Array, b: Array, at: DualState, damping: Array) -> Array:
-        """Newton's steps (R, N) in units of epsilon; ``damping`` (R, 1) adds to eigenvalues."""
+        """Newton's steps (R, N); ``damping`` (R, 1) adds to eigenvalues."""
 
 
 class DualState(NamedTuple):
@@ -66,11 +64,6 @@ class DualState(NamedTuple):
     f_next: Array  # (R, N) softmin of g
     marginal_error: Array  # (R,) L1 error of a's marginal
     dual_value: Array  # (R,)
-
-    def where(self, better: Array, other: DualState) -> DualState:
-        """Return the rows of ``other`` where it is better, the rest of this."""
-        pairs = zip(self, other, strict=True)
-        return DualState(*(np.where(better, new.T, old.T).T for old, new in pairs))
 
 
 class Between(NamedTuple):
@@ -106,21 +99,18 @@ def join_rows(parts: list[Solved]) -> Solved:
 
 def log_weights(weights: Array) -> Array:
     """Return logs of weights, `LOG_ZERO` of 0."""
-    logs: Array = np.log(np.where(weights > 0, weights, 1.0))
-    return np.where(weights > 0, logs, LOG_ZERO)
+    logs: Array = np.log(weights, out=np.full(weights.shape, LOG_ZERO), where=weights > 0)
+    return logs
 
 
-def marginal_violation(weights: Array, f: Array, f_next: Array, epsilon: float) -> Array:
+def marginal_violation(weights: Array, f: Array, f_next: Array) -> Array:
     """Return by how much mass the marginal is off at each point.
 
     ``f_next`` is the c-transform that meets the weights: under f the coupling gives the points
-    ``weights exp((f - f_next) / eps)``.
+    ``weights exp(f - f_next)``.
     """
-    mass: Array = (f - f_next) / epsilon
-    np.minimum(mass, MAX_EXPONENT, out=mass)
-    np.abs(np.expm1(mass, out=mass), out=mass)
-    mass *= weights
-    return mass
+    violation: Array = weights * np.abs(np.expm1(np.minimum(f - f_next, MAX_EXPONENT)))
+    return violation
 
 
 def warn_above_tol(error: float, options: SinkhornOptions, iterations: int) -> None:
@@ -136,13 +126,12 @@ def newton_between(
 
     Each row has a trust region: a step that lowers its dual value is taken back and shortened.
     """
-    epsilon, tol = kernel.epsilon, options.tol
-    log_a, log_b = log_weights(a), log_weights(b)
+    log_a, log_b, tol = log_weights(a), log_weights(b), options.tol
 
     def state_at(f: Array) -> DualState:
-        g = -epsilon * kernel.transposed.log_product(log_a + f / epsilon)
-        f_next = -epsilon * kernel.log_product(log_b + g / epsilon)
-        error = marginal_violation(a, f, f_next, epsilon).sum(-1)
+        g = -kernel.transposed.log_product(log_a + f)
+        f_next = -kernel.log_product(log_b + g)
+        error = marginal_violation(a, f, f_next).sum(-1)
         return DualState(f, g, f_next, error, (a * f).sum(-1) + (b * g).sum(-1))
 
     best = state_at(state_at(f).f_next)
@@ -156,11 +145,12 @@ def newton_between(
         step = kernel.steps(a, b, best, DAMPING * (MAX_STEP_EPS / radius) ** 2)
         longest = np.where(a > 0, np.abs(step), 0.0).max(-1, keepdims=True)
         # entry by entry: points of next to no mass may have steps that dwarf all others
-        new = state_at(best.f + epsilon * np.clip(step, -radius, radius))
+        new = state_at(best.f + np.clip(step, -radius, radius))
         # False for NaN
         better = new.dual_value >= best.dual_value - 1e-12 * np.abs(best.dual_value)
         radius = np.where(better[:, None], 4.0 * radius, np.minimum(radius, longest) / 4.0)
-        best = new if better.all() else best.where(better, new)
+        rows = zip(new, best, strict=True)
+        best = DualState(*(np.where(better, one.T, other.T).T for one, other in rows))
         error = best.marginal_error.max()
         iterations += 1
     warn_above_tol(float(error), options, iterations)
@@ -174,20 +164,16 @@ def heavy_ball_within(
 
     The contraction is 0.17 an iteration at any epsilon.
     """
-    epsilon, log_a, error = kernel.epsilon, log_weights(a), np.inf
-
-    def softmin(f: Array) -> Array:
-        return -epsilon * kernel.log_product(log_a + f / epsilon)
-
-    f = before = 0.5 * softmin(np.zeros_like(a))
-    f_next = softmin(f)
+    log_a, error = log_weights(a), np.inf
+    f = before = -0.5 * kernel.log_product(log_a)
+    f_next = -kernel.log_product(log_a + f)
     most = options.iterations or min(MAX_SELF_ITERATIONS, options.max_iterations)
     for k in range(most):
         # plain averages first: the bounds of the eigenvalues are those at the optimum
         step, momentum = (HEAVY_BALL_STEP, HEAVY_BALL_MOMENTUM) if k > 1 else (0.5, 0.0)
         f, before = f + step * (f_next - f) + momentum * (f - before), f
-        f_next = softmin(f)
-        error = float(marginal_violation(a, f, f_next, epsilon).sum(-1).max())
+        f_next = -kernel.log_product(log_a + f)
+        error = float(marginal_violation(a, f, f_next).sum(-1).max())
         if options.iterations is None and error <= SELF_TOL_FACTOR * options.tol:
             break
     warn_above_tol(error, options, most)

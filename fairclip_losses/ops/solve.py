@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .dense import DenseKernel, fits_newton, newton
 from .exact import exact_potentials
-from .gauss_line import Measure, solve_between, solve_within
+from .gauss_cells import Measure
 from .gauss_line import marginal_error as gauss_marginal_error
+from .gauss_line import solve_between, solve_within
 from .laplace_line import LaplaceLineSolver
 from .line import LaplaceLine, diffusion_loop
 from .line_newton import Array, Between, Within, join_rows
