@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..data import UNKNOWN, IntArray
+from ..data.tables import UNKNOWN, IntArray
 from ..validation import check_choice, check_integer
 
 FloatArray = npt.NDArray[np.float64]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..data import CodeBook, IntArray
+from ..data.tables import CodeBook, IntArray
 from ..validation import check_integer
 from . import group_metrics as metrics
 from .group_metrics import FloatArray

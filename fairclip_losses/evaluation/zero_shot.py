@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from ..data import CodeBook, IntArray, Table, encode_attributes, encode_labels, write_table
+from ..data.tables import CodeBook, IntArray, Table, encode_attributes, encode_labels, write_table
 from ..errors import reason
 from ..validation import check_integer
 from .group_metrics import FloatArray, decide

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data import CodeBook, IntArray, Table, encode_attributes, pair_ids, read_table
+from ..data.tables import CodeBook, IntArray, Table, encode_attributes, pair_ids, read_table
 from ..errors import UsageError, usage_errors
 from ..miners import MinerReport
 from .flags import FairOptions

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..data import CodeBook, IntArray, write_table
+from ..data.tables import CodeBook, IntArray, write_table
 from ..miners import MinerReport
 from .events import TrainState
 

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..data import MAX_GROUPS, UNKNOWN, CodeBook, GroupCoder, IntArray, is_missing, shortened
+from ..data.tables import MAX_GROUPS, UNKNOWN, CodeBook, GroupCoder, IntArray, is_missing, shortened
 from ..errors import UsageError, one_line
 from ..miners import MinerReport
 from .csv_pairs import PREFIX, PairBatch, PairSource

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import reason
+from ..errors import reason
 
 IntArray = npt.NDArray[np.int64]
 
