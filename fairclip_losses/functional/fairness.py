@@ -116,16 +116,10 @@ def sinkhorn_fairness(
     without any adds 0. Both distributions are of the very same points, so gradients reach a score
     through its group and through the batch (see ``detach``).
 
-    Args:
-        scores: (B,), floating point: per-pair losses or similarities.
-        groups: codes (B,), (B, C) or name -> (B,); -1 is unknown.
-        num_groups: G_c of each attribute, in the attributes' order; a code outside 0..G_c-1 counts
-            as unknown.
-        valid: (B,) bool, the scores that count at all; None is all of them.
-        queue: recent detached scores, (1 + R, K), NaN where empty: row 0 of the whole batch, row
-            1 + r of group r. They widen both distributions and get no gradient.
-
-    The options, their defaults among them, are those of `SinkhornFairnessLoss`.
+    Arguments and defaults are as of `SinkhornFairnessLoss` and its ``forward``, but: ``num_groups``
+    are the G_c in the attributes' order, and a code outside 0..G_c-1 counts as unknown; ``queue``
+    are recent detached scores, (1 + R, K), NaN where empty: row 0 of the whole batch, row 1 + r of
+    group r. They widen both distributions and get no gradient.
 
     All terms but ``counts`` are connected to the graph of ``scores``, float64 for float64 scores,
     else float32.

@@ -56,11 +56,9 @@ def pair_history(
     published code computes, :math:`m_k = \frac{1}{V_k} \sum_v \frac{u_v}{E} l_{k,v}`,
     which is not normalised: after `e` epochs at one loss `l` it is :math:`l (e + 1) / 2E`.
 
-    Args:
-        loss_sum: :math:`\sum_v u_v l_{k,v}`, shape (N,).
-        visits: number of visits :math:`V_k`, shape (N,); a pair without one has the history NaN.
-        weight_sum: :math:`\sum_v u_v`, shape (N,); None = `visits`, every weight being 1.
-        total_epochs: `E` for the form without normalisation, None for the weighted mean.
+    All three are (N,): ``loss_sum`` is :math:`\sum_v u_v l_{k,v}`; ``visits`` the numbers of visits
+    :math:`V_k`, a pair without one having the history NaN; ``weight_sum`` is :math:`\sum_v u_v`,
+    None where every weight is 1.
 
     Raises:
         ValueError: for shapes that differ, or total_epochs below 1.

@@ -61,16 +61,10 @@ def gaussian_mixture_posterior(
     standardised values in float64, the best of four starts: the sorted values cut in two at four
     quantiles. Of more than `max_points` values, that many spaced order statistics are fitted.
 
-    Args:
-        values: (N,) floating point, all finite.
-        variance_floor: share of the values' variance added to each component's, so that none can
-            shrink onto one point.
-        max_iterations: most iterations of expectation-maximisation.
-        tolerance: it stops when the mean log-likelihood gains less than this.
-        max_points: most values to fit (five parameters need no more).
-
-    Returns:
-        (N,) float64 in [0, 1]; all 0 where there are fewer than two values or they do not differ.
+    Of values (N,), all finite, it returns (N,) float64 in [0, 1]; all 0 where there are fewer than
+    two values or they do not differ. ``variance_floor`` is the share of the values' variance added
+    to each component's, so that none can shrink onto one point; the fit stops when the mean
+    log-likelihood gains less than ``tolerance``.
 
     Raises:
         ValueError: values not (N,) or not finite, or an option out of range.
