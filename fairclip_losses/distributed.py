@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Route = Literal["bidir", "shift", "reduce", "gather"]
@@ -37,55 +38,19 @@ class Processes:
         if self.world_size == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.world_size)]
-        torch.distributed.all_gather(parts, values.detach().contiguous())
+        dist.all_gather(parts, values.detach().contiguous())
         return torch.cat(parts)
 
-    def gather_live(self, values: Tensor) -> Tensor:
+    def gather_live(self, values: Tensor, averaged: bool) -> Tensor:
         """Return the values of all processes, this one's with their graph.
 
         A term of them, the same number everywhere, then has in each process the gradient of its own
-        pairs alone; `averaged` makes the mean over processes whole.
+        pairs alone; ``averaged`` makes it W times that, for what is averaged over processes.
         """
-        if self.world_size == 1:
-            return values
-        everything = self.gather(values)
-        own = self.own(values.shape[0])
+        own, everything = self.own(len(values)), self.gather(values)
+        if averaged:
+            values = everything[own] + self.world_size * (values - everything[own])
         return torch.cat([everything[: own.start], values, everything[own.stop :]])
-
-    def averaged(self, term: Tensor) -> Tensor:
-        """Return the same number with W times the gradient, for what is averaged over processes."""
-        if self.world_size == 1:
-            return term
-        fixed = term.detach()
-        return fixed + self.world_size * (term - fixed)
-
-    def total(self, values: Tensor) -> Tensor:
-        """Return the sum of the values over all processes, the same in each."""
-        if self.world_size == 1:
-            return values
-        values = values.detach().clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(values)
-        return values
-
-    def gather_uneven(self, values: Tensor, to: int | None = None) -> list[Tensor]:
-        """Return each process's values, whose first dimensions differ; waits for the device.
-
-        With ``to`` only that process is given them; every other has its own alone.
-        """
-        if self.world_size == 1:
-            return [values]
-        sizes = self.gather(torch.tensor([len(values)], device=values.device)).tolist()
-        padded = values.new_zeros(max(sizes), *values.shape[1:])
-        padded[: len(values)] = values
-        if to not in (None, self.rank):
-            torch.distributed.gather(padded, dst=to)
-            return [values]
-        parts = [torch.empty_like(padded) for _ in sizes]
-        if to is None:
-            torch.distributed.all_gather(parts, padded)
-        else:
-            torch.distributed.gather(padded, parts, dst=to)
-        return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
     def others(self, values: Tensor, route: Route) -> Iterator[tuple[int, Tensor]]:
         """Yield (rank, values) of every other process, in exchanges as many in each of them.
@@ -101,7 +66,7 @@ class Processes:
         elif route == "reduce":
             for rank in range(self.world_size):
                 block = values if rank == self.rank else torch.empty_like(values)
-                torch.distributed.broadcast(block, rank)
+                dist.broadcast(block, rank)
                 if rank != self.rank:
                     yield rank, block
         else:
@@ -113,24 +78,16 @@ class Processes:
             two = both_ways and 2 * hop < self.world_size  # opposite each other, one way is enough
             sent = [(right, 1), (left, -1)] if two else [(right, 1)]
             received = [torch.empty_like(values) for _ in sent]
-            operations = [
-                operation
-                for (block, side), place in zip(sent, received, strict=True)
-                for operation in (
-                    self._with(torch.distributed.isend, block, side),
-                    self._with(torch.distributed.irecv, place, -side),
-                )
-            ]
-            for request in torch.distributed.batch_isend_irecv(operations):
+            operations = []
+            for (block, side), place in zip(sent, received, strict=True):
+                to, source = ((self.rank + s) % self.world_size for s in (side, -side))
+                operations.append(dist.P2POp(dist.isend, block, to))
+                operations.append(dist.P2POp(dist.irecv, place, source))
+            for request in dist.batch_isend_irecv(operations):
                 request.wait()
             for (_, side), block in zip(sent, received, strict=True):
                 yield (self.rank - side * hop) % self.world_size, block
             right, left = received[0], received[-1]
-
-    def _with(self, operation: Any, values: Tensor, side: int) -> Any:
-        """Return a sending or receiving with the neighbour on that side of the ring."""
-        neighbour = (self.rank + side) % self.world_size
-        return torch.distributed.P2POp(operation, values, neighbour)
 
 
 def gather_with_gradient(values: Tensor, rank: int, world_size: int) -> Tensor:
@@ -158,5 +115,5 @@ class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(grad)
+        dist.all_reduce(grad)
         return grad[ctx.own], None

@@ -7,7 +7,7 @@ processes by two attributes besides, ``rank`` and ``world_size``, as open_clip's
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from .functional import (
     pair_logits,
     siglip_pair_losses,
 )
+from .functional.pairs import widened
 
 
 class PairTerms(NamedTuple):
@@ -48,14 +49,8 @@ def pair_terms(loss: nn.Module, model_out: Mapping[str, Any]) -> PairTerms:
             say which of them it is in.
     """
     name = type(loss).__name__
-    own = getattr(loss, "pair_terms", None)
-    if own is not None:
-        _check_knows_its_process(loss)
-        terms = own(**model_out)
-        if not isinstance(terms, PairTerms):
-            raise ValueError(f"{name}.pair_terms must return PairTerms, got {type(terms).__name__}")
-        _check_shapes(terms, Processes.of(loss).world_size > 1)
-        return terms
+    if getattr(loss, "pair_terms", None) is not None:
+        return _own_terms(loss, model_out)
     # By the names of its classes, so that open_clip need not be imported and subclasses count.
     known = next((cls for cls in type(loss).__mro__ if cls.__name__ in _TERMS), None)
     if known is None:
@@ -76,29 +71,36 @@ def pair_terms(loss: nn.Module, model_out: Mapping[str, Any]) -> PairTerms:
         ) from None
 
 
-def _check_shapes(terms: PairTerms, several_processes: bool) -> None:
+def _own_terms(loss: nn.Module, model_out: Mapping[str, Any]) -> PairTerms:
+    """Return the terms of a loss with a method for them."""
+    name, dist = type(loss).__name__, torch.distributed
+    # To take one of several processes for the only one would have each mine for itself.
+    if not hasattr(loss, "world_size") and dist.is_available() and dist.is_initialized():
+        count = dist.get_world_size()
+        if count > 1:
+            raise ValueError(
+                f"{count} processes train, and {name} does not say which it is in: give it rank "
+                "and world_size (world_size = 1 has each process mine and compare its own pairs "
+                "alone)"
+            )
+    terms = cast(Any, loss).pair_terms(**model_out)
+    if not isinstance(terms, PairTerms):
+        raise ValueError(f"{name}.pair_terms must return PairTerms, got {type(terms).__name__}")
     if not terms.named:
         raise ValueError("pair_terms must name at least one term, got none")
     count = terms.contrastive.numel()
     for name, values in (("contrastive", terms.contrastive), *terms.named.items()):
         # Over several processes some terms are of this one's pairs and some of all.
-        if values.dim() != 1 or (values.shape[0] != count and not several_processes):
+        if values.dim() != 1 or (values.shape[0] != count and _world_size(loss) == 1):
             raise ValueError(
                 f"the terms of pair_terms must all have shape (B,), B = {count}, "
                 f"got {name} of shape {tuple(values.shape)}"
             )
+    return terms
 
 
-def _check_knows_its_process(loss: nn.Module) -> None:
-    """Refuse to take one of several processes for the only one: each would mine for itself."""
-    if hasattr(loss, "world_size") or not torch.distributed.is_available():
-        return
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        raise ValueError(
-            f"{torch.distributed.get_world_size()} processes train, and {type(loss).__name__} does "
-            "not say which it is in: give it rank and world_size (world_size = 1 has each process "
-            "mine and compare its own pairs alone)"
-        )
+def _world_size(loss: object) -> int:
+    return int(getattr(loss, "world_size", 1))
 
 
 def _inputs(model_out: Mapping[str, Any], prefix: str = "") -> tuple[Any, ...]:
@@ -106,53 +108,48 @@ def _inputs(model_out: Mapping[str, Any], prefix: str = "") -> tuple[Any, ...]:
     return (*(model_out[prefix + name] for name in names), model_out.get(f"{prefix}logit_bias"))
 
 
-class _Logits(NamedTuple):
-    """Logits of images against texts, and of texts against images where that is another matrix.
+def _logits(
+    loss: Any, model_out: Mapping[str, Any], prefix: str = ""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return logits of images against texts, of texts against images, and labels, or None.
 
     Over several processes the loss gathers them by its own rules: all pairs against all, or this
-    process's pairs against all (``local_loss``), a row a pair with ``labels`` its own column.
+    process's pairs against all (``local_loss``), a row a pair with the label its own column.
     """
-
-    per_image: Tensor
-    per_text: Tensor | None = None
-    labels: Tensor | None = None
-
-    @classmethod
-    def of(cls, loss: Any, model_out: Mapping[str, Any], prefix: str = "") -> _Logits:
-        image, text, scale, bias = _inputs(model_out, prefix)
-        if Processes.of(loss).world_size == 1:
-            return cls(pair_logits(image, text, scale, bias))
-        options = {} if bias is None else {"logit_bias": bias}
-        per_image, per_text = loss.get_logits(image, text, scale, **options)
-        if not loss.local_loss:
-            return cls(per_image)
-        return cls(per_image, per_text, loss.get_ground_truth(image.device, per_image.shape[0]))
+    image, text, scale, bias = _inputs(model_out, prefix)
+    if _world_size(loss) == 1:
+        return pair_logits(image, text, scale, bias), None, None
+    options = {} if bias is None else {"logit_bias": bias}
+    per_image, per_text = loss.get_logits(image, text, scale, **options)
+    if not loss.local_loss:
+        return per_image, None, None
+    return per_image, per_text, loss.get_ground_truth(image.device, per_image.shape[0])
 
 
 def _clip(loss: Any, model_out: Mapping[str, Any]) -> PairTerms:
-    contrastive = clip_pair_losses(*_Logits.of(loss, model_out))
+    contrastive = clip_pair_losses(*_logits(loss, model_out))
     return PairTerms(contrastive, {"contrastive_loss": contrastive})
 
 
 def _siglip(loss: Any, model_out: Mapping[str, Any]) -> PairTerms:
     image, text, scale, bias = _inputs(model_out)
-    processes = Processes.of(loss)
-    if processes.world_size == 1:
+    if _world_size(loss) == 1:
         contrastive = siglip_pair_losses(pair_logits(image, text, scale, bias))
     else:
         # The oldest versions have `bidir`, true or false, in place of `dist_impl`.
-        route: Route = getattr(
-            loss, "dist_impl", "bidir" if getattr(loss, "bidir", True) else "shift"
-        )
-        contrastive = _blockwise_siglip(image, text, scale, bias, processes, route)
+        older = "bidir" if getattr(loss, "bidir", True) else "shift"
+        scale = torch.as_tensor(scale, device=image.device)
+        bias = torch.zeros_like(scale) if bias is None else bias
+        bias = torch.as_tensor(bias, device=image.device)
+        place = Processes.of(loss), getattr(loss, "dist_impl", older)
+        contrastive = _BlockwiseSiglip.apply(image, text, scale, bias, *place)
     return PairTerms(contrastive, {"contrastive_loss": contrastive})
 
 
 def _coca(loss: Any, model_out: Mapping[str, Any]) -> PairTerms:
-    contrastive = clip_pair_losses(*_Logits.of(loss, model_out))
-    caption = caption_pair_losses(
-        model_out["logits"], model_out["labels"], loss.caption_loss.ignore_index
-    )
+    contrastive = clip_pair_losses(*_logits(loss, model_out))
+    pad = loss.caption_loss.ignore_index
+    caption = caption_pair_losses(model_out["logits"], model_out["labels"], pad)
     # CoCaLoss of weight 0 leaves the term out, so that a NaN in it does not come through.
     weight = loss.clip_loss_weight
     named = {"contrastive_loss": weight * contrastive if weight else torch.zeros_like(contrastive)}
@@ -160,12 +157,9 @@ def _coca(loss: Any, model_out: Mapping[str, Any]) -> PairTerms:
 
 
 def _distill(loss: Any, model_out: Mapping[str, Any]) -> PairTerms:
-    student = _Logits.of(loss, model_out)
-    teacher = _Logits.of(loss, model_out, "dist_")
+    student, teacher = _logits(loss, model_out), _logits(loss, model_out, "dist_")
     contrastive = clip_pair_losses(*student)
-    distill = distill_pair_losses(
-        teacher.per_image, student.per_image, teacher.per_text, student.per_text
-    )
+    distill = distill_pair_losses(teacher[0], student[0], teacher[1], student[1])
     return PairTerms(contrastive, {"contrastive_loss": contrastive, "distill_loss": distill})
 
 
@@ -177,15 +171,8 @@ _TERMS: dict[str, Callable[[Any, Mapping[str, Any]], PairTerms]] = {
 }
 
 
-def _blockwise_siglip(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor | float,
-    logit_bias: Tensor | float | None,
-    processes: Processes,
-    route: Route,
-) -> Tensor:
-    """Return ``l_i = (sum_j s_ij + sum_j s_ji) / 2`` of this process's pairs, (b,), j over all.
+class _BlockwiseSiglip(torch.autograd.Function):
+    """``l_i = (sum_j s_ij + sum_j s_ji) / 2`` of this process's pairs, (b,), j over all.
 
     ``s_ij = -log sigmoid(z_ij L_ij)`` as in `siglip_pair_losses`. The others' features come
     one block at a time along ``route``; only that block of the logits, (b, b) of the global
@@ -194,14 +181,7 @@ def _blockwise_siglip(
     The gradient is that of the sum over processes of what each makes of its own terms, as that of
     open_clip's exchanges of features. All processes must take both passes.
     """
-    scale = torch.as_tensor(logit_scale, device=image.device)
-    bias = torch.zeros_like(scale) if logit_bias is None else logit_bias
-    bias = torch.as_tensor(bias, device=image.device)
-    losses: Tensor = _BlockwiseSiglip.apply(image, text, scale, bias, processes, route)
-    return losses
 
-
-class _BlockwiseSiglip(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -236,10 +216,7 @@ class _BlockwiseSiglip(torch.autograd.Function):
         image, text, scale, bias = leaves
         # Entry ij of the matrix is half of pair i's loss and half of pair j's.
         by_rank = processes.gather(grad).chunk(processes.world_size)
-        sums = [
-            torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
-            for leaf in leaves
-        ]
+        sums = [torch.zeros_like(widened(leaf)) for leaf in leaves]
         for rank, images, texts in _blocks(image, text, processes, ctx.route):
             own = rank == processes.rank
             share = 0.5 * (grad[:, None] + by_rank[rank])
@@ -267,7 +244,6 @@ def _blocks(
 
 def _sigmoid_block(rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor, own: bool) -> Tensor:
     """Return the sigmoid losses of a block; its diagonal is the matching pairs where it is own."""
-    logits = scale * rows @ columns.t() + bias
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = widened(scale * rows @ columns.t() + bias)
     matches = torch.zeros_like(logits, dtype=torch.bool).fill_diagonal_(own)
     return -F.logsigmoid(torch.where(matches, logits, -logits))

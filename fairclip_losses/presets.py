@@ -17,10 +17,13 @@ from .validation import check_integer
 
 @dataclass(frozen=True)
 class Preset:
-    """One set of options; see `BadPairMiner`, `SinkhornFairnessLoss` and `FairLoss`."""
+    """One set of options; see `BadPairMiner`, `SinkhornFairnessLoss` and `FairLoss`.
+
+    What a preset does not say is as the three have it by default.
+    """
 
     description: str
-    fairness_weight: float
+    fairness_weight: float = 0.1
     miner: Mapping[str, Any] = field(default_factory=dict)
     fairness: Mapping[str, Any] = field(default_factory=dict)
     warmup_share: float = 0.0  # of the epochs, where their number is known; at least one epoch
@@ -29,39 +32,36 @@ class Preset:
     mining_unit: MiningUnit = "pair"
 
 
+_PUBLISHED_MINER = {"noisy_sigma": 3.0, "faulty_sigma": 3.0, "weighting": "density"}
+_PUBLISHED_FAIRNESS = {"p": 2, "blur": 1e-4, "group_reduction": "sum"}
+
 PRESETS: dict[str, Preset] = {
     "aligned": Preset(
         "this package's default: groups out of the batch, exact distance between per-pair losses, "
         "memory by pair id, bounded weights",
-        fairness_weight=0.1,
-        miner={"noisy_sigma": 3.0, "faulty_sigma": 1.0},
-        fairness={"p": 1, "blur": 0.0},
         warmup_share=1 / 7,
     ),
     "paper": Preset(
         "the paper's formulas and published constants, on correct pair ids",
         fairness_weight=1e-7,
-        miner={
-            "warmup_epochs": 1, "noisy_sigma": 3.0, "faulty_sigma": 3.0, "weighting": "density",
-        },
-        fairness={"p": 2, "blur": 1e-4, "group_reduction": "sum"},
+        miner=_PUBLISHED_MINER,
+        fairness=_PUBLISHED_FAIRNESS,
     ),
     "official": Preset(
         "what the published code computes, defects included, with the groups taken from the batch "
         "instead of from further forward passes; for comparison only",
         fairness_weight=1e-7,
-        miner={
-            "warmup_epochs": 1, "noisy_sigma": 3.0, "faulty_sigma": 3.0, "weighting": "density",
-            "record": "weighted",
-        },
+        miner={**_PUBLISHED_MINER, "record": "weighted"},
         fairness={
-            "p": 2, "blur": 1e-4, "group_reduction": "sum", "detach": "groups",
-            "divide_by_group_sum": True, "min_group_size": 1,
+            **_PUBLISHED_FAIRNESS,
+            "detach": "groups",
+            "divide_by_group_sum": True,
+            "min_group_size": 1,
         },
         score="official",
         mining_unit="batch",
     ),
-}  # fmt: skip
+}
 
 
 def build_fair_loss(
@@ -103,18 +103,16 @@ def build_fair_loss(
         raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
     chosen = PRESETS[preset]
     miner = term = None
-    options: dict[str, Any]
     _check_options("miner_options", miner_options, BadPairMiner)
     _check_options("fairness_options", fairness_options, SinkhornFairnessLoss)
-    if not mining:
-        _check_absent("mining", miner_options=miner_options or None)
-    if not fairness:
-        _check_absent(
-            "fairness",
-            fairness_options=fairness_options or None,
-            fairness_weight=fairness_weight,
-            score=score,
-        )
+    for part, wanted, name, value in (
+        ("mining", mining, "miner_options", miner_options or None),
+        ("fairness", fairness, "fairness_options", fairness_options or None),
+        ("fairness", fairness, "fairness_weight", fairness_weight),
+        ("fairness", fairness, "score", score),
+    ):
+        if not wanted and value is not None:
+            raise ValueError(f"{name} needs {part}=True, got {part}=False and {name}={value!r}")
     if total_epochs is not None:
         total_epochs = check_integer("total_epochs", total_epochs, 1)
     if mining:
@@ -122,11 +120,10 @@ def build_fair_loss(
         pairs = num_pairs if chosen.mining_unit == "pair" else None
         warmup = max(1, round(chosen.warmup_share * (total_epochs or 0)))
         known = {"num_pairs": pairs, "total_epochs": total_epochs, "warmup_epochs": warmup}
-        options = {**known, **chosen.miner, **(miner_options or {})}
-        miner = BadPairMiner(**options)
+        miner = BadPairMiner(**{**known, **chosen.miner, **(miner_options or {})})
     if fairness:
-        options = {"num_groups": num_groups, **chosen.fairness, **(fairness_options or {})}
-        term = SinkhornFairnessLoss(**options)
+        groups = {"num_groups": num_groups}
+        term = SinkhornFairnessLoss(**{**groups, **chosen.fairness, **(fairness_options or {})})
     return FairLoss(
         base_loss,
         miner,
@@ -136,13 +133,6 @@ def build_fair_loss(
         normalization=chosen.normalization,
         mining_unit=chosen.mining_unit,
     )
-
-
-def _check_absent(part: str, **given: Any) -> None:
-    """Refuse options of a part that is left out."""
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"{name} needs {part}=True, got {part}=False and {name}={value!r}")
 
 
 def _check_options(name: str, given: Mapping[str, Any] | None, part: type[nn.Module]) -> None:

@@ -58,7 +58,7 @@ def test_the_terms_are_those_of_a_double_loop():
 def test_a_flagged_pair_weighs_less_and_nothing_flagged_changes_nothing():
     out, ids = features(), torch.arange(6)
     base = own_loss.MarginInfoNCE()
-    loss = FairLoss(base, BadPairMiner(6))
+    loss = FairLoss(base, BadPairMiner(6, faulty_sigma=3.0))
     torch.testing.assert_close(loss(**out, pair_ids=ids), base(**out))
     loss.end_epoch()
     loss.miner.memory.kind[2], loss.miner.memory.std[...] = 2, 0.5

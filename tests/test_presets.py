@@ -16,7 +16,6 @@ from fairclip_losses import (
     SinkhornFairnessLoss,
     build_fair_loss,
 )
-from fairclip_losses.functional import official_scores, pair_logits
 
 
 def step(count=12, seed=0):
@@ -40,17 +39,13 @@ def test_the_names():
 
 
 def test_aligned_is_the_default():
-    chosen = PRESETS["aligned"]
     fair = build_fair_loss(ClipLoss(), num_pairs=30, num_groups=3)
-    by_hand = FairLoss(
-        ClipLoss(),
-        BadPairMiner(30, **chosen.miner),
-        SinkhornFairnessLoss(num_groups=3, **chosen.fairness),
-        chosen.fairness_weight,
-    )
+    by_hand = FairLoss(ClipLoss(), BadPairMiner(30), SinkhornFairnessLoss(num_groups=3))
+    assert fair.fairness_weight == by_hand.fairness_weight == 0.1
     assert (fair.score, fair.normalization, fair.mining_unit) == ("loss", "batch", "pair")
     assert (fair.miner.weighting, fair.miner.record) == ("relative", "raw")
-    assert (fair.fairness.blur, fair.fairness.detach) == (0.0, "none")
+    assert (fair.miner.noisy_sigma, fair.miner.faulty_sigma) == (3.0, 1.0)
+    assert (fair.fairness.p, fair.fairness.blur, fair.fairness.detach) == (1, 0.0, "none")
     for epoch in range(3):
         for seed in range(4):
             got = fair(**step(seed=10 * epoch + seed))
@@ -59,81 +54,33 @@ def test_aligned_is_the_default():
         assert fair.end_epoch() == by_hand.end_epoch()
 
 
-def test_paper_has_the_published_constants():
-    fair = build_fair_loss(ClipLoss(), preset="paper", num_pairs=30, num_groups=3)
-    miner, term = fair.miner, fair.fairness
-    assert (miner.noisy_sigma, miner.faulty_sigma, miner.warmup_epochs) == (3.0, 3.0, 1)
-    assert (miner.weighting, miner.record, miner.history) == ("density", "raw", "mean")
-    assert (term.p, term.blur, term.group_reduction) == (2, 1e-4, "sum")
-    assert (term.detach, term.divide_by_group_sum) == ("none", False)
-    assert (fair.fairness_weight, fair.score, fair.mining_unit) == (1e-7, "loss", "pair")
-    assert fair.normalization == "batch" and miner.num_pairs == 30
-
-
-def test_official_is_the_published_code():
-    fair = build_fair_loss(ClipLoss(), preset="official", num_pairs=30, num_groups=3)
-    miner, term = fair.miner, fair.fairness
-    assert (miner.weighting, miner.record, miner.num_pairs) == ("density", "weighted", None)
-    assert (term.detach, term.divide_by_group_sum, term.group_reduction) == ("groups", True, "sum")
-    assert (fair.score, fair.mining_unit, fair.fairness_weight) == ("official", "batch", 1e-7)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_trains(preset):
-    fair = build_fair_loss(ClipLoss(), preset=preset, num_pairs=30, num_groups=3)
-    for seed in range(2):
-        inputs = step(seed=seed)
-        losses = fair(**inputs, output_dict=True)
-        assert list(losses) == ["contrastive_loss", "fairness_loss"]
-        sum(losses.values()).backward()
-        assert torch.isfinite(inputs["image_features"].grad).all()
-        fair.end_epoch()
-
-
-def test_official_term_is_that_of_its_formula():
-    inputs = step()
-    fair = build_fair_loss(
-        ClipLoss(), preset="official", num_groups=3, fairness_weight=1.0,
-        fairness_options={"blur": 0.0},
-    )  # fmt: skip
-    got = fair(**inputs, output_dict=True)["fairness_loss"]
-    names = ("image_features", "text_features", "logit_scale")
-    scores = official_scores(pair_logits(*(inputs[name] for name in names)))
-    groups = inputs["groups"]
-    total = 0.0
-    for g in range(3):
-        members = scores[groups == g]
-        assert len(members)
-        total += _half_squared_distance(scores, (members / members.sum()).detach())
-    torch.testing.assert_close(got, total, rtol=1e-4, atol=1e-4)
-
-
-def _half_squared_distance(x, y):
-    """W_2^2 / 2 of two uniform sets, by repeating each until the sizes agree."""
-    many = x.repeat_interleave(len(y)).sort().values
-    other = y.repeat_interleave(len(x)).sort().values
-    return (many - other).square().mean() / 2
-
-
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("preset", "loss", "miner", "term"),
     [
         (
-            {"mining": False, "miner_options": {"faulty_sigma": 1.0}},
-            r"^miner_options needs mining=True, got mining=False and "
-            r"miner_options=\{'faulty_sigma': 1.0\}$",
+            "paper",
+            ("loss", "pair", "batch"),
+            ("density", "raw", 30),
+            ("sum", 2, "none", False),
         ),
         (
-            {"fairness": False, "fairness_options": {"blur": 0.0}},
-            r"^fairness_options needs fairness=True, got fairness=False and",
+            "official",
+            ("official", "batch", "batch"),
+            ("density", "weighted", None),
+            ("sum", 1, "groups", True),
         ),
-        ({"fairness": False, "fairness_weight": 0.0}, "^fairness_weight needs fairness=True, got"),
-        ({"fairness": False, "score": "similarity"}, "^score needs fairness=True, got"),
     ],
 )
-def test_options_of_a_part_that_is_left_out_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        build_fair_loss(ClipLoss(), **options)
+def test_the_published_constants(preset, loss, miner, term):
+    fair = build_fair_loss(ClipLoss(), preset=preset, num_pairs=30, num_groups=3)
+    mine, distance = fair.miner, fair.fairness
+    assert fair.fairness_weight == 1e-7
+    assert (fair.score, fair.mining_unit, fair.normalization) == loss
+    assert (mine.noisy_sigma, mine.faulty_sigma, mine.warmup_epochs) == (3.0, 3.0, 1)
+    assert (mine.history, mine.weighting, mine.record, mine.num_pairs) == ("mean", *miner)
+    found = (distance.group_reduction, distance.min_group_size)
+    assert (*found, distance.detach, distance.divide_by_group_sum) == term
+    assert (distance.p, distance.blur) == (2, 1e-4)
 
 
 def test_what_describes_the_data_may_be_given_without_the_part():
@@ -179,6 +126,17 @@ def test_single_options_replace_the_presets():
         ),
         ({"miner_options": 3}, "miner_options must be a mapping name -> value, got int"),
         ({"total_epochs": "9"}, "total_epochs must be an integer of 1 or more, got '9'"),
+        (
+            {"mining": False, "miner_options": {"faulty_sigma": 1.0}},
+            r"^miner_options needs mining=True, got mining=False and "
+            r"miner_options=\{'faulty_sigma': 1.0\}$",
+        ),
+        (
+            {"fairness": False, "fairness_options": {"blur": 0.0}},
+            r"^fairness_options needs fairness=True, got fairness=False and",
+        ),
+        ({"fairness": False, "fairness_weight": 0.0}, "^fairness_weight needs fairness=True, got"),
+        ({"fairness": False, "score": "similarity"}, "^score needs fairness=True, got"),
     ],
 )
 def test_bad_options(options, message):
@@ -190,17 +148,10 @@ def test_bad_options(options, message):
     ("epochs", "expected"), [(None, 1), (1, 1), (3, 1), (10, 1), (14, 2), (36, 5), (80, 11)]
 )
 def test_aligned_warms_up_for_a_seventh_of_the_training(epochs, expected):
-    fair = build_fair_loss(ClipLoss(), num_pairs=9, num_groups=2, total_epochs=epochs)
-    assert fair.miner.warmup_epochs == expected
-    given = build_fair_loss(
-        ClipLoss(),
-        num_pairs=9,
-        num_groups=2,
-        total_epochs=epochs,
-        miner_options={"warmup_epochs": 3},
-    )
-    assert given.miner.warmup_epochs == 3
-    published = build_fair_loss(
-        ClipLoss(), preset="paper", num_pairs=9, num_groups=2, total_epochs=epochs
-    )
-    assert published.miner.warmup_epochs == 1
+    def warmup(**options):
+        facts = {"num_pairs": 9, "num_groups": 2, "total_epochs": epochs}
+        return build_fair_loss(ClipLoss(), **facts, **options).miner.warmup_epochs
+
+    assert warmup() == expected
+    assert warmup(miner_options={"warmup_epochs": 3}) == 3
+    assert warmup(preset="paper") == 1

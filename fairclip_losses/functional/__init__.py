@@ -42,37 +42,13 @@ from .pairs import (
     weighted_mean,
 )
 
-__all__ = [
-    "CLEAN",
-    "FAULTY",
-    "KIND_NAMES",
-    "NOISY",
-    "UNKNOWN",
-    "Detach",
-    "FairnessTerms",
-    "GroupReduction",
-    "History",
-    "Normalization",
-    "Weighting",
-    "bad_pair_kinds",
-    "bad_pair_weights",
-    "caption_pair_losses",
-    "clip_pair_losses",
-    "distill_pair_losses",
-    "gaussian_mixture_posterior",
-    "group_membership",
-    "history_statistics",
-    "history_z_score",
-    "mixture_pair_kinds",
-    "normalized_weights",
-    "official_scores",
-    "pair_history",
-    "pair_logits",
-    "pair_similarities",
-    "siglip_pair_losses",
-    "sinkhorn_divergence",
-    "sinkhorn_fairness",
-    "stack_groups",
-    "visit_weight",
-    "weighted_mean",
-]
+__all__ = ["UNKNOWN", "sinkhorn_divergence"]
+__all__ += ["Detach", "FairnessTerms", "GroupReduction", "group_membership", "official_scores"]
+__all__ += ["sinkhorn_fairness", "stack_groups"]
+__all__ += ["CLEAN", "FAULTY", "KIND_NAMES", "NOISY", "History", "Weighting"]
+__all__ += ["bad_pair_kinds", "bad_pair_weights", "history_statistics", "history_z_score"]
+__all__ += ["pair_history", "visit_weight"]
+__all__ += ["gaussian_mixture_posterior", "mixture_pair_kinds"]
+__all__ += ["Normalization", "caption_pair_losses", "clip_pair_losses", "distill_pair_losses"]
+__all__ += ["normalized_weights", "pair_logits", "pair_similarities", "siglip_pair_losses"]
+__all__ += ["weighted_mean"]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops import sinkhorn_divergence
+from ..ops.options import check_cost
 from ..validation import all_at_least, check_choice, check_integer, should_validate
+from .pairs import widened
 
 GroupReduction = Literal["mean", "sum"]
 Detach = Literal["none", "groups", "total"]
-REDUCTIONS = ("mean", "sum")
-DETACHED = ("none", "groups", "total")
 
 
 class FairnessTerms(NamedTuple):
@@ -40,17 +41,17 @@ def stack_groups(groups: Tensor | Mapping[str, Tensor]) -> Tensor:
             raise ValueError(f"group codes must be a tensor, got {type(codes).__name__}")
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise ValueError(f"group codes must be integers, got {codes.dtype}")
-    if not isinstance(groups, Mapping):
-        if groups.dim() not in (1, 2) or (groups.dim() == 2 and groups.shape[1] == 0):
-            shape = tuple(groups.shape)
-            raise ValueError(f"groups must have shape (B,) or (B, C), C >= 1, got {shape}")
-        return (groups[:, None] if groups.dim() == 1 else groups).long()
-    if not groups:
-        raise ValueError("groups must name at least one attribute, got an empty mapping")
-    if any(codes.dim() != 1 or codes.shape != columns[0].shape for codes in columns):
-        shown = {name: tuple(codes.shape) for name, codes in groups.items()}
-        raise ValueError(f"every attribute must have one shape (B,), got {shown}")
-    return torch.stack([codes.long() for codes in columns], dim=1)
+    if isinstance(groups, Mapping):
+        if not groups:
+            raise ValueError("groups must name at least one attribute, got an empty mapping")
+        if any(codes.dim() != 1 or codes.shape != columns[0].shape for codes in columns):
+            shown = {name: tuple(codes.shape) for name, codes in groups.items()}
+            raise ValueError(f"every attribute must have one shape (B,), got {shown}")
+        return torch.stack([codes.long() for codes in columns], dim=1)
+    if groups.dim() not in (1, 2) or (groups.dim() == 2 and groups.shape[1] == 0):
+        shape = tuple(groups.shape)
+        raise ValueError(f"groups must have shape (B,) or (B, C), C >= 1, got {shape}")
+    return (groups[:, None] if groups.dim() == 1 else groups).long()
 
 
 def group_membership(groups: Tensor, num_groups: Sequence[int]) -> Tensor:
@@ -59,7 +60,7 @@ def group_membership(groups: Tensor, num_groups: Sequence[int]) -> Tensor:
     Rows run through the groups of the first attribute, then of the second, and so on; a code
     outside 0..G-1 (such as -1, unknown) is in no row.
     """
-    # Attribute by attribute: an index built on the host would have to wait for the device.
+    # Attribute by attribute: an index built on the CPU would have to wait for the device.
     rows = [
         codes == torch.arange(count, device=groups.device)[:, None]
         for codes, count in zip(groups.unbind(1), num_groups, strict=True)
@@ -67,12 +68,35 @@ def group_membership(groups: Tensor, num_groups: Sequence[int]) -> Tensor:
     return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
+@dataclass(eq=False, repr=False)
+class FairnessOptions:
+    """The options of the fairness term, checked once; see `sinkhorn_fairness`."""
+
+    p: int
+    blur: float
+    group_reduction: GroupReduction
+    min_group_size: int
+    detach: Detach
+    divide_by_group_sum: bool
+
+    def __post_init__(self) -> None:
+        check_cost(self.p, self.blur)
+        self.blur = float(self.blur)
+        check_choice("group_reduction", self.group_reduction, ("mean", "sum"))
+        check_choice("detach", self.detach, ("none", "groups", "total"))
+        check_integer("min_group_size", self.min_group_size, 1)
+
+    def divergence(self, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor) -> Tensor:
+        """Return the Sinkhorn divergences by these options, of values that have been checked."""
+        return sinkhorn_divergence(x, y, a, b, p=self.p, blur=self.blur, validate=False)
+
+
 def sinkhorn_fairness(
     scores: Tensor,
     groups: Tensor | Mapping[str, Tensor],
     num_groups: Sequence[int],
     *,
-    p: int = 2,
+    p: int = 1,
     blur: float = 0.0,
     attribute_weights: Sequence[float] | None = None,
     group_reduction: GroupReduction = "mean",
@@ -92,29 +116,13 @@ def sinkhorn_fairness(
     without any adds 0. Both distributions are of the very same points, so gradients reach a score
     through its group and through the batch (see ``detach``).
 
-    Args:
-        scores: (B,), floating point: per-pair losses or similarities.
-        groups: codes (B,), (B, C) or name -> (B,); -1 is unknown.
-        num_groups: G_c of each attribute, in the attributes' order; a code outside 0..G_c-1 counts
-            as unknown.
-        p: see `sinkhorn_divergence`.
-        blur: see `sinkhorn_divergence`; 0 is the exact distance.
-        attribute_weights: w_c, default 1/C each.
-        group_reduction: ``"mean"`` over the groups present, as above, or ``"sum"`` (published;
-            attributes with more groups then weigh more).
-        min_group_size: groups of fewer members add 0.
-        detach: ``"groups"`` or ``"total"`` stops the gradient on that side.
-        divide_by_group_sum: divide each group's scores by their sum and the batch's by nothing:
-            what the published code computes, for comparison only.
-        valid: (B,) bool, the scores that count at all; None is all of them.
-        queue: recent detached scores, (1 + R, K), NaN where empty: row 0 of the whole batch, row
-            1 + r of group r. They widen both distributions and get no gradient.
-        validate: look at the scores for NaN and infinities; None looks on the CPU only, outside
-            torch.compile.
+    Arguments and defaults are as of `SinkhornFairnessLoss` and its ``forward``, but: ``num_groups``
+    are the G_c in the attributes' order, and a code outside 0..G_c-1 counts as unknown; ``queue``
+    are recent detached scores, (1 + R, K), NaN where empty: row 0 of the whole batch, row 1 + r of
+    group r. They widen both distributions and get no gradient.
 
-    Returns:
-        `FairnessTerms`; all but ``counts`` is connected to the graph of ``scores``, and float64 for
-        float64 scores, else float32.
+    All terms but ``counts`` are connected to the graph of ``scores``, float64 for float64 scores,
+    else float32.
 
     Raises:
         ValueError: scores not (B,) floating point, NaN or infinite; groups of another length, not
@@ -124,39 +132,24 @@ def sinkhorn_fairness(
     Source: Bansal et al. (arXiv:2505.03153), the fairness loss; Luo et al. (arXiv:2403.19949),
     eq. 3-4; averaged over groups instead of summed.
     """
-    check_choice("group_reduction", group_reduction, REDUCTIONS)
-    check_choice("detach", detach, DETACHED)
-    check_integer("min_group_size", min_group_size, 1)
+    options = FairnessOptions(p, blur, group_reduction, min_group_size, detach, divide_by_group_sum)
     check_scores(scores, valid, validate)
     codes = check_codes(groups, scores)
-    if codes.shape[1] != len(num_groups):
+    given = tuple(num_groups)
+    if codes.shape[1] != len(given):
         raise ValueError(
-            f"num_groups must count the groups of {codes.shape[1]} attributes, "
-            f"got {tuple(num_groups)}"
+            f"num_groups must count the groups of {codes.shape[1]} attributes, got {given}"
         )
-    if any(count < 1 for count in num_groups):
-        raise ValueError(f"num_groups must be integers >= 1, got {tuple(num_groups)}")
-    if attribute_weights is not None and len(attribute_weights) != len(num_groups):
+    if any(count < 1 for count in given):
+        raise ValueError(f"num_groups must be integers >= 1, got {given}")
+    if attribute_weights is not None and len(attribute_weights) != len(given):
         raise ValueError(
-            f"attribute_weights must have {len(num_groups)} entries, got {len(attribute_weights)}"
+            f"attribute_weights must have {len(given)} entries, got {len(attribute_weights)}"
         )
-    rows = 1 + sum(num_groups)
+    rows = 1 + sum(given)
     if queue is not None and (queue.dim() != 2 or queue.shape[0] != rows):
         raise ValueError(f"queue must have shape ({rows}, K), got {tuple(queue.shape)}")
-    return fairness_terms(
-        scores,
-        codes,
-        num_groups,
-        p=p,
-        blur=blur,
-        attribute_weights=attribute_weights,
-        group_reduction=group_reduction,
-        min_group_size=min_group_size,
-        detach=detach,
-        divide_by_group_sum=divide_by_group_sum,
-        valid=valid,
-        queue=queue,
-    )
+    return fairness_terms(scores, codes, given, options, attribute_weights, valid, queue)
 
 
 def check_scores(scores: Tensor, valid: Tensor | None, validate: bool | None) -> None:
@@ -192,14 +185,8 @@ def fairness_terms(
     scores: Tensor,
     codes: Tensor,
     num_groups: Sequence[int],
-    *,
-    p: int,
-    blur: float,
+    options: FairnessOptions,
     attribute_weights: Sequence[float] | None,
-    group_reduction: GroupReduction,
-    min_group_size: int,
-    detach: Detach,
-    divide_by_group_sum: bool,
     valid: Tensor | None,
     queue: Tensor | None,
 ) -> FairnessTerms:
@@ -211,32 +198,30 @@ def fairness_terms(
     if queue is not None:
         scores, whole, members = _with_queue(scores, valid, members, queue)
     counts = members.sum(-1)
-    large_enough = counts >= min_group_size
+    large_enough = counts >= options.min_group_size
     weights = (members & large_enough[:, None]).to(torch.float32)
     x = y = scores[:, None]
-    if detach == "groups":
+    if options.detach == "groups":
         y = x.detach()
-    elif detach == "total":
+    elif options.detach == "total":
         x = x.detach()
-    if divide_by_group_sum:
+    if options.divide_by_group_sum:
         sums = (weights * y[:, 0]).sum(-1, keepdim=True)
         y = (y[:, 0] / torch.where(large_enough[:, None], sums, 1.0))[..., None]
     mass = None if whole is None else whole.to(torch.float32)
-    per_group = sinkhorn_divergence(x, y, mass, weights, p=p, blur=blur, validate=False)
-    parts, present = _by_attribute(per_group, num_groups), _by_attribute(large_enough, num_groups)
+    per_group = options.divergence(x, y, mass, weights)
+    # A split costs more than all else here.
+    several = len(num_groups) > 1
+    parts = torch.split(per_group, list(num_groups)) if several else (per_group,)
+    present = torch.split(large_enough, list(num_groups)) if several else (large_enough,)
     values = [part.sum() for part in parts]
-    if group_reduction == "mean":
+    if options.group_reduction == "mean":
         values = [v / n.sum().clamp(min=1) for v, n in zip(values, present, strict=True)]
     per_attribute = torch.stack(values)
     if attribute_weights is None:
         return FairnessTerms(per_attribute.mean(), per_attribute, per_group, counts)
     weighted = [w * value for w, value in zip(attribute_weights, values, strict=True)]
     return FairnessTerms(torch.stack(weighted).sum(), per_attribute, per_group, counts)
-
-
-def _by_attribute(rows: Tensor, num_groups: Sequence[int]) -> Sequence[Tensor]:
-    # A split costs more than all else here.
-    return torch.split(rows, list(num_groups)) if len(num_groups) > 1 else (rows,)
 
 
 def _with_queue(
@@ -261,5 +246,5 @@ def official_scores(logits: Tensor) -> Tensor:
     The logits are (B, B); the result is float32 or wider.
     Source: the code published with arXiv:2403.19949 and arXiv:2505.03153.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = widened(logits)
     return (logits * logits.t()).sum(1)

@@ -1,4 +1,8 @@
-"""Dynamic bad pair mining as pure functions: histories, thresholds, weights."""
+"""Dynamic bad pair mining as pure functions: histories, thresholds, weights.
+
+The symbols and the options are those of `BadPairMiner`. Source of all: Lan et al., ICLR 2024
+(arXiv:2302.03357).
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,6 @@ import torch
 from torch import Tensor
 
 from ..validation import check_choice, check_integer, check_same_shape, check_sigma
-
-__all__ = [
-    "CLEAN",
-    "FAULTY",
-    "KIND_NAMES",
-    "NOISY",
-    "bad_pair_kinds",
-    "bad_pair_weights",
-    "history_statistics",
-    "history_z_score",
-    "pair_history",
-    "visit_weight",
-]
 
 CLEAN, NOISY, FAULTY = 0, 1, 2
 """Codes of a pair's kind, as :func:`bad_pair_kinds` returns them."""
@@ -36,21 +27,13 @@ _MIN_SPREAD = 2.0**-20
 
 
 def visit_weight(epoch: int | Tensor, history: History = "mean") -> float | Tensor:
-    r"""Weight of a visit in its pair's history.
+    """Weight of a visit in its pair's history: 1.0 for ``"mean"``, ``1 + epoch`` for ``"linear"``.
 
-    ``mean``: :math:`1`. ``linear``: :math:`1 + e`.
-
-    Args:
-        epoch: `e`, the number of epochs that were over at the visit; an int or an integer tensor.
-        history: ``"mean"`` or ``"linear"``.
-
-    Returns:
-        1.0 for ``mean``; for ``linear`` ``1 + epoch``, a tensor where the epoch is one.
+    ``epoch``, an int or an integer tensor, is the number of epochs that were over at the visit; of
+    a tensor the linear weight is one too.
 
     Raises:
         ValueError: for an unknown history.
-
-    Source: Lan et al., ICLR 2024 (arXiv:2302.03357), the weighted loss history.
     """
     check_choice("history", history, ("mean", "linear"))
     if history == "mean":
@@ -65,7 +48,7 @@ def pair_history(
     *,
     total_epochs: int | None = None,
 ) -> Tensor:
-    r"""History of each pair: the weighted mean of its losses over its visits.
+    r"""History of each pair, (N,) float64: the weighted mean of its losses over its visits.
 
     .. math:: m_k = \frac{\sum_v u_v \, l_{k,v}}{\sum_v u_v}
 
@@ -73,19 +56,12 @@ def pair_history(
     published code computes, :math:`m_k = \frac{1}{V_k} \sum_v \frac{u_v}{E} l_{k,v}`,
     which is not normalised: after `e` epochs at one loss `l` it is :math:`l (e + 1) / 2E`.
 
-    Args:
-        loss_sum: :math:`\sum_v u_v l_{k,v}`, shape (N,).
-        visits: number of visits :math:`V_k`, shape (N,).
-        weight_sum: :math:`\sum_v u_v`, shape (N,); None = `visits`, every weight being 1.
-        total_epochs: `E` for the form without normalisation, None for the weighted mean.
-
-    Returns:
-        (N,) float64; NaN for a pair without a visit.
+    All three are (N,): ``loss_sum`` is :math:`\sum_v u_v l_{k,v}`; ``visits`` the numbers of visits
+    :math:`V_k`, a pair without one having the history NaN; ``weight_sum`` is :math:`\sum_v u_v`,
+    None where every weight is 1.
 
     Raises:
         ValueError: for shapes that differ, or total_epochs below 1.
-
-    Source: Lan et al., ICLR 2024 (arXiv:2302.03357), the weighted loss history.
     """
     check_same_shape("loss_sum", loss_sum, "visits", visits)
     if weight_sum is not None:
@@ -94,8 +70,7 @@ def pair_history(
         divisor = (visits if weight_sum is None else weight_sum).double()
     else:
         divisor = visits.double() * check_integer("total_epochs", total_epochs, 1)
-    history = loss_sum.double() / divisor
-    return torch.where(visits > 0, history, torch.nan)
+    return torch.where(visits > 0, loss_sum.double() / divisor, torch.nan)
 
 
 def history_statistics(history: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -104,18 +79,11 @@ def history_statistics(history: Tensor, seen: Tensor | None = None) -> tuple[Ten
     .. math:: \mu = \frac{1}{|S|} \sum_{k \in S} m_k, \qquad
               \sigma^2 = \frac{1}{|S|} \sum_{k \in S} (m_k - \mu)^2
 
-    Args:
-        history: (N,) floating point.
-        seen: (N,) bool, the pairs of `S`; None = those of finite history. A pair whose history is
-            not finite is never counted.
-
-    Returns:
-        :math:`(\mu, \sigma)`, two float64 scalars; both 0 where no pair was seen.
+    `S` are the pairs of finite history (N,), of those ``seen``, (N,) bool, where it is given. Both
+    are float64 scalars, 0 where no pair was seen.
 
     Raises:
         ValueError: for shapes that differ.
-
-    Source: Lan et al., ICLR 2024 (arXiv:2302.03357), mean and deviation of the histories.
     """
     values = history[seen_mask(history, seen)].double()
     if not len(values):
@@ -128,32 +96,19 @@ def bad_pair_kinds(
     mean: Tensor | float,
     std: Tensor | float,
     noisy_sigma: float = 3.0,
-    faulty_sigma: float = 3.0,
+    faulty_sigma: float = 1.0,
     seen: Tensor | None = None,
 ) -> Tensor:
-    r"""Kind of each pair by two thresholds on its history.
+    r"""Kind of each pair by two thresholds on its history, (N,) int8: CLEAN, NOISY or FAULTY.
 
     noisy (learnt too easily): :math:`m_k \le \mu - \beta_n \sigma`;
     faulty (never learnt): :math:`m_k \ge \mu + \beta_f \sigma`; clean otherwise.
     A threshold of infinity is never met. Where both are met (both betas 0) the pair is faulty.
-    No pair is flagged where :math:`\sigma` is 0 or of rounding size beside :math:`|\mu|` (2^-20).
-
-    Args:
-        history: :math:`m_k`, shape (N,).
-        mean: :math:`\mu`, a scalar.
-        std: :math:`\sigma`, a scalar.
-        noisy_sigma: :math:`\beta_n`, 0 or more.
-        faulty_sigma: :math:`\beta_f`, 0 or more.
-        seen: (N,) bool; the others are clean. None = those of finite history; a pair whose history
-            is not finite is always clean.
-
-    Returns:
-        (N,) int8 of the codes `CLEAN`, `NOISY`, `FAULTY`.
+    No pair is flagged where :math:`\sigma` is 0 or of rounding size beside :math:`|\mu|` (2^-20),
+    nor a pair of a history that is not finite or, where ``seen`` (N,) bool is given, not seen.
 
     Raises:
         ValueError: for a negative or NaN beta, or shapes that differ.
-
-    Source: Lan et al., ICLR 2024 (arXiv:2302.03357), the conditions on noisy and faulty pairs.
     """
     check_sigma("noisy_sigma", noisy_sigma)
     check_sigma("faulty_sigma", faulty_sigma)
@@ -164,18 +119,10 @@ def bad_pair_kinds(
 
 
 def history_z_score(history: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
-    r"""Standardised history :math:`z_k = (m_k - \mu) / \sigma`.
+    r"""Standardised history :math:`z_k = (m_k - \mu) / \sigma`, (N,) in the history's dtype.
 
-    Args:
-        history: :math:`m_k`, shape (N,).
-        mean: :math:`\mu`, a scalar.
-        std: :math:`\sigma`, a scalar.
-
-    Returns:
-        (N,) in the history's dtype; 0 where :math:`\sigma` is 0 or of rounding size beside
-        :math:`|\mu|` (2^-20), since the histories then do not differ.
-
-    Source: Lan et al., ICLR 2024 (arXiv:2302.03357), in the weight of a bad pair.
+    It is 0 where :math:`\sigma` is 0 or of rounding size beside :math:`|\mu|` (2^-20), since the
+    histories then do not differ.
     """
     spread = torch.as_tensor(has_spread(mean, std), device=history.device)
     return torch.where(spread, (history - mean) / std, 0.0)
@@ -195,23 +142,13 @@ def bad_pair_weights(
     pair up. ``relative``: the density over its peak, :math:`w = \exp(-z^2 / 2)`,
     :math:`z = (l - \mu) / \sigma`, always in (0, 1].
 
-    A weight that would underflow is the smallest normal number of the dtype instead, so that no
-    weight is 0. A loss that is not finite weighs 1, and every pair does where :math:`\sigma` is 0.
-
-    Args:
-        losses: current losses `l`, shape (B,), floating point.
-        kinds: (B,) codes, as of :func:`bad_pair_kinds`.
-        mean: :math:`\mu`, a scalar.
-        std: :math:`\sigma`, a scalar.
-        weighting: ``"relative"`` or ``"density"``.
-
-    Returns:
-        (B,) detached, in the losses' dtype; float32 for half precision.
+    Current losses `l` (B,), floating point, and kinds (B,) give weights (B,), detached, in the
+    losses' dtype (float32 for half precision). A weight that would underflow is the smallest normal
+    number of the dtype instead, so that no weight is 0. A loss that is not finite weighs 1, and
+    every pair does where :math:`\sigma` is 0.
 
     Raises:
         ValueError: for an unknown weighting, or shapes that differ.
-
-    Source: Lan et al., ICLR 2024 (arXiv:2302.03357), the weight of a bad pair.
     """
     check_choice("weighting", weighting, ("relative", "density"))
     check_same_shape("losses", losses, "kinds", kinds)

@@ -8,8 +8,6 @@ from torch import Tensor
 from ..validation import check_integer, check_share
 from .mining import FAULTY, bad_pair_kinds, has_spread, history_statistics, seen_mask
 
-__all__ = ["gaussian_mixture_posterior", "mixture_pair_kinds"]
-
 # Shares of the values below the cuts to start from: an upper component of 50 % down to 3 %.
 _START_SHARES = (0.5, 0.75, 0.9, 0.97)
 
@@ -30,16 +28,7 @@ def mixture_pair_kinds(
     badly learnt ones). noisy and clean: as :func:`bad_pair_kinds`. A mixture always divides: it
     flags the upper part of the histories even where they have one mode.
 
-    Args:
-        history: :math:`m_k`, shape (N,).
-        mean: :math:`\mu`, a scalar.
-        std: :math:`\sigma`, a scalar.
-        noisy_sigma: :math:`\beta_n`, 0 or more.
-        mixture_threshold: least posterior of a faulty pair, in (0, 1].
-        seen: (N,) bool, as for :func:`bad_pair_kinds`.
-
-    Returns:
-        (N,) int8 of the codes `CLEAN`, `NOISY`, `FAULTY`.
+    Arguments and result are as of :func:`bad_pair_kinds`; `mixture_threshold` in (0, 1].
 
     Raises:
         ValueError: as :func:`bad_pair_kinds`, and for a mixture_threshold outside (0, 1].
@@ -49,10 +38,9 @@ def mixture_pair_kinds(
     check_share("mixture_threshold", mixture_threshold)
     kinds = bad_pair_kinds(history, mean, std, noisy_sigma, torch.inf, seen)
     used = seen_mask(history, seen)
-    values = history[used]
-    upper = gaussian_mixture_posterior(values) >= mixture_threshold
-    kinds[used] = kinds[used].masked_fill(upper & (values > mean), FAULTY)
-    return kinds
+    upper = torch.zeros_like(used)
+    upper[used] = gaussian_mixture_posterior(history[used]) >= mixture_threshold
+    return kinds.masked_fill(upper & (history > mean), FAULTY)
 
 
 def gaussian_mixture_posterior(
@@ -73,22 +61,15 @@ def gaussian_mixture_posterior(
     standardised values in float64, the best of four starts: the sorted values cut in two at four
     quantiles. Of more than `max_points` values, that many spaced order statistics are fitted.
 
-    Args:
-        values: (N,) floating point, all finite.
-        variance_floor: fraction of the values' variance that is added to each component's, so that
-            none can shrink onto one point.
-        max_iterations: most iterations of expectation-maximisation.
-        tolerance: it stops when the mean log-likelihood gains less than this.
-        max_points: most values to fit (five parameters need no more).
-
-    Returns:
-        (N,) float64 in [0, 1]; all 0 where there are fewer than two values or they do not differ.
+    Of values (N,), all finite, it returns (N,) float64 in [0, 1]; all 0 where there are fewer than
+    two values or they do not differ. ``variance_floor`` is the share of the values' variance added
+    to each component's, so that none can shrink onto one point; the fit stops when the mean
+    log-likelihood gains less than ``tolerance``.
 
     Raises:
-        ValueError: for values that are not one-dimensional or not finite, a variance_floor of 0 or
-            less, max_iterations below 1 or max_points below 2.
+        ValueError: values not (N,) or not finite, or an option out of range.
 
-    Source: Huang et al., NeurIPS 2021, Learning with Noisy Correspondence: division of the pairs.
+    Source: as of :func:`mixture_pair_kinds`.
     """
     if values.ndim != 1:
         raise ValueError(f"values must have shape (N,), got {tuple(values.shape)}")

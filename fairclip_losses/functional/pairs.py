@@ -40,14 +40,10 @@ def pair_similarities(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
 ) -> Tensor:
-    """Return ``s_i = tau v_i . t_i (+ bias)``, (B,) float32 or wider: the diagonal of the logits.
-
-    Raises:
-        ValueError: features that are not two (B, D) of one shape.
-    """
+    """Return the diagonal of `pair_logits`, ``tau v_i . t_i (+ bias)``, (B,) float32 or wider."""
     _check_features(image_features, text_features)
-    dtype = torch.promote_types(image_features.dtype, torch.float32)
-    scores = logit_scale * (image_features.to(dtype) * text_features.to(dtype)).sum(1)
+    products = widened(image_features) * widened(text_features)
+    scores = logit_scale * products.sum(1)
     return scores if logit_bias is None else scores + logit_bias
 
 
@@ -57,6 +53,11 @@ def _check_features(image_features: Tensor, text_features: Tensor) -> None:
             "image_features and text_features must both be (B, D), got "
             f"{tuple(image_features.shape)} and {tuple(text_features.shape)}"
         )
+
+
+def widened(values: Tensor) -> Tensor:
+    """Half precision in float32, the rest as it is."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def clip_pair_losses(
@@ -78,14 +79,10 @@ def clip_pair_losses(
     if text_logits is None:
         losses: Tensor = _SymmetricCrossEntropy.apply(_square(logits))
         return losses
-    dtype = torch.promote_types(logits.dtype, torch.float32)
     if labels is None:
         labels = torch.arange(logits.shape[0], device=logits.device)
-    image, text = (
-        -side.to(dtype).log_softmax(1).gather(1, labels[:, None]).squeeze(1)
-        for side in (logits, text_logits)
-    )
-    return 0.5 * (image + text)
+    sides = [F.cross_entropy(widened(s), labels, reduction="none") for s in (logits, text_logits)]
+    return 0.5 * (sides[0] + sides[1])
 
 
 def siglip_pair_losses(logits: Tensor) -> Tensor:
@@ -106,7 +103,7 @@ def siglip_pair_losses(logits: Tensor) -> Tensor:
 def _square(logits: Tensor) -> Tensor:
     if logits.dim() != 2 or logits.shape[0] != logits.shape[1]:
         raise ValueError(f"logits must be (B, B), got {tuple(logits.shape)}")
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return widened(logits)
 
 
 # Of the logits at a time: on a CPU 1 MiB, which stays in a core's cache; on an accelerator 64 MiB,
@@ -186,8 +183,8 @@ def caption_pair_losses(logits: Tensor, labels: Tensor, pad_id: int = 0) -> Tens
     padding: the mean over i is the mean over tokens.
     Source: Yu et al. 2022 (arXiv:2205.01917), eq. 3.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    tokens = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=pad_id, reduction="none")
+    by_class = widened(logits).transpose(1, 2)
+    tokens = F.cross_entropy(by_class, labels, ignore_index=pad_id, reduction="none")
     return tokens.sum(1) * labels.shape[0] / (labels != pad_id).sum()
 
 
@@ -204,12 +201,11 @@ def distill_pair_losses(
     or for the rows (B, M) of B pairs of a larger batch, which need those of the texts' side too.
     Source: Hinton et al. 2015 (arXiv:1503.02531), at temperature 1.
     """
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
     if teacher_text_logits is None or student_text_logits is None:
         teacher_text_logits, student_text_logits = teacher_logits.t(), student_logits.t()
     sides = ((teacher_logits, student_logits), (teacher_text_logits, student_text_logits))
     images, texts = (
-        -(teacher.to(dtype).softmax(1) * student.to(dtype).log_softmax(1)).sum(1)
+        -(widened(teacher).softmax(1) * widened(student).log_softmax(1)).sum(1)
         for teacher, student in sides
     )
     return 0.5 * (images + texts)
@@ -217,6 +213,8 @@ def distill_pair_losses(
 
 def normalized_weights(weights: Tensor, normalization: Normalization = "batch") -> Tensor:
     """Return the weights u (B,) of a mean: ``"batch"``: u = w; ``"weights"``: u = B w / sum(w).
+
+    ``"batch"`` is the published one.
 
     Raises:
         ValueError: an unknown normalization.
@@ -228,10 +226,9 @@ def normalized_weights(weights: Tensor, normalization: Normalization = "batch") 
 
 
 def weighted_mean(terms: Tensor, weights: Tensor, normalization: Normalization = "batch") -> Tensor:
-    """Return the mean of ``terms`` (B,) under weights (B,): ``1/B sum_i u_i terms_i``.
+    """Return the mean of ``terms`` (B,): ``1/B sum_i u_i terms_i``, u as of `normalized_weights`.
 
-    ``"batch"``: u = w (published); ``"weights"``: u = B w / sum(w). A pair of weight 0 is left out,
-    whatever its term is (NaN included).
+    A pair of weight 0 is left out, whatever its term is (NaN included).
 
     Raises:
         ValueError: terms and weights that are not both (B,), or an unknown normalization.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,10 @@ from ..functional import (
     stack_groups,
     weighted_mean,
 )
-from ..miners import BadPairMiner
+from ..miners import BadPairMiner, EpochSummary
 from ..pair_terms import PairTerms, pair_terms
 from ..validation import check_choice, check_finite_number
 from .sinkhorn_fairness import SinkhornFairnessLoss
-
-if TYPE_CHECKING:
-    from ..miners import EpochSummary
 
 Score = Literal["loss", "similarity", "official"]
 MiningUnit = Literal["pair", "batch"]
@@ -77,6 +74,9 @@ class FairLoss(nn.Module):
     same memory, and gradients averaged over processes are those of one process on that batch where
     the base loss's are (``gather_with_grad``).
 
+    The defaults are the preset ``aligned``; the published constants are in the presets ``paper``
+    and ``official`` (`build_fair_loss`).
+
     Call `end_epoch` after each epoch. `last` holds the last call's `FairLossState`.
 
     Raises:
@@ -102,22 +102,16 @@ class FairLoss(nn.Module):
         mining_unit: MiningUnit = "pair",
     ) -> None:
         super().__init__()
-        for name, part, optional in (
-            ("base_loss", base_loss, ""),
-            ("miner", miner, " or None"),
-            ("fairness", fairness, " or None"),
-        ):
+        given = (base_loss, ""), (miner, " or None"), (fairness, " or None")
+        for name, (part, optional) in zip(("base_loss", "miner", "fairness"), given, strict=True):
             if not (isinstance(part, nn.Module) or (optional and part is None)):
                 raise ValueError(
                     f"{name} must be a torch.nn.Module{optional}, got {type(part).__name__}"
                 )
         self.fairness_weight = check_finite_number("fairness_weight", fairness_weight)
-        for name, value, choices in (
-            ("score", score, ("loss", "similarity", "official")),
-            ("normalization", normalization, ("batch", "weights")),
-            ("mining_unit", mining_unit, ("pair", "batch")),
-        ):
-            check_choice(name, value, choices)
+        check_choice("score", score, ("loss", "similarity", "official"))
+        check_choice("normalization", normalization, ("batch", "weights"))
+        check_choice("mining_unit", mining_unit, ("pair", "batch"))
         self.processes = Processes.of(base_loss)
         if score == "official" and self.processes.world_size > 1:
             raise ValueError(
@@ -148,8 +142,7 @@ class FairLoss(nn.Module):
             model_out = bound.arguments
             output_dict = model_out.pop("output_dict", output_dict)
         if self.miner is None and self.fairness is None:
-            form = {"output_dict": True} if output_dict else {}
-            return self.base_loss(**model_out, **form)
+            return self.base_loss(**model_out, **({"output_dict": True} if output_dict else {}))
         recording = self.training if record is None else record
         by_pair = self.miner is not None and self.mining_unit == "pair"
         if by_pair and pair_ids is None and recording:
@@ -166,19 +159,30 @@ class FairLoss(nn.Module):
         losses = batch.gather(terms.contrastive.detach())
         # A batch that is refused is recorded nowhere: the fairness term checks before the miner
         # records, and its queue takes the scores after the miner has checked.
-        scores = self._scores(terms, model_out, batch) if self.fairness is not None else None
-        fairness = self._fairness_term(scores, groups)
+        term = last = None
+        if self.fairness is not None and groups is not None:
+            scores = self._scores(terms, model_out, batch)
+            finite = torch.isfinite(scores)
+            term = self.fairness(scores, groups, valid=finite, record=False)
+            # Weight 0 leaves no trace: 0 times a term that overflowed would be NaN.
+            weighs = self.fairness_weight > 0
+            term = self.fairness_weight * term if weighs else torch.zeros_like(term)
+            last = self.fairness.last
         weights = self._weights(losses, pair_ids, recording)
-        if recording and self.fairness is not None and scores is not None and groups is not None:
-            self.fairness.remember(scores.detach(), groups, valid=torch.isfinite(scores))
-        last = self.fairness.last if self.fairness is not None else None
+        if recording and self.fairness is not None and groups is not None:
+            self.fairness.remember(scores.detach(), groups, valid=finite)
         self.last = FairLossState(losses, weights, last)
         shares = normalized_weights(weights, self.normalization)
         parts = {
             name: weighted_mean(values, batch.of_same_pairs(shares, values))
             for name, values in terms.named.items()
         }
-        return _in_form(parts, fairness, output_dict)
+        if output_dict:
+            return parts if term is None else {**parts, "fairness_loss": term}
+        first, *rest = parts.values()
+        if term is not None:
+            first = first + term
+        return (first, *rest) if rest else first
 
     def end_epoch(self) -> EpochSummary | None:
         """Refresh the miner's statistics and flags; return its summary, None without a miner."""
@@ -210,22 +214,12 @@ class FairLoss(nn.Module):
             self.batch_position.add_(1)
         return weights.expand_as(losses)
 
-    def _fairness_term(
-        self, scores: Tensor | None, groups: Tensor | Mapping[str, Tensor] | None
-    ) -> Tensor | None:
-        if self.fairness is None or scores is None or groups is None:
-            return None
-        term: Tensor = self.fairness(scores, groups, valid=torch.isfinite(scores), record=False)
-        # Weight 0 leaves no trace: 0 times a term that overflowed would be NaN.
-        return self.fairness_weight * term if self.fairness_weight else torch.zeros_like(term)
-
     def _scores(self, terms: PairTerms, model_out: dict[str, Any], batch: _Batch) -> Tensor:
         """Return the scores of all processes' pairs."""
         if self.score == "loss":
             return batch.gather_live(terms.contrastive)
         names = ("image_features", "text_features", "logit_scale")
-        missing = [name for name in names if name not in model_out]
-        if missing:
+        if missing := [name for name in names if name not in model_out]:
             raise ValueError(
                 f"score={self.score!r} needs {', '.join(missing)} in the model's output, "
                 f"got {sorted(model_out)}"
@@ -239,21 +233,11 @@ class FairLoss(nn.Module):
         return scores if bias is None else scores + bias
 
 
-def _in_form(parts: dict[str, Tensor], fairness: Tensor | None, output_dict: bool) -> Any:
-    """Return the terms as a dict, or as one tensor or a tuple in their order."""
-    if output_dict:
-        return parts if fairness is None else {**parts, "fairness_loss": fairness}
-    first, *rest = parts.values()
-    if fairness is not None:
-        first = first + fairness
-    return (first, *rest) if rest else first
-
-
 class _Batch(NamedTuple):
     """Which pairs the values of a step are of: this process's, or those of all processes."""
 
     processes: Processes
-    size: int  # pairs of this process
+    size: int  # pairs of this process; -1 where it is the only one
     device: torch.device | None
     # Whether the processes' gradients of the base loss average to the global batch's. With neither
     # local_loss nor gather_with_grad open_clip's average is 1/W of it; the fairness term keeps its
@@ -263,7 +247,7 @@ class _Batch(NamedTuple):
     @classmethod
     def of(cls, loss: Any, processes: Processes, model_out: Mapping[str, Any]) -> _Batch:
         if processes.world_size == 1:
-            return cls(processes, 0, None, True)
+            return cls(processes, -1, None, True)
         image, text = (model_out.get(f"{side}_features") for side in ("image", "text"))
         if not isinstance(image, Tensor):
             raise ValueError(
@@ -278,23 +262,19 @@ class _Batch(NamedTuple):
         whole = getattr(loss, "local_loss", True) or getattr(loss, "gather_with_grad", True)
         return cls(processes, len(image), image.device, bool(whole))
 
-    def _is_local(self, values: Tensor) -> bool:
-        return self.processes.world_size > 1 and len(values) == self.size
-
     def gather(self, values: Tensor) -> Tensor:
         """Return the values of all processes' pairs, without gradients."""
-        return self.processes.gather(values) if self._is_local(values) else values
+        return self.processes.gather(values) if len(values) == self.size else values
 
     def gather_live(self, values: Tensor) -> Tensor:
         """Return the values of all processes' pairs, with the gradients of this one's."""
-        if not self._is_local(values):
+        if len(values) != self.size:
             return values
-        values = self.processes.gather_live(values)
-        return self.processes.averaged(values) if self.counts_once else values
+        return self.processes.gather_live(values, averaged=self.counts_once)
 
     def of_same_pairs(self, weights: Tensor, values: Tensor) -> Tensor:
         """Return the weights, of all processes' pairs, of the pairs that values are of."""
-        return weights[self.processes.own(self.size)] if self._is_local(values) else weights
+        return weights[self.processes.own(self.size)] if len(values) == self.size else weights
 
     def gather_metadata(
         self, pair_ids: Tensor | None, groups: Tensor | Mapping[str, Tensor] | None

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import Detach, FairnessTerms, GroupReduction, group_membership
-from ..functional.fairness import (
-    DETACHED,
-    REDUCTIONS,
-    check_codes,
-    check_scores,
-    fairness_terms,
-)
-from ..ops.options import check_cost
-from ..validation import (
-    check_choice,
-    check_finite_number,
-    check_integer,
-    is_number,
-    should_validate,
-)
+from ..functional.fairness import FairnessOptions, check_codes, check_scores, fairness_terms
+from ..validation import check_integer, is_number, should_validate
 
 
-class SinkhornFairnessLoss(nn.Module):
+class SinkhornFairnessLoss(FairnessOptions, nn.Module):
     r"""Distance between each protected group's score distribution and the whole batch's.
 
-    The module form of `fairclip_losses.functional.sinkhorn_fairness`, with an optional queue.
+    The module form of `fairclip_losses.functional.sinkhorn_fairness`, with an optional queue. Its
+    defaults are the preset ``aligned``; the published constants are in ``paper`` and ``official``.
 
     .. math::
         F = \sum_c w_c \frac{1}{|G_c|} \sum_{g \in G_c} S_\varepsilon(D_{batch}, D_g)
@@ -42,14 +31,17 @@ class SinkhornFairnessLoss(nn.Module):
             mapping name -> int. None reads it off each batch, which on an accelerator waits for the
             device once a call: pass it in training.
         attribute_weights: w_c in the attributes' order, or name -> weight; default 1/C each.
-        group_reduction: ``"mean"`` over the groups present or ``"sum"``.
+        group_reduction: ``"mean"`` over the groups present, as above, or ``"sum"`` (published;
+            attributes with more groups then weigh more).
         min_group_size: groups with fewer members in the batch (and queue) add 0.
         queue_size: recent scores remembered for the batch and for each group, so that a rare group
             has a distribution at all; 0 is none. Needs ``num_groups``. Queued scores are detached,
             and are part of the state dict.
         detach: ``"none"``, ``"groups"`` or ``"total"``: the side that gets no gradient.
-        divide_by_group_sum: the published code's scaling, for comparison only.
-        validate: look at values (finite scores, codes in range); None looks on the CPU only.
+        divide_by_group_sum: divide each group's scores by their sum and the batch's by nothing:
+            what the published code computes, for comparison only.
+        validate: look at values (finite scores, codes in range); None looks on the CPU only,
+            outside torch.compile.
 
     After each call `last` holds the detached `FairnessTerms` (per attribute, per group, counts).
 
@@ -66,7 +58,7 @@ class SinkhornFairnessLoss(nn.Module):
     def __init__(
         self,
         *,
-        p: int = 2,
+        p: int = 1,
         blur: float = 0.0,
         num_groups: int | Sequence[int] | Mapping[str, int] | None = None,
         attribute_weights: Sequence[float] | Mapping[str, float] | None = None,
@@ -77,23 +69,15 @@ class SinkhornFairnessLoss(nn.Module):
         divide_by_group_sum: bool = False,
         validate: bool | None = None,
     ) -> None:
-        super().__init__()
-        self.p = p
-        self.blur = check_finite_number("blur", blur)
-        check_cost(p, self.blur)
-        check_choice("group_reduction", group_reduction, REDUCTIONS)
-        check_choice("detach", detach, DETACHED)
-        check_integer("min_group_size", min_group_size, 1)
-        queue_size = check_integer("queue_size", queue_size, 0)
+        nn.Module.__init__(self)
+        FairnessOptions.__init__(
+            self, p, blur, group_reduction, min_group_size, detach, divide_by_group_sum
+        )
+        self.queue_size = check_integer("queue_size", queue_size, 0)
         if queue_size and num_groups is None:
             raise ValueError(
                 f"a queue needs num_groups, got queue_size={queue_size} and num_groups=None"
             )
-        self.group_reduction: GroupReduction = group_reduction
-        self.min_group_size = min_group_size
-        self.queue_size = queue_size
-        self.detach: Detach = detach
-        self.divide_by_group_sum = divide_by_group_sum
         self.validate = validate
         self.attribute_names, self.num_groups = _name_groups(num_groups)
         self.attribute_weights = _checked_weights(attribute_weights)
@@ -112,7 +96,7 @@ class SinkhornFairnessLoss(nn.Module):
         valid: Tensor | None = None,
         record: bool | None = None,
     ) -> Tensor:
-        """Return the scalar fairness term.
+        """Return the fairness term, (): float64 for float64 scores, else float32.
 
         Args:
             scores: (B,), floating point.
@@ -120,40 +104,22 @@ class SinkhornFairnessLoss(nn.Module):
             valid: (B,) bool, the scores that count; None is all.
             record: put the scores into the queue; None does so in training mode. One that is not
                 finite (in float32) never enters it.
-
-        Returns:
-            (), float64 for float64 scores, else float32.
         """
         check_scores(scores, valid, self.validate)
         names, codes, num_groups = self._codes(groups, scores)
         if scores.device != self.queue.device:
             with torch.inference_mode(False):
                 self.to(scores.device)
-        terms = fairness_terms(
-            scores,
-            codes,
-            num_groups,
-            p=self.p,
-            blur=self.blur,
-            attribute_weights=_in_order(self.attribute_weights, names, codes.shape[1]),
-            group_reduction=self.group_reduction,
-            min_group_size=self.min_group_size,
-            detach=self.detach,
-            divide_by_group_sum=self.divide_by_group_sum,
-            valid=valid,
-            queue=self.queue if self.queue_size else None,
-        )
+        weights = _in_order(self.attribute_weights, names, codes.shape[1])
+        queue = self.queue if self.queue_size else None
+        terms = fairness_terms(scores, codes, num_groups, self, weights, valid, queue)
         if self.queue_size and (self.training if record is None else record):
             self._enqueue(scores.detach(), codes, num_groups, valid)
         self.last = FairnessTerms(*(part.detach() for part in terms))
         return terms.total
 
     def remember(
-        self,
-        scores: Tensor,
-        groups: Tensor | Mapping[str, Tensor],
-        *,
-        valid: Tensor | None = None,
+        self, scores: Tensor, groups: Tensor | Mapping[str, Tensor], *, valid: Tensor | None = None
     ) -> None:
         """Put scores into the queue that ``forward`` has compared without recording them."""
         if self.queue_size:
@@ -220,11 +186,11 @@ def _refuse_codes(
     wrong = codes < -1
     if num_groups is not None:
         wrong |= codes >= torch.tensor(num_groups, device=codes.device)
-    row, column = (int(index) for index in wrong.nonzero()[0])
+    row, column = wrong.nonzero()[0].tolist()
     expected = "must be -1 (unknown) or more"
     if num_groups is not None:
         count = num_groups[column]
-        groups = "1 group" if count == 1 else f"{count} groups"
+        groups = f"{count} group{'s' if count > 1 else ''}"
         expected = f"must lie in -1..{count - 1} ({groups}; -1 is unknown)"
     raise ValueError(
         f"attribute {repr(names[column]) if names else column}: group codes {expected}, "
@@ -235,13 +201,12 @@ def _refuse_codes(
 def _name_groups(
     num_groups: int | Sequence[int] | Mapping[str, int] | None,
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    """Return the attributes' names, if they have any, and the number of groups of each."""
     if num_groups is None:
         return (), None
-    names: tuple[str, ...] = ()
-    if isinstance(num_groups, Mapping):
-        names, given = tuple(num_groups), tuple(num_groups.values())
-    else:
-        given = tuple(num_groups) if isinstance(num_groups, Sequence) else (num_groups,)
+    names = tuple(num_groups) if isinstance(num_groups, Mapping) else ()
+    counts: Any = list(num_groups.values()) if isinstance(num_groups, Mapping) else num_groups
+    given = tuple(counts) if isinstance(counts, Sequence) else (counts,)
     if not given or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in given):
         raise ValueError(f"num_groups must be integers >= 1, got {num_groups!r}")
     return names, tuple(int(n) for n in given)

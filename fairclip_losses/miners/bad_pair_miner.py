@@ -24,33 +24,29 @@ from ..functional import (
     mixture_pair_kinds,
 )
 from ..functional.mining import flagged_weights
-from ..validation import check_choice, check_integer, check_pair_rows, check_share, check_sigma
+from ..validation import (
+    check_choice,
+    check_integer,
+    check_pair_rows,
+    check_share,
+    check_sigma,
+    should_validate,
+)
 from .pair_memory import PairMemory, Record
-
-__all__ = ["BadPairMiner", "EpochSummary", "MinerReport"]
 
 Detector = Literal["threshold", "mixture"]
 
 
 @dataclass(frozen=True)
 class EpochSummary:
-    """What :meth:`BadPairMiner.end_epoch` found.
+    """What :meth:`BadPairMiner.end_epoch` found."""
 
-    Attributes:
-        epoch: number of epochs over, this one included.
-        seen: number of pairs with a recorded loss, in all epochs so far.
-        noisy: number of pairs now flagged noisy.
-        faulty: number of pairs now flagged faulty.
-        mean: mean of the pairs' histories; 0 where no pair was seen.
-        std: population standard deviation of the pairs' histories; 0 where no pair was seen.
-    """
-
-    epoch: int
-    seen: int
-    noisy: int
-    faulty: int
-    mean: float
-    std: float
+    epoch: int  # epochs over, this one included
+    seen: int  # pairs with a recorded loss, in all epochs so far
+    noisy: int  # pairs now flagged noisy
+    faulty: int  # pairs now flagged faulty
+    mean: float  # of the pairs' histories; 0 where no pair was seen
+    std: float  # population standard deviation of them; 0 where no pair was seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +54,13 @@ class MinerReport:
     """The memory of the visited pairs, in ascending order of their ids; every array has shape (N,).
 
     Attributes:
-        ids: pair ids, int64.
-        visits: number of recorded losses, int64.
-        history: history of the losses up to now, float64.
-        z_score: the history standardised by the mean and deviation of the last ``end_epoch``,
-            float64; 0 where the deviation is 0, NaN before the first ``end_epoch``.
+        ids: pair ids.
+        visits: number of recorded losses.
+        history: history of the losses up to now.
+        z_score: the history standardised by the mean and deviation of the last ``end_epoch``; 0
+            where the deviation is 0, NaN before the first ``end_epoch``.
         kind: ``"clean"``, ``"noisy"`` or ``"faulty"``, as flagged by the last ``end_epoch``.
-        weight: weight of the pair at its last recorded loss, float64.
+        weight: weight of the pair at its last recorded loss.
     """
 
     ids: npt.NDArray[np.int64]
@@ -120,6 +116,9 @@ class BadPairMiner(nn.Module):
     pairs at :meth:`end_epoch`, before the state is saved or reported, and when it is full (of the
     larger of 65,536 visits and an eighth of the table; only then ``forward`` waits for the device).
 
+    The defaults are the preset ``aligned``; the published constants are in the presets ``paper``
+    and ``official``.
+
     Args:
         num_pairs: number of pairs, the ids being 0..num_pairs-1; None takes any int64 ids.
         total_epochs: number of epochs `E` of the run. Used (and needed) only by the linear history
@@ -158,7 +157,7 @@ class BadPairMiner(nn.Module):
         total_epochs: int | None = None,
         warmup_epochs: int = 1,
         noisy_sigma: float = 3.0,
-        faulty_sigma: float = 3.0,
+        faulty_sigma: float = 1.0,
         history: History = "mean",
         weighting: Weighting = "relative",
         renormalize: bool = True,
@@ -175,7 +174,8 @@ class BadPairMiner(nn.Module):
         check_sigma("noisy_sigma", noisy_sigma)
         check_sigma("faulty_sigma", faulty_sigma)
         check_share("mixture_threshold", mixture_threshold)
-        num_pairs = None if num_pairs is None else check_integer("num_pairs", num_pairs, 1)
+        if num_pairs is not None:
+            num_pairs = check_integer("num_pairs", num_pairs, 1)
         if total_epochs is not None:
             total_epochs = check_integer("total_epochs", total_epochs, 1)
         published = history == "linear" and not renormalize
@@ -228,7 +228,7 @@ class BadPairMiner(nn.Module):
                 memory.to(losses.device)
         usable = losses.float().abs() < torch.inf
         in_range = None
-        if self.num_pairs is not None and not self._checks_values(pair_ids):
+        if self.num_pairs is not None and not should_validate(pair_ids, self.validate):
             in_range = (ids >= 0) & (ids < self.num_pairs)
             usable &= in_range
         rows = memory.rows_of(ids, usable)
@@ -242,13 +242,11 @@ class BadPairMiner(nn.Module):
         return weights
 
     def check(self, pair_losses: Tensor, pair_ids: Tensor) -> None:
-        """Refuse what ``forward`` would refuse, and record nothing.
-
-        Raises:
-            ValueError: as ``forward`` does.
-        """
+        """Refuse what ``forward`` would refuse, by the same errors, and record nothing."""
         check_pair_rows(pair_losses, pair_ids)
-        if self.num_pairs is None or not len(pair_ids) or not self._checks_values(pair_ids):
+        # A compiled graph cannot raise on a value; there the ids are counted, as on a GPU.
+        checked = len(pair_ids) and should_validate(pair_ids, self.validate)
+        if self.num_pairs is None or not checked:
             return
         least, largest = torch.aminmax(pair_ids)
         if int(least) < 0 or int(largest) >= self.num_pairs:
@@ -259,16 +257,8 @@ class BadPairMiner(nn.Module):
                 f"got {int(ids[first])} at position {first}"
             )
 
-    def _checks_values(self, ids: Tensor) -> bool:
-        check = ids.device.type == "cpu" if self.validate is None else self.validate
-        # A compiled graph cannot raise on a value; there the ids are counted, as on a GPU.
-        return check and not torch.compiler.is_compiling()
-
     def end_epoch(self) -> EpochSummary:
-        """End the epoch: refresh the statistics and, after the warm-up, the flags.
-
-        Returns:
-            The epoch's summary, in Python numbers (this waits for the device).
+        """Refresh the statistics and, after the warm-up, the flags (this waits for the device).
 
         Raises:
             ValueError: if ids outside 0..num_pairs-1 came since the last call. They are forgotten
@@ -287,8 +277,7 @@ class BadPairMiner(nn.Module):
         if epoch < self.warmup_epochs:
             kinds = torch.zeros_like(memory.kind)
         elif self.detector == "mixture":
-            bounds = self.noisy_sigma, self.mixture_threshold
-            kinds = mixture_pair_kinds(history, mean, std, *bounds)
+            kinds = mixture_pair_kinds(history, mean, std, self.noisy_sigma, self.mixture_threshold)
         else:
             kinds = bad_pair_kinds(history, mean, std, self.noisy_sigma, self.faulty_sigma)
         memory.kind.copy_(kinds)
@@ -310,7 +299,7 @@ class BadPairMiner(nn.Module):
         if not int(memory.epoch):
             z_score.fill_(torch.nan)
         return MinerReport(
-            ids=memory.ids_of(rows).cpu().numpy(),
+            ids=(rows if self.num_pairs else memory.table_ids[rows]).cpu().numpy(),
             visits=memory.visits[rows].cpu().long().numpy(),
             history=history.cpu().numpy(),
             z_score=z_score.cpu().numpy(),

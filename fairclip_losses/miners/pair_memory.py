@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from ..functional import History, pair_history
 
 Record = Literal["raw", "weighted"]
-
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 INT64_MIN = -(1 << 63)
 
@@ -26,14 +23,14 @@ _MIN_LOG_VISITS = 1 << 16
 _LOG_SHARE = 1 / 8
 
 
-def _eager(function: _F) -> _F:
-    """Keep a function out of compiled graphs.
-
-    torch.compiler.disable would do, but imports the whole compiler at once; this one, which torch's
-    own modules use, does so at the first call under compilation.
-    """
-    disable: Any = _disable_dynamo
-    return cast(_F, disable(function))
+# What is kept of each pair; float32 whatever the default dtype is. weight_sum: linear history only.
+_PAIR_DTYPES = {
+    "loss_sum": torch.float32,
+    "weight_sum": torch.float32,
+    "visits": torch.int32,
+    "last_loss": torch.float32,
+    "kind": torch.int8,
+}
 
 
 class PairMemory(nn.Module):
@@ -44,11 +41,8 @@ class PairMemory(nn.Module):
     once. One more row, the last, is spare: unknown ids and losses that are not finite are written
     there, as zeros, so that it stays zero and its kind clean.
 
-    Args:
-        num_pairs: number of pairs, or None for any int64 ids.
-        history: ``"mean"`` or ``"linear"``; the latter keeps the sums of the weights too.
-        total_epochs: `E` where the history is divided by it, None for the weighted mean.
-        record: what losses are passed in; only saved, since a memory of others means another thing.
+    The arguments are those of `BadPairMiner`; ``total_epochs`` only where the history is divided by
+    it, and ``record`` is only saved, since a memory of other losses means another thing.
     """
 
     loss_sum: Tensor
@@ -74,16 +68,15 @@ class PairMemory(nn.Module):
         self.total_epochs = total_epochs
         self.record: Record = record
         if num_pairs is None:
-            self.register_buffer("table_ids", torch.zeros(0, dtype=torch.int64))
-            self.register_buffer("log_ids", torch.zeros(0, dtype=torch.int64), persistent=False)
-            self.register_buffer("log_losses", _zeros_float32(0), persistent=False)
+            ids = torch.zeros(0, dtype=torch.int64)
+            self.register_buffer("table_ids", ids)
+            self.register_buffer("log_ids", ids.clone(), persistent=False)
+            self.register_buffer("log_losses", ids.float(), persistent=False)
             self._log_count = 0
-        size = (num_pairs or 0) + 1
-        self.register_buffer("loss_sum", _zeros_float32(size))
-        self.register_buffer("weight_sum", _zeros_float32(size) if history == "linear" else None)
-        self.register_buffer("visits", torch.zeros(size, dtype=torch.int32))
-        self.register_buffer("last_loss", _zeros_float32(size))
-        self.register_buffer("kind", torch.zeros(size, dtype=torch.int8))
+        for name, dtype in _PAIR_DTYPES.items():
+            kept = history == "linear" or name != "weight_sum"
+            values = torch.zeros((num_pairs or 0) + 1, dtype=dtype) if kept else None
+            self.register_buffer(name, values)
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("std", torch.zeros((), dtype=torch.float64))
@@ -104,10 +97,6 @@ class PairMemory(nn.Module):
         rows = torch.searchsorted(self.table_ids, ids.contiguous())
         found = self.table_ids[rows.clamp(max=len(self.table_ids) - 1)] == ids
         return torch.where(found & usable, rows, self.spare_row)
-
-    def ids_of(self, rows: Tensor) -> Tensor:
-        """Id of each row, the inverse of `rows_of`."""
-        return rows if self.num_pairs is not None else self.table_ids[rows]
 
     def add(self, ids: Tensor, rows: Tensor, losses: Tensor, usable: Tensor) -> None:
         """Add visits in order, (B,) each: ids, their rows, float32 losses, whether to add them."""
@@ -146,19 +135,21 @@ class PairMemory(nn.Module):
         last = order.index_select(0, torch.searchsorted(keys, keys, right=True) - 1)
         self.last_loss.index_copy_(0, keys, losses.index_select(0, last))
 
-    @_eager
     @torch.inference_mode(False)
-    def _log(self, ids: Tensor, losses: Tensor) -> None:
+    def _append(self, ids: Tensor, losses: Tensor) -> None:
         """Append the visits to the log; a full log joins the table first."""
         if self._log_count + len(ids) > len(self.log_ids):
             self.consolidate()
             size = max(_MIN_LOG_VISITS, int(len(self.table_ids) * _LOG_SHARE), len(ids))
             self.log_ids = torch.zeros(size, dtype=torch.int64, device=ids.device)
-            self.log_losses = _zeros_float32(size, ids.device)
+            self.log_losses = self.log_ids.float()
         end = self._log_count + len(ids)
         self.log_ids[self._log_count : end] = ids
         self.log_losses[self._log_count : end] = losses
         self._log_count = end
+
+    # Out of compiled graphs; torch.compiler.disable would import the compiler with this module.
+    _log: Any = torch._disable_dynamo(_append)  # type: ignore[attr-defined]
 
     @torch.inference_mode(False)
     def consolidate(self) -> None:
@@ -192,12 +183,11 @@ class PairMemory(nn.Module):
         )
 
     def _pair_buffers(self) -> list[str]:
-        names = ["loss_sum", "visits", "last_loss", "kind"]
-        return names if self.weight_sum is None else [*names, "weight_sum"]
+        return [name for name in _PAIR_DTYPES if getattr(self, name) is not None]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PairMemory:
         # A cast would round the memory, so only the device is taken from what `fn` does.
-        device = fn(_zeros_float32(0, self.visits.device)).device
+        device = fn(self.last_loss[:0]).device
         scalar = torch.float32 if device.type in _NO_FLOAT64 else torch.float64
         for name, buffer in self._buffers.items():
             if buffer is not None:
@@ -241,8 +231,3 @@ class PairMemory(nn.Module):
             for name in self._pair_buffers():
                 setattr(self, name, getattr(self, name).new_zeros(len(ids) + 1))
         super()._load_from_state_dict(state_dict, prefix, *others)
-
-
-def _zeros_float32(size: int, device: torch.device | None = None) -> Tensor:
-    """Return zeros in float32, whatever the default dtype is."""
-    return torch.zeros(size, dtype=torch.float32, device=device)
