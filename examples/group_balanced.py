@@ -96,7 +96,7 @@ class GroupBalancedBatches(Callback):
         self.codes = torch.from_numpy(codes)[:, 0]
 
     def on_data_ready(self, state: TrainState) -> None:
-        """Put another loader over the same dataset in the place of the host's."""
+        """Put another loader over the same dataset in the place of open_clip's."""
         args, old = state.args, state.data["train"].dataloader
         self.sampler = GroupBalancedSampler(
             self.codes, args.batch_size, old.num_batches,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairclip_losses import BadPairMiner, FairLoss, SinkhornFairnessLoss
-from fairclip_losses.gathering import gather_with_gradient
+from fairclip_losses.distributed import gather_with_gradient
 from fairclip_losses.integrations.events import Callback, TrainState
 from fairclip_losses.pair_terms import PairTerms
 

@@ -6,7 +6,7 @@ averaged afterwards (by DistributedDataParallel), which decides how a term must 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 Route = Literal["bidir", "shift", "reduce", "gather"]
-
-_MESSAGE = 1024  # bytes of a refusal that the other processes are told
 
 
 @dataclass(frozen=True)
@@ -134,37 +132,31 @@ class Processes:
         neighbour = (self.rank + side) % self.world_size
         return torch.distributed.P2POp(operation, values, neighbour)
 
-    def agree(self, refusal: str | None, layout: Sequence[int], device: torch.device) -> None:
-        """Refuse in every process what one of them refuses, or what they do not pass alike.
 
-        A process that raises by itself would leave the others waiting for it in the next exchange.
-        This takes one small gathering, and reads it (which waits for the device); a second one
-        where there is a refusal.
+def gather_with_gradient(values: Tensor, rank: int, world_size: int) -> Tensor:
+    """Return the values (b, ...) of all processes, (W b, ...) rank by rank, with their gradients.
 
-        Args:
-            refusal: what this process refuses its part of the batch for, or None.
-            layout: numbers that must be the same in every process.
-            device: where the processes exchange tensors.
+    What every process makes of this one's values comes back as gradient here, so that the mean over
+    processes of losses of their own pairs against all has, averaged by DistributedDataParallel, the
+    gradient of one process on the whole batch. Every process must pass as many values and call this
+    as often, backward included. In one process the values are returned as they are.
+    """
+    if world_size == 1:
+        return values
+    gathered: Tensor = _GatherWithGradient.apply(values, Processes(rank, world_size))
+    return gathered
 
-        Raises:
-            ValueError: the same in every process.
-        """
-        mine = torch.tensor([[refusal is not None, *layout]], dtype=torch.int64, device=device)
-        flags, *rows = self.gather(mine).t().tolist()
-        if any(flags):
-            rank = flags.index(1)
-            text = self._tell(refusal or "", device)[rank]
-            raise ValueError(text if self.world_size == 1 else f"process {rank}: {text}")
-        for values in rows:
-            if len(set(values)) > 1:
-                raise ValueError(
-                    "every process must pass as many pairs, with ids, groups and record alike, got "
-                    f"{[list(row) for row in zip(*rows, strict=True)]} by process"
-                )
 
-    def _tell(self, text: str, device: torch.device) -> list[str]:
-        """Return the text of each process, cut to what fits a message of fixed length."""
-        data = text.encode()[:_MESSAGE].ljust(_MESSAGE, b" ")
-        message = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
-        told = self.gather(message).cpu().view(self.world_size, _MESSAGE)
-        return [bytes(row.tolist()).decode(errors="ignore").rstrip() for row in told]
+class _GatherWithGradient(torch.autograd.Function):
+    """all_gather whose backward adds up what every process has made of these values."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, processes: Processes) -> Tensor:
+        ctx.own = processes.own(values.shape[0])
+        return processes.gather(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(grad)
+        return grad[ctx.own], None

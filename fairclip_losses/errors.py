@@ -14,19 +14,26 @@ class CallbackError(RuntimeError):
     """A training callback failed; the message names the callback and the event."""
 
 
-def one_line(error: BaseException) -> str:
-    """Return what an error says as one line, with its type where that is needed to understand it.
+def reason(error: BaseException) -> str:
+    """Return what an error says as one line, without the file's name.
 
     Of an error that a loader's worker process passed on as a whole traceback it is the last line.
     """
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines and lines[0].startswith("Caught "):
         return lines[-1].removeprefix("ValueError: ")
-    if isinstance(error, ValueError) and lines:
-        return lines[0]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return lines[0] if lines else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """Return `reason` with the file's name, or the error's type where that helps to understand."""
+    text, name = reason(error), type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {text}" if error.filename else text
+    plain = isinstance(error, ValueError) or text == name or str(error).startswith("Caught ")
+    return text if plain else f"{name}: {text}"
 
 
 @contextmanager

@@ -21,44 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fairclip_losses.data import read_table, write_table, write_text
-from fairclip_losses.errors import one_line
-from fairclip_losses.report import FairnessReport
-from fairclip_losses.zero_shot import (
-    Predictions,
-    Preprocess,
-    Tokenizer,
-    ZeroShotTask,
-    class_text_features,
-    evaluate_task,
-    evaluate_zero_shot,
-    zero_shot_probabilities,
-)
-
-__all__ = [
-    "class_text_features",
-    "evaluate_task",
-    "evaluate_zero_shot",
-    "load_model",
-    "load_weights",
-    "main",
-    "read_run_settings",
-    "zero_shot_probabilities",
-]
+from .data import read_table, write_table, write_text
+from .errors import one_line
+from .evaluation.zero_shot import Preprocess, Tokenizer, ZeroShotTask, evaluate_task
 
 PROGRAM = "fairclip_losses.evaluate"
 
 # What decides how open_clip builds a model and its image transform, besides the model's name.
 _MODEL_OPTIONS = (
-    "force_quick_gelu",
-    "force_custom_text",
-    "force_image_size",
-    "force_context_length",
-    "image_mean",
-    "image_std",
-    "image_interpolation",
-    "image_resize_mode",
+    *("force_quick_gelu", "force_custom_text", "force_image_size", "force_context_length"),
+    *("image_mean", "image_std", "image_interpolation", "image_resize_mode"),
 )
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,30 +79,17 @@ def _run(options: argparse.Namespace) -> None:
     model, preprocess, tokenizer = load_model(
         model_name, checkpoint, device=device, precision=options.precision, settings=settings
     )
-    report, predictions = evaluate_task(
-        model,
-        preprocess,
-        tokenizer,
-        task,
-        batch_size=options.batch_size,
-        device=device,
-        workers=options.workers,
-        input_dtype=_PRECISIONS[options.precision],
-        threshold=options.threshold,
-        n_bootstrap=options.bootstrap,
-        confidence=options.confidence,
-        seed=options.seed,
-    )
-    about = {
-        "model": model_name,
-        "checkpoint": options.checkpoint,
-        "data": options.data,
-        "label": options.label,
-        "classes": list(task.classes),
-        "prompts": list(task.prompts),
-        "precision": options.precision,
-    }
-    _write(output, about, report, predictions)
+    same = ("batch_size", "workers", "threshold", "n_bootstrap", "confidence", "seed")
+    how = {name: getattr(options, name) for name in same}
+    how |= {"device": device, "input_dtype": _PRECISIONS[options.precision]}
+    report, predictions = evaluate_task(model, preprocess, tokenizer, task, **how)
+    asked = {name: getattr(options, name) for name in ("checkpoint", "data", "label", "precision")}
+    about = {"model": model_name, **asked, "classes": task.classes, "prompts": task.prompts}
+    content = json.dumps({**about, **report.to_dict()}, indent=2, ensure_ascii=False)
+    write_text(output / "fairness.json", content + "\n")
+    rows = report.to_rows()
+    write_table(output / "fairness.csv", list(rows[0]), [list(row.values()) for row in rows])
+    predictions.to_csv(output / "predictions.csv")
     print(f"{model_name}, {options.checkpoint}\n{report.table()}")
     print(f"\nwritten to {output}: fairness.json, fairness.csv, predictions.csv")
 
@@ -143,13 +104,10 @@ def load_model(
 ) -> tuple[nn.Module, Preprocess, Tokenizer]:
     """Build an open_clip model, its inference transform and its tokenizer; load a checkpoint.
 
-    Args:
-        name: of the model as open_clip takes it: a built-in name, or local-dir:PATH.
-        checkpoint: file with the weights.
-        device: where the model is to be.
-        precision: fp32, bf16 or fp16.
-        settings: of the training run (`read_run_settings`): image size and normalisation and the
-            other options that change what the same weights compute.
+    `name` is a built-in name of open_clip or local-dir:PATH, `checkpoint` the file with the
+    weights, `precision` fp32, bf16 or fp16. `settings` are those of the training run
+    (`read_run_settings`): image size and normalisation and the other options that change what the
+    same weights compute.
 
     Raises:
         ValueError: a model that open_clip cannot build, a file that is no checkpoint, or weights of
@@ -203,26 +161,20 @@ def load_weights(checkpoint: str | Path) -> dict[str, Tensor]:
         ValueError: no such file, or one that holds no weights.
     """
     try:
-        # The learning rate that open_clip leaves in the optimizer's state is a NumPy number.
-        with torch.serialization.safe_globals(_numpy_numbers()):
+        # The learning rate that open_clip leaves in the optimizer's state is a NumPy number: let
+        # through what a pickled one is made of, wherever this NumPy keeps it.
+        number: Any = np.float64(0).__reduce__()[0]
+        with torch.serialization.safe_globals([number, np.dtype, type(np.dtype(np.float64))]):
             content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no checkpoint file {str(checkpoint)!r}") from None
     except Exception as error:
         raise ValueError(f"{checkpoint}: not a checkpoint that torch.load can read") from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(value, Tensor) for value in weights.values())
-    ):
+    values = weights.values() if isinstance(weights, dict) else ()
+    if weights is None or not values or not all(isinstance(value, Tensor) for value in values):
         raise ValueError(f'{checkpoint}: expected model weights under "state_dict", got none')
     return {str(key).removeprefix("module."): value for key, value in weights.items()}
-
-
-def _numpy_numbers() -> list[Any]:
-    """Return what a pickled NumPy float is made of, wherever this NumPy keeps it."""
-    return [np.float64(0).__reduce__()[0], np.dtype, type(np.dtype(np.float64))]
 
 
 def read_run_settings(checkpoint: str | Path) -> dict[str, Any]:
@@ -263,17 +215,6 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], complaint: str) -> No
     model.load_state_dict(fitted)
 
 
-def _write(
-    output: Path, about: Mapping[str, object], report: FairnessReport, predictions: Predictions
-) -> None:
-    content = json.dumps({**about, **report.to_dict()}, indent=2, ensure_ascii=False)
-    write_text(output / "fairness.json", content + "\n")
-    rows = report.to_rows()
-    header = list(rows[0])
-    write_table(output / "fairness.csv", header, [list(row.values()) for row in rows])
-    predictions.to_csv(output / "predictions.csv")
-
-
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -283,9 +224,6 @@ def _device(name: str) -> torch.device:
     except Exception as error:
         raise ValueError(f"cannot use device {name!r}: {one_line(error)}") from error
     return device
-
-
-_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -305,10 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--label", required=True, metavar="COLUMN", help="column of the true class")
     add("--prompts", required=True, nargs="+", metavar="TEXT", help="one prompt per class")
     add("--attributes", required=True, nargs="+", metavar="COLUMN", help="protected attributes")
-    add(
-        "--model",
-        help="model name or local-dir:PATH (default: that of the run's params.txt)",
-    )
+    add("--model", help="model name or local-dir:PATH (default: that of the run's params.txt)")
     add("--csv-img-key", default="filepath", metavar="COLUMN", help="column of the image files")
     add("--csv-separator", default="\t", metavar="CHAR", help="between the cells (default: tab)")
     add("--batch-size", type=int, default=64, metavar="N", help="images per forward pass")
@@ -316,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--precision", default="fp32", choices=list(_PRECISIONS), help="of the model")
     add("--threshold", type=float, default=0.5, help="positive from here on, with two classes")
-    add("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
+    add("--bootstrap", dest="n_bootstrap", type=int, default=1000, metavar="N", help="resamples")
     add("--confidence", type=float, default=0.95, help="coverage of the intervals")
     add("--seed", type=int, default=0, help="of the resampling")
     add("--output", metavar="DIR", help="where to write (default: beside the checkpoint)")

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 from hypothesis import settings
-from stub_host import make_host
+from stub_open_clip import make_program
 
 from fairclip_losses.integrations import events
-from fairclip_losses.integrations.open_clip import HOST
+from fairclip_losses.integrations.open_clip import PROGRAM
 
 # Everywhere else each run draws new problems; in continuous integration a run must repeat.
 settings.register_profile("ci", derandomize=True)
@@ -20,15 +20,16 @@ if os.environ.get("CI"):
 
 
 @pytest.fixture
-def host(monkeypatch):
-    module = make_host()
-    monkeypatch.setitem(sys.modules, HOST, module)
+def program(monkeypatch):
+    """A stand-in for open_clip's training program."""
+    module = make_program()
+    monkeypatch.setitem(sys.modules, PROGRAM, module)
     return module
 
 
 @pytest.fixture(autouse=True, scope="module")
 def own_levels():
-    """Take back the level that the host's setup_logging gives to every logger there is."""
+    """Take back the level that open_clip's setup_logging gives to every logger there is."""
     root = logging.getLogger()
     levels = {name: logging.getLogger(name).level for name in root.manager.loggerDict}
     level = root.level
@@ -40,7 +41,7 @@ def own_levels():
 
 @pytest.fixture(autouse=True)
 def own_handlers():
-    """Take back the handlers that the host's setup_logging leaves on the root logger."""
+    """Take back the handlers that open_clip's setup_logging leaves on the root logger."""
     root = logging.getLogger()
     handlers = list(root.handlers)
     yield

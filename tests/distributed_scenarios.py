@@ -5,9 +5,11 @@ Without pytest, so that a process starts quickly.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fairclip_losses import BadPairMiner, FairLoss, SinkhornFairnessLoss
-from fairclip_losses.distributed import Processes
 from fairclip_losses.functional import (
     caption_pair_losses,
     clip_pair_losses,
@@ -26,7 +27,7 @@ from fairclip_losses.functional import (
 )
 from fairclip_losses.pair_terms import PairTerms, pair_terms
 
-PAIRS, BATCH, STEPS, VOCABULARY = 32, 16, 4, 7
+PAIRS, BATCH, STEPS, VOCABULARY, OWN_EPOCHS = 32, 16, 4, 7, 5
 
 # ------------------------------ training
 
@@ -114,20 +115,18 @@ class FixedKeys(nn.Module):
         return PairTerms(named["contrastive_loss"], named)
 
 
-# The fair parts: mining, fairness, sharded memory, normalization, score.
-NO_PART = (False, False, False, "batch", "loss")
-MINING = (True, False, False, "batch", "loss")
-FAIRNESS = (False, True, False, "batch", "loss")
-BOTH = (True, True, False, "weights", "similarity")
-SHARDED = (True, True, True, "weights", "loss")
+# The fair parts: mining, fairness, normalization, score.
+NO_PART = (False, False, "batch", "loss")
+MINING = (True, False, "batch", "loss")
+FAIRNESS = (False, True, "batch", "loss")
+BOTH = (True, True, "weights", "similarity")
 
 
-def fair_loss(base, part, processes):
-    miner, fairness, sharded, normalization, score = part
-    shard = processes if sharded else None
+def fair_loss(base, part):
+    miner, fairness, normalization, score = part
     return FairLoss(
         base,
-        BadPairMiner(PAIRS, faulty_sigma=0.7, noisy_sigma=1.0, processes=shard) if miner else None,
+        BadPairMiner(PAIRS, faulty_sigma=0.7, noisy_sigma=1.0) if miner else None,
         SinkhornFairnessLoss(num_groups=(2, 3), queue_size=3) if fairness else None,
         0.5,
         score,
@@ -163,7 +162,7 @@ def train(kind, part, rank, world_size, local_loss=False, gather_with_grad=True,
     base = base_loss(kind, local_loss, gather_with_grad, rank, world_size)
     if form == "keys":
         base = FixedKeys(kind)
-    loss = fair_loss(base, part, Processes(rank, world_size))
+    loss = fair_loss(base, part)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     values = []
     local = BATCH // world_size
@@ -196,9 +195,9 @@ def uneven_captions(rank, world_size):
     rows = torch.arange(rank * local, (rank + 1) * local)
     base = base_loss("coca", False, True, rank, world_size)
     loss = FairLoss(base, BadPairMiner(PAIRS))
-    loss.miner.kind.fill_(2)
-    loss.miner.mean.fill_(2.0)
-    loss.miner.std.fill_(0.5)
+    loss.miner.memory.kind.fill_(2)
+    loss.miner.memory.mean.fill_(2.0)
+    loss.miner.memory.std.fill_(0.5)
     out = model(images[rows], texts[rows], tokens[rows])
     loss(**out, pair_ids=rows, output_dict=True)["caption_loss"].backward()
     grad = model.caption.weight.grad
@@ -210,86 +209,13 @@ def training(rank, world_size, cases):
     return [train(kind, part, rank, world_size, local, form) for kind, part, local, form in cases]
 
 
-# ------------------------------ refusals
-
-
-def batch(rank, world_size, count=4):
-    """A batch of ClipLoss in this process."""
-    generator = torch.Generator().manual_seed(rank)
-    image, text = F.normalize(torch.randn(2, count, 5, generator=generator), dim=-1)
-    ids = torch.arange(count) + rank * count
-    return {
-        "image_features": image.requires_grad_(),
-        "text_features": text.requires_grad_(),
-        "logit_scale": torch.tensor(5.0),
-        "pair_ids": ids,
-        "groups": {"a": ids % 2, "b": ids % 3},
-        "output_dict": True,
-    }
-
-
-def wrong(name):
-    """One process's batch, with something wrong."""
-    made = batch(1, 2)
-    ids, groups = made["pair_ids"], made["groups"]
-    made |= {
-        "an id out of range": {"pair_ids": torch.where(ids == 5, PAIRS, ids)},
-        "no ids": {"pair_ids": None},
-        "ids of floats": {"pair_ids": ids.float()},
-        "too few ids": {"pair_ids": ids[:3]},
-        "no groups": {"groups": None},
-        "a code out of range": {"groups": groups | {"b": groups["b"] + 1}},
-        "groups of another length": {"groups": {"a": groups["a"], "b": groups["b"][:2]}},
-        "the names in another order": {"groups": dict(reversed(groups.items()))},
-        "fewer pairs": batch(1, 2, 3),
-        "features that do not fit": {"text_features": made["text_features"][:, :4]},
-        "not recorded": {"record": False},
-    }[name]
-    return made
-
-
-WRONG = {
-    "an id out of range": r"process 1: pair_ids must lie in 0\.\.31, got 32 at position 1",
-    "no ids": r"process 1: the miner needs pair_ids",
-    "ids of floats": r"process 1: pair_ids must be integers",
-    "too few ids": r"process 1: .*must both have shape",
-    "no groups": r"process 1: the fairness term needs groups",
-    "a code out of range": r"attribute 'b': group codes must lie in -1\.\.2 .*, got 3 at position",
-    "groups of another length": r"process 1: every attribute must have one shape",
-    "the names in another order": r"every process must pass",
-    "fewer pairs": r"every process must pass as many pairs.*\[4, .*\[3, ",
-    "features that do not fit": r"process 1: image_features and text_features must have one shape",
-    "not recorded": r"every process must pass as many pairs, with ids, groups and record alike",
-}
-
-
-def refusals(rank, world_size):
-    """What each process raises where the second one's batch is wrong, and whether it goes on."""
-    processes = Processes(rank, world_size)
-    loss = FairLoss(
-        ClipLoss(gather_with_grad=True, rank=rank, world_size=world_size),
-        BadPairMiner(PAIRS, processes=processes),
-        SinkhornFairnessLoss(num_groups={"a": 2, "b": 3}, queue_size=2),
-    )
-    found = {}
-    for name in WRONG:
-        try:
-            loss(**(wrong(name) if rank == 1 else batch(rank, world_size)))
-        except ValueError as error:
-            found[name] = str(error)
-    untouched = not loss.miner.visits.any() and bool(loss.fairness.queue.isnan().all())
-    total = sum(loss(**batch(rank, world_size)).values())
-    total.backward()
-    return found, untouched, float(total.detach()), int(processes.total(loss.miner.visits.sum()))
-
-
 # ------------------------------ exchanges
 
 
 @contextmanager
 def counted_exchanges():
     """Count the exchanges of this process by name."""
-    names = ("all_gather", "all_reduce", "broadcast", "batch_isend_irecv", "gather")
+    names = ("all_gather", "all_reduce", "broadcast", "batch_isend_irecv", "reduce_scatter")
     counts, originals = Counter(), {name: getattr(dist, name) for name in names}
 
     def counting(name):
@@ -308,11 +234,32 @@ def counted_exchanges():
             setattr(dist, name, originals[name])
 
 
+def batch(rank, world_size, count=4):
+    """A batch of ClipLoss in this process."""
+    generator = torch.Generator().manual_seed(rank)
+    image, text = F.normalize(torch.randn(2, count, 5, generator=generator), dim=-1)
+    ids = torch.arange(count) + rank * count
+    return {
+        "image_features": image.requires_grad_(),
+        "text_features": text.requires_grad_(),
+        "logit_scale": torch.tensor(5.0),
+        "pair_ids": ids,
+        "groups": {"a": ids % 2, "b": ids % 3},
+        "output_dict": True,
+    }
+
+
 def exchanges(rank, world_size):
-    """The exchanges of a step with the sharded memory, for batches of every kind."""
+    """The exchanges of a step of open_clip's loss alone, and of the fair loss by kind of batch."""
+    base = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+    with counted_exchanges() as alone:
+        made = batch(rank, world_size)
+        base(
+            *(made[name] for name in ("image_features", "text_features", "logit_scale"))
+        ).backward()
     loss = FairLoss(
-        ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size),
-        BadPairMiner(PAIRS, processes=Processes(rank, world_size), faulty_sigma=0.5),
+        base,
+        BadPairMiner(PAIRS, faulty_sigma=0.5),
         SinkhornFairnessLoss(num_groups={"a": 2, "b": 3}, queue_size=2),
     )
     loss(**batch(rank, world_size))
@@ -329,8 +276,8 @@ def exchanges(rank, world_size):
             flagged = loss.end_epoch().faulty
         with counted_exchanges() as counts:
             sum(loss(**made).values()).backward()
-        found.append(dict(counts))
-    return found, flagged
+        found.append(counts)
+    return alone, found, flagged
 
 
 # ------------------------------ SigLIP
@@ -397,103 +344,46 @@ def siglip_gradients(rank, world_size):
     return found
 
 
-# ------------------------------ the memory in shards
-
-MEMORIES = {
-    "dense": {"num_pairs": 41},
-    "linear": {"num_pairs": 41, "history": "linear", "weighting": "density"},
-    "published": {
-        "num_pairs": 41, "history": "linear", "renormalize": False, "total_epochs": 3,
-        "record": "weighted",
-    },
-    "mixture": {"num_pairs": 41, "detector": "mixture"},
-    "streaming": {"num_pairs": None},
-    "streaming linear": {"num_pairs": None, "history": "linear"},
-}  # fmt: skip
+# ------------------------------ a loss of one's own
 
 
-def miner_of(name, processes=None):
-    return BadPairMiner(
-        **{"noisy_sigma": 0.9, "faulty_sigma": 0.9, **MEMORIES[name]}, processes=processes
-    )
+class Silent(nn.Module):
+    """A loss with terms that does not say which process it is in."""
+
+    def pair_terms(self, image_features, text_features, logit_scale):
+        terms = (image_features - text_features).square().sum(1)
+        return PairTerms(terms, {"contrastive_loss": terms})
 
 
-def visits(name):
-    """Three epochs of batches, with an id twice in a batch, losses that are not finite, gaps."""
-    generator = torch.Generator().manual_seed(len(name))
-    for _ in range(3):
-        epoch = []
-        for _ in range(4):
-            ids = torch.randint(0, 37, (12,), generator=generator)
-            losses = ids % 5 + torch.rand(12, generator=generator)
-            losses[3] = torch.nan
-            if MEMORIES[name]["num_pairs"] is None:
-                ids = (ids - 20) * 982_451_653_000_007
-            epoch.append((losses, ids))
-        yield epoch
+def own_loss(rank, world_size):
+    """Train the example; return what a loss is told that does not know its process."""
+    model, loss, _ = own_example().train(OWN_EPOCHS, rank, world_size)
+    state = {k: v for k, v in loss.state_dict().items() if isinstance(v, torch.Tensor)}
+    refusal = None
+    silent, made = Silent(), batch(rank, world_size)
+    try:
+        FairLoss(silent, BadPairMiner(PAIRS))(**made)
+    except ValueError as error:
+        refusal = str(error)
+    silent.world_size = 1
+    FairLoss(silent, BadPairMiner(PAIRS))(**made)
+    return getattr(model, "module", model).state_dict(), state, refusal
 
 
-def mined(miner, name):
-    """Return the weights of every batch, the summaries, the report."""
-    weights, summaries = [], []
-    for epoch in visits(name):
-        weights.extend(miner(*each) for each in epoch)
-        summaries.append(miner.end_epoch())
-    return torch.stack(weights), summaries, miner.report()
-
-
-def shards(rank, world_size):
-    found = {}
-    for name in MEMORIES:
-        miner = miner_of(name, Processes(rank, world_size))
-        results = mined(miner, name)
-        found[name] = (*results, miner.report(to=0), miner.state_dict())
-    return found
-
-
-# ------------------------------ a gradient scaler
-
-
-def scaled(rank, world_size, steps, poisoned=None):
-    """Train under a scaler; the step ``poisoned`` overflows, in the last process alone.
-
-    Return the weights, the report, the queue and the scale.
-    """
-    images, texts, tokens, groups = data()
-    model = Towers("clip")
-    local = BATCH // world_size
-    inner = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
-    base = base_loss("clip", False, True, rank, world_size)
-    loss = fair_loss(base, SHARDED, Processes(rank, world_size))
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    loss.follow(scaler)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-    for step in steps:
-        start = step % 2 * BATCH + rank * local
-        rows = torch.arange(start, start + local)
-        out = inner(images[rows], texts[rows], tokens[rows])
-        if step == poisoned and rank == world_size - 1:
-            out["logit_scale"].register_hook(lambda grad: grad * torch.inf)
-        terms = loss(**out, pair_ids=rows, groups=groups[rows], output_dict=True)
-        optimizer.zero_grad()
-        scaler.scale(sum(terms.values())).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        if step == 1:
-            loss.end_epoch()
-    loss.end_epoch()
-    weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    return weights, loss.miner.report(), loss.fairness.queue, float(scaler.get_scale())
+def own_example():
+    path = Path(__file__).parents[1] / "examples" / "own_loss.py"
+    spec = importlib.util.spec_from_file_location("own_loss", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def everything(rank, world_size, cases):
     return {
         "training": training(rank, world_size, cases),
         "captions": uneven_captions(rank, world_size),
-        "refusals": refusals(rank, world_size),
         "exchanges": exchanges(rank, world_size),
         "siglip": siglip_memory(rank, world_size),
         "siglip gradients": siglip_gradients(rank, world_size),
-        "shards": shards(rank, world_size),
-        "scaled": scaled(rank, world_size, range(6), poisoned=4),
+        "own": own_loss(rank, world_size),
     }

@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import sys
-from pathlib import Path
 
 import torch
 from tiny_clip import HAS_LOCAL_DIR, write_model
@@ -19,7 +18,7 @@ from tiny_clip import HAS_LOCAL_DIR, write_model
 from fairclip_losses.integrations import events
 from fairclip_losses.integrations.events import Callback
 
-PRELOADED = ["open_clip_train.main", "fairclip_losses.train", "tiny_clip", "host_runs"]
+PRELOADED = ["open_clip_train.main", "fairclip_losses.train", "tiny_clip", "training_runs"]
 
 
 class Tally(Callback):
@@ -64,58 +63,27 @@ class DieAt(Callback):
         if self.moment == "step" and (state.epoch, state.batch_index) == (1, 1):
             die()
 
-    def on_epoch_end(self, state):  # registered first, thus called last
-        if self.moment == "epoch_end" and state.epoch == 1:
-            die()
-
-
-def half_of(value, file):
-    """Write the first half of what torch.save would, and die with it."""
-    save(value, file)
-    if not isinstance(file, str):
-        file.flush()
-        file = file.name
-    os.truncate(file, os.path.getsize(file) // 2)
-    die()
-
-
-save, replace, unlink = torch.save, os.replace, Path.unlink
-
 
 def install(moment):
     """Make this process kill itself at a moment of the writing of epoch 2."""
-
-    def name_of(file):
-        return os.path.basename(file if isinstance(file, str) else getattr(file, "name", ""))
+    save, replace = torch.save, os.replace
 
     def own_save(value, file):
-        name = name_of(file)
-        epoch = value.get("epoch") if isinstance(value, dict) else None
-        if epoch == 2 and name in {
-            "half_state": ("epoch_2.fair.tmp",),
-            "half_part": ("epoch_2.fair.1-of-2.tmp",),
-            "half_checkpoint": ("epoch_2.pt",),
-            "half_latest": ("tmp.pt",),
-        }.get(moment, ()):
-            half_of(value, file)
+        name = os.path.basename(file if isinstance(file, str) else getattr(file, "name", ""))
         save(value, file)
+        if moment == "half_state" and name == "epoch_2.fair.tmp":
+            file.flush()
+            os.truncate(file.name, os.path.getsize(file.name) // 2)
+            die()
         if moment == "after_checkpoint" and name == "epoch_2.pt":
             die()
 
     def own_replace(source, target):
-        ours = os.path.basename(target) == "epoch_2.fair"
-        if ours and moment == "before_replace":
-            die()
         replace(source, target)
-        if ours and moment == "after_replace":
+        if moment == "after_replace" and os.path.basename(target) == "epoch_2.fair":
             die()
 
-    def own_unlink(path, missing_ok=False):
-        if moment == "tidy" and path.name == "epoch_1.fair":
-            die()
-        unlink(path, missing_ok=missing_ok)
-
-    torch.save, os.replace, Path.unlink = own_save, own_replace, own_unlink
+    torch.save, os.replace = own_save, own_replace
 
 
 def _run(arguments, folder, moment, callbacks, environment):
@@ -146,7 +114,7 @@ def output_of(folder, environment=()):
 
 
 def start(arguments, folder, moment=None, callbacks=(), environment=()):
-    """Start a run with these callbacks, or (None) of the host alone; return its process."""
+    """Start a run with these callbacks, or (None) of open_clip alone; return its process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     arguments = (arguments, folder, moment, callbacks, dict(environment))

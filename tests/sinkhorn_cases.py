@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+
+from fairclip_losses.ops import sinkhorn_divergence
+from fairclip_losses.ops.options import SinkhornOptions
 
 POWERS = (1, 2)
 BLURS = (0.0, 0.02, 0.1, 2.0)
@@ -49,3 +53,52 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@contextmanager
+def as_on_an_accelerator():
+    """Take an accelerator's way on the CPU: torch's solvers, fixed numbers of iterations."""
+    with (
+        mock.patch("fairclip_losses.ops.solve.solves_on_cpu", lambda *_: False),
+        mock.patch.object(SinkhornOptions, "can_read", staticmethod(lambda _: False)),
+    ):
+        yield
+
+
+def value_and_slopes(x, y, a, b, **options):
+    """Return the divergence and its gradients in all four."""
+    inputs = [t.clone().requires_grad_() for t in (x, y, a, b)]
+    value = sinkhorn_divergence(*inputs, **options)
+    value.sum().backward()
+    return value.detach(), [t.grad for t in inputs]
+
+
+def clustered(n, m, dimension, seed=0):
+    """Return two samples of five narrow clusters and weights: mass must move between them."""
+    draw = torch.Generator().manual_seed(seed)
+    centres = 3 * torch.randn(5, dimension, generator=draw, dtype=torch.float64)
+    clouds = [
+        centres[torch.randint(0, 5, (count,), generator=draw)]
+        + 0.1 * torch.randn(count, dimension, generator=draw, dtype=torch.float64)
+        for count in (n, m)
+    ]
+    weights = [0.1 + torch.rand(count, generator=draw, dtype=torch.float64) for count in (n, m)]
+    return *clouds, *weights
+
+
+def diameter(x, y):
+    both = torch.cat([x, y]).detach()
+    return float((both.amax(0) - both.amin(0)).norm())
+
+
+def low_precision_loses_only_its_own_rounding(x, weights, **options):
+    """The values are those of the rounded points, in float32; the gradient is rounded once."""
+    x = x.requires_grad_()
+    truth = x.detach().double().requires_grad_()
+    value = sinkhorn_divergence(x, x, None, weights.to(x.dtype), **options)
+    exact = sinkhorn_divergence(truth, truth, None, weights.double(), **options)
+    torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=1e-9)
+    value.sum().backward()
+    exact.sum().backward()
+    rounding = torch.finfo(x.dtype).eps
+    torch.testing.assert_close(x.grad.double(), truth.grad, rtol=2 * rounding, atol=1e-7)

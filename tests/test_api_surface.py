@@ -64,6 +64,7 @@ def test_bad_pair_miner():
     assert {name: found[name] for name in expected} == {
         name: (default, True) for name, default in expected.items()
     }
+    assert parameters(fairclip_losses.BadPairMiner.forward)["record"] == (None, True)
     miner = fairclip_losses.BadPairMiner()
     weights = miner(torch.rand(3, requires_grad=True), torch.tensor([7, -2, 7]))
     assert weights.shape == (3,) and not weights.requires_grad
@@ -127,7 +128,7 @@ def test_functional_twins():
         "siglip_pair_losses",
         "caption_pair_losses",
         "distill_pair_losses",
-        "reweighting",
+        "weighted_mean",
     ):
         assert callable(getattr(functional, name))
 

@@ -17,17 +17,15 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from tiny_clip import HAS_LOCAL_DIR, as_process, model_name, write_model
 
-from fairclip_losses import evaluate, zero_shot
+from fairclip_losses import evaluate
 from fairclip_losses.data import UNKNOWN, CodeBook, read_table, write_table
 from fairclip_losses.evaluate import load_model, load_weights, main, read_run_settings
-from fairclip_losses.metrics import fairness_report
-from fairclip_losses.zero_shot import (
+from fairclip_losses.evaluation.zero_shot import (
     ZeroShotTask,
-    class_text_features,
     evaluate_task,
-    evaluate_zero_shot,
     zero_shot_probabilities,
 )
+from fairclip_losses.metrics import fairness_report
 
 PROMPTS = ("a dark picture", "a bright picture")
 
@@ -107,7 +105,7 @@ def by_hand(model, preprocess, tokenizer, files, prompts):
     return np.stack(rows)
 
 
-@pytest.mark.parametrize(("batch_size", "workers"), [(5, 0), (100, 0), (7, 2)])
+@pytest.mark.parametrize(("batch_size", "workers"), [(5, 0), (100, 1)])
 def test_probabilities_are_those_of_the_models_forward(loaded, task, batch_size, workers):
     report, predictions = evaluate_task(
         *loaded, task, batch_size=batch_size, workers=workers, n_bootstrap=10
@@ -127,30 +125,17 @@ def test_probabilities_are_those_of_the_models_forward(loaded, task, batch_size,
     np.testing.assert_array_equal(predictions.predicted, predictions.probabilities[:, 1] >= 0.5)
 
 
-def test_text_features_are_normalised(loaded):
-    model, _, tokenizer = loaded
-    features = class_text_features(model, tokenizer, PROMPTS, "cpu")
-    assert features.shape == (2, 16) and features.dtype == torch.float32
-    assert not features.requires_grad
-    torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
-
-
-def test_a_table_is_evaluated_in_one_call(loaded, run, task):
-    table = read_table(run / "val.csv")
-    book = CodeBook({"sex": ("d", "f", "m")})
-    report, predictions = evaluate_zero_shot(
-        *loaded,
-        table,
+def test_a_code_book_decides_the_groups_and_prompts_follow_the_sorted_classes(run):
+    task = ZeroShotTask.from_table(
+        read_table(run / "val.csv"),
         label="name",
         prompts=["bright", "dark"],
         attributes=["sex"],
-        codebook=book,
-        n_bootstrap=0,
-        batch_size=8,
+        codebook=CodeBook({"sex": ("d", "f", "m")}),
     )
-    assert predictions.task.classes == ("bright", "dark")
-    assert [group.count for group in report.attributes["sex"].groups] == [0, 10, 10]
-    assert report.attributes["sex"].unknown == 4
+    assert task.classes == ("bright", "dark")
+    assert task.labels.tolist() == [1, 0] * 12
+    assert np.bincount(task.groups[:, 0] + 1).tolist() == [4, 0, 10, 10]
 
 
 def test_evaluating_leaves_modes_gradients_and_random_numbers_alone(loaded, task):
@@ -171,17 +156,14 @@ def test_evaluating_leaves_modes_gradients_and_random_numbers_alone(loaded, task
 def test_modes_come_back_after_an_error(loaded):
     model, _, _ = loaded
     model.train()
+    tokens = torch.ones(2, 12, dtype=torch.long)
     with pytest.raises(ValueError, match="expected images, got none"):
-        zero_shot_probabilities(model, [], torch.ones(2, 16), "cpu")
+        zero_shot_probabilities(model, [], tokens, "cpu")
     assert model.training and torch.is_grad_enabled()
-
-
-def test_output_that_is_not_finite_is_refused(loaded):
-    model, _, _ = loaded
     images = torch.zeros(3, 3, 32, 32)
     images[1] = math.nan
     with pytest.raises(ValueError, match="output for row 2 is not finite"):
-        zero_shot_probabilities(model, [images], torch.ones(2, 16), "cpu")
+        zero_shot_probabilities(model, [images], tokens, "cpu")
 
 
 def test_an_image_that_cannot_be_read_is_named(loaded, task, tmp_path):
@@ -198,8 +180,9 @@ def test_an_image_that_cannot_be_read_is_named(loaded, task, tmp_path):
         broken.write_bytes(whole.read()[:-100])
     with pytest.raises(ValueError, match=r"row 4: cannot read image '.*broken.png': "):
         evaluate_task(*loaded, bad)
-    with pytest.raises(ValueError, match="batch_size >= 1 and workers >= 0, got 0, 0"):
-        evaluate_task(*loaded, task, batch_size=0)
+    for option, wrong in (("batch_size", 0), ("workers", -1)):
+        with pytest.raises(ValueError, match=f"{option} must be an integer of . or more, got"):
+            evaluate_task(*loaded, task, **{option: wrong})
 
 
 @pytest.mark.parametrize(
@@ -221,29 +204,26 @@ def test_bad_tasks(run, change, message):
         ZeroShotTask.from_table(read_table(run / "val.csv"), **options)
 
 
-def test_an_attribute_may_not_take_the_name_of_a_prediction_column(run, tmp_path):
-    file = run / "image 0.png"
-    write_table(tmp_path / "t.csv", ["filepath", "y", "id"], [[file, 0, "a"], [file, 1, "b"]])
+def test_an_attribute_may_not_take_the_name_of_a_prediction_column(run):
+    table = read_table(run / "val.csv")
+    table.columns["id"] = table.columns["sex"]
     with pytest.raises(ValueError, match=r"attributes named \['id'\]: taken"):
-        ZeroShotTask.from_table(
-            read_table(tmp_path / "t.csv", ","), label="y", prompts=PROMPTS, attributes=["id"]
-        )
+        ZeroShotTask.from_table(table, label="bright", prompts=PROMPTS, attributes=["id"])
 
 
 # Checkpoints and models
 
 
-def test_weights_lose_the_prefix_of_distributed_training(run):
+def test_weights_lose_the_prefix_and_a_bare_file_is_a_checkpoint_too(run, tmp_path):
     weights = load_weights(run / "checkpoints" / "epoch_3.pt")
     assert "logit_scale" in weights
     assert not any(key.startswith("module.") for key in weights)
-
-
-def test_bare_weights_are_a_checkpoint_too(run, tmp_path):
-    weights = load_weights(run / "checkpoints" / "epoch_3.pt")
-    torch.save({**weights, "logit_scale": weights["logit_scale"].reshape(1)}, tmp_path / "bare.pt")
+    # SigLIP's bias comes along; a scalar may be stored as a vector of one.
+    vector = {"logit_scale": weights["logit_scale"].reshape(1), "logit_bias": torch.tensor(-10.0)}
+    torch.save({**weights, **vector}, tmp_path / "bare.pt")
     model, _, _ = load_model(model_name(run / "tiny"), tmp_path / "bare.pt")
     torch.testing.assert_close(model.state_dict()["logit_scale"], weights["logit_scale"])
+    assert model.logit_bias.item() == -10
 
 
 class Trap:
@@ -268,30 +248,17 @@ def test_a_file_that_is_no_checkpoint(tmp_path, monkeypatch):
         load_weights("missing.pt")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda w: w.pop("text_projection"), "got 1 missing, such as 'text_projection'"),
-        (lambda w: w.update(extra=torch.ones(1)), "got 1 unknown, such as 'extra'"),
-        (
-            lambda w: w.update(text_projection=torch.ones(2, 2)),
-            "got 1 of other shape, such as 'text_projection'",
-        ),
-    ],
-)
-def test_weights_of_another_model(run, tmp_path, change, message):
-    weights = load_weights(run / "checkpoints" / "epoch_3.pt")
-    change(weights)
-    torch.save(weights, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match="w.pt: expected the weights of '.*" + message):
-        load_model(model_name(run / "tiny"), tmp_path / "w.pt")
-
-
-def test_a_siglip_checkpoint_brings_its_bias(run, tmp_path):
-    weights = load_weights(run / "checkpoints" / "epoch_3.pt")
-    torch.save({**weights, "logit_bias": torch.tensor(-10.0)}, tmp_path / "siglip.pt")
-    model, _, _ = load_model(model_name(run / "tiny"), tmp_path / "siglip.pt")
-    assert model.logit_bias.item() == -10
+def test_weights_of_another_model(run, tmp_path):
+    for change, message in (
+        ({"text_projection": None}, "got 1 missing, such as 'text_projection'"),
+        ({"extra": torch.ones(1)}, "got 1 unknown, such as 'extra'"),
+        ({"text_projection": torch.ones(2, 2)}, "got 1 of other shape, such as 'text_projection'"),
+    ):
+        weights = load_weights(run / "checkpoints" / "epoch_3.pt") | change
+        weights = {name: value for name, value in weights.items() if value is not None}
+        torch.save(weights, tmp_path / "w.pt")
+        with pytest.raises(ValueError, match="w.pt: expected the weights of '.*" + message):
+            load_model(model_name(run / "tiny"), tmp_path / "w.pt")
 
 
 def test_the_settings_of_the_run_decide_the_transform(run):
@@ -326,11 +293,8 @@ def test_command_prints_a_table_and_writes_three_files(run, tmp_path, capsys, lo
         assert text in captured.out
 
     out = tmp_path / "out"
-    assert {file.name for file in out.iterdir()} == {
-        "fairness.json",
-        "fairness.csv",
-        "predictions.csv",
-    }
+    files = {"fairness.json", "fairness.csv", "predictions.csv"}
+    assert {file.name for file in out.iterdir()} == files
     report, predictions = evaluate_task(*loaded, task, n_bootstrap=20)
     content = json.loads((out / "fairness.json").read_text())
     assert content["prompts"] == list(PROMPTS) and content["classes"] == ["0", "1"]
@@ -342,9 +306,8 @@ def test_command_prints_a_table_and_writes_three_files(run, tmp_path, capsys, lo
     assert float(rows[0]["value"]) == report.auc.value
 
     written = read_table(out / "predictions.csv", ",").columns
-    assert list(written) == [
-        *("id", "file", "label", "prediction", "prob_0", "prob_1", "sex", "site"),
-    ]
+    names = ("id", "file", "label", "prediction", "prob_0", "prob_1", "sex", "site")
+    assert tuple(written) == names
     assert written["id"] == [str(row) for row in range(24)]
     assert written["file"] == task.files
     assert written["label"] == [str(label) for label in task.labels]
@@ -356,24 +319,16 @@ def test_command_prints_a_table_and_writes_three_files(run, tmp_path, capsys, lo
     assert (task.groups[20:, 0] == UNKNOWN).all()
 
 
-def test_command_writes_beside_the_checkpoint_unless_told(run, tmp_path, capsys):
-    arguments = command(run, "")
-    at = arguments.index("--output")
-    assert main([*arguments[:at], *arguments[at + 2 :]]) == 0
-    assert (run / "checkpoints" / "fairness.json").is_file()
-    for name in ("fairness.json", "fairness.csv", "predictions.csv"):
-        (run / "checkpoints" / name).unlink()
-
-
-def test_command_takes_a_model_name_and_low_precision(run, tmp_path, capsys, loaded, task):
+def test_command_takes_a_model_name_and_low_precision_and_writes_beside_the_checkpoint(
+    run, tmp_path, capsys, loaded, task
+):
     weights = load_weights(run / "checkpoints" / "epoch_3.pt")
     torch.save({"state_dict": weights}, tmp_path / "alone.pt")
-    name = model_name(run / "tiny")
-    arguments = command(run, tmp_path / "out", "--model", name, "--precision", "bf16")
-    arguments[1] = str(tmp_path / "alone.pt")
-    assert main(arguments) == 0
+    arguments = command(run, "", "--model", model_name(run / "tiny"), "--precision", "bf16")
+    arguments = replaced(arguments, "--checkpoint", str(tmp_path / "alone.pt"))
+    assert main(replaced(arguments, "--output")) == 0
     _, predictions = evaluate_task(*loaded, task, n_bootstrap=0)
-    written = read_table(tmp_path / "out" / "predictions.csv", ",").columns
+    written = read_table(tmp_path / "predictions.csv", ",").columns
     np.testing.assert_allclose(
         np.array(written["prob_1"], float), predictions.probabilities[:, 1], atol=0.1
     )
@@ -381,30 +336,28 @@ def test_command_takes_a_model_name_and_low_precision(run, tmp_path, capsys, loa
 
 def replaced(arguments, option, *values):
     """Give an option other values; no values: take the option away."""
-    at = arguments.index(option)
-    end = next(
-        (i for i in range(at + 1, len(arguments)) if arguments[i].startswith("--")), len(arguments)
-    )
-    return [*arguments[:at], *([option, *values] if values else []), *arguments[end:]]
+    at = arguments.index(option) if option in arguments else len(arguments)
+    later = (i for i in range(at + 1, len(arguments)) if arguments[i].startswith("--"))
+    new = [option, *values] if values else []
+    return [*arguments[:at], *new, *arguments[next(later, len(arguments)) :]]
 
 
 @pytest.mark.parametrize(
     ("option", "values", "message"),
     [
         ("--checkpoint", ["missing.pt"], "no checkpoint file 'missing.pt'"),
-        (
-            "--data",
-            ["missing.csv"],
-            "missing.csv: cannot read the table: No such file or directory",
-        ),
+        ("--data", ["no.csv"], "no.csv: cannot read the table: No such file or directory"),
         ("--label", ["y"], "no column 'y'"),
         ("--label", [], "the following arguments are required: --label"),
         ("--prompts", ["one"], "expected a prompt for each of two or more classes"),
         ("--attributes", ["race"], "no column 'race'"),
         ("--device", ["nonsense"], "cannot use device 'nonsense'"),
-        ("--bootstrap", ["-1"], "expected n_bootstrap of 0 or more, got -1"),
+        ("--bootstrap", ["-1"], "n_bootstrap must be an integer of 0 or more, got -1"),
         ("--bootstrap", ["many"], "argument --bootstrap: invalid int value: 'many'"),
         ("--output", ["{run}/val.csv"], "val.csv: File exists"),
+        ("--model", ["ViT-Z"], "open_clip cannot build model 'ViT-Z': "),
+        ("--model", ["local-dir:{run}/nowhere"], "cannot build model 'local-dir:"),
+        ("--checkpoint", ["{run}/val.csv"], "say which model this is with --model"),
     ],
 )
 def test_every_mistake_is_one_line(run, tmp_path, capsys, option, values, message):
@@ -423,45 +376,24 @@ def test_every_mistake_is_one_line(run, tmp_path, capsys, option, values, messag
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_mistakes_about_models_are_one_line(run, tmp_path, capsys):
-    def error(*arguments):
-        assert main(arguments) == 2
-        captured = capsys.readouterr()
-        assert captured.err.count("\n") == 1
-        return captured.err
-
-    out = tmp_path / "out"
-    assert "open_clip cannot build model 'ViT-Z': " in error(*command(run, out, "--model", "ViT-Z"))
-    name = f"local-dir:{tmp_path / 'nowhere'}"
-    assert f"cannot build model '{name}'" in error(*command(run, out, "--model", name))
-    (tmp_path / "text.pt").write_text("hello")
-    no_run = replaced(command(run, out), "--checkpoint", str(tmp_path / "text.pt"))
-    assert "say which model this is with --model" in error(*no_run)
-    message = error(*no_run, "--model", model_name(run / "tiny"))
-    assert "text.pt: not a checkpoint" in message
-
-
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_an_image_error_is_one_line_from_a_worker_too(run, tmp_path, capsys, workers):
+def test_an_image_error_in_a_worker_is_one_line(run, tmp_path, capsys):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     rows = [[broken, 0, "f"], [run / "image 1.png", 1, "f"]]
-    write_table(tmp_path / "t.csv", ["filepath", "bright", "sex"], rows)
-    arguments = command(run, tmp_path / "out", "--workers", workers, "--csv-separator", ",")
+    write_table(tmp_path / "t.csv", ["filepath", "bright", "sex"], rows, "\t")
+    arguments = command(run, tmp_path / "out", "--workers", "1")
     arguments = replaced(arguments, "--data", str(tmp_path / "t.csv"))
     assert main(replaced(arguments, "--attributes", "sex")) == 2
+    start = f"fairclip_losses.evaluate: error: row 1: cannot read image '{broken}': cannot identify"
     message = capsys.readouterr().err
-    assert message.startswith(
-        f"fairclip_losses.evaluate: error: row 1: cannot read image '{broken}': cannot identify"
-    )
-    assert message.count("\n") == 1
+    assert message.startswith(start) and message.count("\n") == 1
 
 
 def test_an_unexpected_error_is_one_line_unless_debugged(run, tmp_path, capsys, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("out of luck\nmore")
 
-    monkeypatch.setattr(evaluate, "evaluate_task", broken)
+    monkeypatch.setattr(evaluate, "load_model", broken)
     assert main(command(run, tmp_path)) == 1
     assert capsys.readouterr().err == (
         "fairclip_losses.evaluate: error: unexpected RuntimeError: out of luck "
@@ -473,21 +405,14 @@ def test_an_unexpected_error_is_one_line_unless_debugged(run, tmp_path, capsys, 
 
 def test_as_a_module_with_a_warning(run, tmp_path):
     """In a process of its own: exit code, output, a warning in one line, open_clip kept quiet."""
-    files = [run / f"image {row}.png" for row in range(4)]
-    rows = [[file, row % 2, "ffmm"[row]] for row, file in enumerate(files)]
-    rows[3][1] = 0
-    write_table(tmp_path / "t.csv", ["filepath", "bright", "sex"], rows, ",")
-    arguments = command(run, tmp_path / "out", "--csv-separator", ",")
-    arguments = replaced(arguments, "--data", str(tmp_path / "t.csv"))
-    arguments = replaced(arguments, "--attributes", "sex")
+    rows = [[run / f"image {row}.png", row == 1, "ffmm"[row]] for row in range(4)]
+    write_table(tmp_path / "t.csv", ["filepath", "bright", "sex"], rows, "\t")
+    arguments = replaced(command(run, tmp_path / "out"), "--data", str(tmp_path / "t.csv"))
     module, environment = as_process(run / "tiny", "fairclip_losses.evaluate")
     result = subprocess.run(
-        [sys.executable, *module, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
+        [sys.executable, *module, *replaced(arguments, "--attributes", "sex")],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     # What else open_clip 2 pulls in has something to say of old versions of others.
     said = result.stderr if HAS_LOCAL_DIR else "".join(result.stderr.splitlines(True)[-1:])
@@ -498,16 +423,3 @@ def test_as_a_module_with_a_warning(run, tmp_path):
     assert "AUC, m" in result.stdout and "n/a" in result.stdout
     text = (tmp_path / "out" / "fairness.json").read_text()
     assert "NaN" not in text
-
-
-def test_importing_does_not_import_open_clip():
-    code = (
-        "import sys, fairclip_losses.evaluate, fairclip_losses.metrics; "
-        "sys.exit('open_clip' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_public_names():
-    for module in (evaluate, zero_shot):
-        assert all(hasattr(module, name) for name in module.__all__)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import io
 import math
 import pickle
+from collections import Counter
 
 import numpy as np
 import ot
@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import TOKENS, gradients_of, model_output
 from no_read_back import NoReadBack
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from scipy.stats import wasserstein_distance
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairclip_losses import BadPairMiner, FairLoss, SinkhornFairnessLoss, build_fair_loss
 from fairclip_losses.distributed import Processes
@@ -26,7 +28,6 @@ from fairclip_losses.losses import FairLossState
 from fairclip_losses.pair_terms import PairTerms
 
 NUM_GROUPS = (3, 2)
-TOKENS, VOCABULARY = 4, 6
 
 BASES = {
     "clip": ClipLoss,
@@ -36,33 +37,8 @@ BASES = {
 }
 
 
-def model_output(kind="clip", count=10, dim=8, seed=0, dtype=torch.float32):
-    """What the model of that loss gives, every floating point tensor a leaf with a gradient."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=draw)
-
-    def leaf(values):
-        return values.to(dtype).requires_grad_()
-
-    output = {
-        "image_features": leaf(F.normalize(normal(count, dim), dim=1)),
-        "text_features": leaf(F.normalize(normal(count, dim), dim=1)),
-        "logit_scale": leaf(torch.tensor(10.0)),
-    }
-    if kind == "siglip":
-        output["logit_bias"] = leaf(torch.tensor(-3.0))
-    if kind == "coca":
-        labels = torch.randint(0, VOCABULARY, (count, TOKENS), generator=draw)
-        output |= {"logits": leaf(normal(count, TOKENS, VOCABULARY)), "labels": labels}
-    if kind == "distill":
-        output |= {
-            "dist_image_features": leaf(F.normalize(normal(count, dim), dim=1)),
-            "dist_text_features": leaf(F.normalize(normal(count, dim), dim=1)),
-            "dist_logit_scale": leaf(torch.tensor(5.0)),
-        }
-    return output
+def pairs_of(image, text, scale):
+    return {"image_features": image, "text_features": text, "logit_scale": scale}
 
 
 def metadata(count=10, seed=0, pairs=40):
@@ -85,9 +61,7 @@ def total(result):
 
 
 def gradients(result, output):
-    leaves = [x for x in output.values() if x.requires_grad]
-    found = torch.autograd.grad(total(result), leaves, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+    return gradients_of(total(result), output)
 
 
 def same(a, b):
@@ -107,47 +81,42 @@ class Fixed(nn.Module):
         return self.weights[pair_ids]
 
 
-# ------------------------------ the base loss, bit for bit
+# ------------------------------ the base loss
 
 
-def check_equals_base(fair, kind, output, how, output_dict, given_metadata):
-    base = BASES[kind]()
-    if how == "positional":
-        expected = base(*output.values(), output_dict=output_dict)
-        got = fair(*output.values(), output_dict=output_dict, **given_metadata)
-    elif how == "mixed":
-        first, rest = next(iter(output)), dict(list(output.items())[1:])
-        expected = base(output[first], **rest, output_dict=output_dict)
-        got = fair(output[first], **rest, output_dict=output_dict, **given_metadata)
-    else:
-        expected = base(**output, output_dict=output_dict)
-        got = fair(**output, output_dict=output_dict, **given_metadata)
+def check_against_base(fair, kind, output, output_dict, given_metadata, compare):
+    """Same form, values and gradients as the base loss, where a fairness term is 0."""
+    base = BASES[kind]()(**output, output_dict=output_dict)
+    got = fair(**output, output_dict=output_dict, **given_metadata)
+    assert type(got) is type(base)
     if output_dict:
         fairness = got.pop("fairness_loss", None) if given_metadata else None
         assert fairness is None or torch.equal(fairness, torch.zeros(()))
-        assert list(got) == list(expected)
-        assert all(same(got[name], expected[name]) for name in expected)
-    elif isinstance(expected, tuple):
-        assert isinstance(got, tuple) and all(map(same, got, expected))
-    else:
-        assert same(got, expected)
-    for a, b in zip(gradients(got, output), gradients(expected, output), strict=True):
-        finite = torch.isfinite(b)
-        assert torch.equal(torch.isfinite(a), finite)
-        assert torch.equal(a[finite], b[finite])
+        assert list(got) == list(base)
+    for mine, theirs in zip(terms_of(got), terms_of(base), strict=True):
+        compare(mine, theirs)
+    for mine, theirs in zip(gradients(got, output), gradients(base, output), strict=True):
+        compare(mine, theirs)
+
+
+def terms_of(result):
+    if isinstance(result, dict):
+        return list(result.values())
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def to_rounding(mine, theirs):
+    torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("how", ["named", "positional", "mixed"])
 @pytest.mark.parametrize("output_dict", [True, False])
-def test_alone_it_is_the_base_loss(kind, how, output_dict):
+def test_alone_it_is_the_base_loss_bit_for_bit(kind, output_dict):
+    def exactly(mine, theirs):
+        assert torch.equal(mine, theirs)
+
     output = model_output(kind)
-    if kind == "coca":  # in the order of its parameters
-        names = ("image_features", "text_features", "logits", "labels", "logit_scale")
-        output = {name: output[name] for name in names}
-    check_equals_base(FairLoss(BASES[kind]()), kind, output, how, output_dict, {})
-    fair = parts(kind, fairness_weight=0.0)
-    check_equals_base(fair, kind, output, how, output_dict, metadata())
+    check_against_base(FairLoss(BASES[kind]()), kind, output, output_dict, {}, exactly)
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -164,7 +133,56 @@ def test_nothing_flagged_and_weight_0_is_the_base_loss(
 ):
     fair = parts(kind, fairness_weight=0.0, normalization=normalization, score=score)
     output = model_output(kind, count, seed=seed)
-    check_equals_base(fair, kind, output, "named", output_dict, metadata(count, seed))
+    given_metadata = metadata(count, seed)
+    check_against_base(fair, kind, output, output_dict, given_metadata, to_rounding)
+
+
+@pytest.mark.parametrize("given_parts", [True, False])
+def test_positional_arguments_have_the_names_of_the_base_loss(given_parts):
+    output, given_metadata = model_output("siglip"), metadata() if given_parts else {}
+    fair = parts("siglip") if given_parts else FairLoss(SigLipLoss())
+    image, *rest = output.values()
+    expected = fair(**output, **given_metadata, output_dict=True)
+    named = dict(list(output.items())[1:])
+    for got in (
+        fair(*output.values(), True, **given_metadata),
+        fair(image, **named, **given_metadata, output_dict=True),
+    ):
+        assert got.keys() == expected.keys()
+        assert torch.equal(got["contrastive_loss"], expected["contrastive_loss"])
+    with pytest.raises(TypeError, match="multiple values for argument 'image_features'"):
+        fair(image, **output, **given_metadata)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        fair(image, *rest, *rest, **given_metadata)
+
+
+class Counted(TorchDispatchMode):
+    """How often each operation runs, and the largest number of entries that one makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "forward", "both"), [("clip", 1, 3), ("siglip", 1, 3), ("coca", 1, 3),
+                                  ("distill", 2, 6)]
+)  # fmt: skip
+def test_the_contrastive_loss_is_computed_once(kind, forward, both):
+    """One matrix of logits (a second of the teacher), its gradient by two products of each."""
+    fair, output = parts(kind), model_output(kind)
+    fair.base_loss.forward = None  # never called
+    with Counted() as counted:
+        result = total(fair(**output, **metadata()))
+        assert counted.calls["mm"] == forward
+        result.backward()
+    assert counted.calls["mm"] == both
+    softmaxes = {"coca": 1, "distill": 2}.get(kind, 0)  # of the captions; both sides of the student
+    assert counted.calls["_log_softmax"] == softmaxes
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -179,9 +197,16 @@ def test_what_is_not_finite_comes_out_as_the_base_gives_it(kind, bad, place, sco
             output[place].fill_(bad)
         else:
             output[place][2, 3] = bad
-    check_equals_base(fair, kind, output, "named", True, metadata())
-    assert torch.isfinite(fair.miner.loss_sum).all()
-    assert torch.isfinite(fair.miner.last_loss).all()
+    base = BASES[kind]()(**output, output_dict=True)
+    got = fair(**output, output_dict=True, **metadata())
+    assert torch.equal(got.pop("fairness_loss"), torch.zeros(()))
+    for mine, theirs in zip(terms_of(got), terms_of(base), strict=True):
+        assert torch.isfinite(mine) == torch.isfinite(theirs)
+    finite = [torch.isfinite(g).all() for g in gradients(got, output)]
+    for mine, theirs in zip(finite, gradients(base, output), strict=True):
+        assert mine == torch.isfinite(theirs).all()
+    assert torch.isfinite(fair.miner.memory.loss_sum).all()
+    assert torch.isfinite(fair.miner.memory.last_loss).all()
     held = fair.fairness.queue[~fair.fairness.queue.isnan()]
     assert torch.isfinite(held).all()
     # The next good batch is what it would have been, but for the visits that were finite.
@@ -195,7 +220,7 @@ def test_a_nan_batch_is_forgotten():
     with torch.no_grad():
         output["image_features"].fill_(math.nan)
     hit(**output, **metadata())
-    assert not hit.miner.visits.any() and hit.fairness.queue.isnan().all()
+    assert not hit.miner.memory.visits.any() and hit.fairness.queue.isnan().all()
     for seed in (1, 2):
         step = model_output(seed=seed) | metadata(seed=seed)
         assert torch.equal(hit(**step).detach(), clean(**step).detach())
@@ -209,7 +234,7 @@ def test_empty_batch():
     base = ClipLoss()(**output, output_dict=True)
     assert same(result["contrastive_loss"], base["contrastive_loss"])
     assert float(result["fairness_loss"].detach()) == 0.0
-    assert not fair.miner.visits.any()
+    assert not fair.miner.memory.visits.any()
 
 
 # ------------------------------ re-weighting
@@ -310,7 +335,7 @@ def test_a_miner_over_epochs_by_a_loop():
     seen_weights = set()
     for _ in range(3):
         for ids in torch.randperm(pairs, generator=draw).split(size):
-            got = float(fair(image[ids], text[ids], scale, pair_ids=ids))
+            got = float(fair(**pairs_of(image[ids], text[ids], scale), pair_ids=ids))
             logits = (scale * image[ids] @ text[ids].T).numpy()
             expected = 0.0
             for i, pair in enumerate(ids.tolist()):
@@ -369,7 +394,7 @@ def test_fairness_term_by_a_loop_over_groups(score, p, count, seed, weight):
     assert float(result["fairness_loss"].detach()) == pytest.approx(
         expected, rel=1e-6, abs=1e-10 * scale
     )
-    assert same(result["contrastive_loss"], ClipLoss()(**output))
+    to_rounding(result["contrastive_loss"], ClipLoss()(**output))
 
 
 def test_official_scores_and_similarities_carry_gradients():
@@ -435,7 +460,7 @@ def test_recording():
 
     def state():
         held = ~fair.fairness.queue.isnan()
-        return int(fair.miner.visits.sum()), int(held[0].sum())
+        return int(fair.miner.memory.visits.sum()), int(held[0].sum())
 
     fair(**output, **given_metadata, record=False)
     assert state() == (0, 0)
@@ -581,11 +606,6 @@ def test_copies_and_pickles():
         assert torch.equal(other(**step).detach(), copy.deepcopy(fair)(**step).detach())
 
 
-def test_repr_shows_the_settings():
-    shown = repr(parts(score="similarity"))
-    assert "fairness_weight=0.1, score='similarity', normalization='batch'" in shown
-
-
 # ------------------------------ a loss of one's own
 
 
@@ -608,41 +628,39 @@ class PlainLoss(OwnLoss):
         return distances.square().mean()
 
 
-class KeywordLoss(OwnLoss):
-    def forward(self, **model_out):
-        return super().forward(**model_out)
-
-
-@pytest.mark.parametrize("base", [OwnLoss, PlainLoss, KeywordLoss])
+@pytest.mark.parametrize("base", [OwnLoss, PlainLoss])
 def test_a_loss_of_ones_own(base):
     distances = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
-    weights, ids = torch.tensor([1.0, 0.5, 0.0]), torch.arange(3)
-    got = FairLoss(base(), Fixed(weights))(distances=distances, pair_ids=ids)
-    assert float(got.detach()) == pytest.approx((1 + 0.5 * 4 + 0) / 3)
+    step = {"distances": distances, "pair_ids": torch.arange(3)}
+    fair = FairLoss(base(), Fixed(torch.tensor([1.0, 0.5, 0.0])))
+    for output_dict in (False, True):
+        got = fair(**step, output_dict=output_dict)
+        got = got["distance_loss"] if output_dict else got
+        assert float(got.detach()) == pytest.approx((1 + 0.5 * 4 + 0) / 3)
     assert float(FairLoss(base())(distances=distances).detach()) == pytest.approx(14 / 3)
 
 
+def test_several_terms_of_ones_own_come_as_a_tuple_in_their_order():
+    fair = FairLoss(OwnLoss(named=("a_loss", "b_loss")), Fixed(torch.tensor([2.0, 0.0])))
+    step = {"distances": torch.tensor([3.0, math.nan]), "pair_ids": torch.arange(2)}
+    assert fair(**step) == (9.0, 9.0)  # the pair of weight 0 is left out, whatever it is
+    assert fair(**step, output_dict=True) == {"a_loss": 9.0, "b_loss": 9.0}
+
+
 def test_any_module_will_do_alone():
-    assert torch.equal(FairLoss(nn.Identity())(torch.ones(2)), torch.ones(2))
+    assert torch.equal(FairLoss(nn.Identity())(input=torch.ones(2)), torch.ones(2))
 
 
-def test_terms_that_do_not_fit_the_base_are_refused():
-    step = {"distances": torch.ones(2), "pair_ids": torch.arange(2)}
-    wrong = FairLoss(OwnLoss(named=("other_loss",)), Fixed(torch.ones(2)))
-    with pytest.raises(ValueError, match=r"names \['other_loss'\], but .* \['distance_loss'\]"):
-        wrong(**step, output_dict=True)
-    two = FairLoss(OwnLoss(named=("a_loss", "b_loss")), Fixed(torch.ones(2)))
-    with pytest.raises(ValueError, match=r"\['a_loss', 'b_loss'\], but .* returned 1 terms"):
-        two(**step)
-    with pytest.raises(ValueError, match="output_dict=True needs a base loss that takes it, got P"):
-        FairLoss(PlainLoss(), Fixed(torch.ones(2)))(**step, output_dict=True)
+def test_what_the_terms_need_is_asked_for():
+    ids, output = torch.arange(10), model_output()
     with pytest.raises(ValueError, match=r"expected a ClipLoss, .* got L1Loss"):
-        FairLoss(nn.L1Loss(), Fixed(torch.ones(2)))(
-            torch.ones(2), torch.ones(2), pair_ids=torch.arange(2)
-        )
+        FairLoss(nn.L1Loss(), Fixed(torch.ones(2)))(input=torch.ones(2), pair_ids=ids[:2])
     scored = FairLoss(OwnLoss(), fairness=SinkhornFairnessLoss(), score="similarity")
     with pytest.raises(ValueError, match="needs image_features, text_features, logit_scale in"):
         scored(distances=torch.ones(2), groups=torch.zeros(2, dtype=torch.int64))
+    del output["logit_scale"]
+    with pytest.raises(ValueError, match=r"ClipLoss needs 'logit_scale' in .* got \['image_feat"):
+        FairLoss(ClipLoss(), Fixed(torch.ones(40)))(**output, pair_ids=ids)
 
 
 # ------------------------------ bad input
@@ -658,7 +676,7 @@ def test_terms_that_do_not_fit_the_base_are_refused():
         ({"fairness_weight": None}, "fairness_weight must be a finite number >= 0, got None"),
         ({"miner": 3}, "miner must be a torch.nn.Module or None, got int"),
         ({"fairness": "a"}, "fairness must be a torch.nn.Module or None, got str"),
-        ({"score": "losses"}, "score must be one of .*'official'.*, got 'losses'"),
+        ({"score": "losses"}, "score must be one of loss, similarity, official, got 'losses'"),
         ({"normalization": "sum"}, "normalization must be one of .*, got 'sum'"),
         ({"mining_unit": "epoch"}, "mining_unit must be one of .*, got 'epoch'"),
     ],
@@ -681,8 +699,7 @@ def test_the_published_score_is_refused_over_several_processes():
         FairLoss(ClipLoss(world_size=2), score="official")
 
 
-@pytest.mark.parametrize("output_dict", [True, False])
-def test_missing_metadata_is_refused_before_anything_is_recorded(output_dict):
+def test_missing_metadata_is_refused_before_anything_is_recorded():
     fair, output = parts(), model_output()
     given_metadata = metadata()
     for name, message in (
@@ -691,8 +708,8 @@ def test_missing_metadata_is_refused_before_anything_is_recorded(output_dict):
     ):
         rest = {k: v for k, v in given_metadata.items() if k != name}
         with pytest.raises(ValueError, match=message):
-            fair(**output, **rest, output_dict=output_dict)
-    assert not fair.miner.visits.any() and fair.fairness.queue.isnan().all()
+            fair(**output, **rest)
+    assert not fair.miner.memory.visits.any() and fair.fairness.queue.isnan().all()
 
 
 def code_2(groups):
@@ -754,14 +771,10 @@ def assert_same_memory(one, other):
 
 @pytest.mark.parametrize("unit", ["pair", "batch"])
 def test_what_comes_late_is_refused_before_anything_is_recorded(unit):
-    """Features for the scores, positions past the end, terms that do not fit the base."""
+    """Features for the scores, terms of other lengths, positions past the end."""
     miner = BadPairMiner(1 if unit == "batch" else 40)
-    fair = FairLoss(
-        OwnLoss(),
-        miner,
-        SinkhornFairnessLoss(num_groups=1, queue_size=2),
-        mining_unit=unit,
-    )
+    fairness = SinkhornFairnessLoss(num_groups=1, queue_size=2)
+    fair = FairLoss(OwnLoss(), miner, fairness, mining_unit=unit)
     step = {
         "distances": torch.arange(3.0),
         "pair_ids": torch.arange(3),
@@ -771,13 +784,11 @@ def test_what_comes_late_is_refused_before_anything_is_recorded(unit):
     fair.score = "similarity"
     with pytest.raises(ValueError, match="needs image_features"):
         fair(**step)
+    fair.score, fair.base_loss = "loss", Uneven()
+    with pytest.raises(ValueError, match=r"B = 3, got distance_loss of shape \(2,\)"):
+        fair(**step)
     assert_same_memory(fair, before)
-    fair.score = "loss"
-    fair.base_loss.named = ("other_loss",)
-    with pytest.raises(ValueError, match="but the base loss returned"):
-        fair(**step, output_dict=True)
-    assert_same_memory(fair, before)
-    fair.base_loss.named = ("distance_loss",)
+    fair.base_loss = OwnLoss()
     fair(**step)
     assert miner.report().visits.sum() == (1 if unit == "batch" else 3)
     if unit == "batch":
@@ -792,19 +803,12 @@ class Uneven(OwnLoss):
         return PairTerms(distances, {"distance_loss": distances[:2]})
 
 
-def test_terms_of_different_lengths_are_refused_before_anything_is_recorded():
-    fair = FairLoss(Uneven(), BadPairMiner(3))
-    with pytest.raises(ValueError, match=r"B = 3, got distance_loss of shape \(2,\)"):
-        fair(distances=torch.ones(3), pair_ids=torch.arange(3))
-    assert not fair.miner.visits.any()
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"pair_ids": IDS.tolist()}, "pair_ids must be a tensor, got list"),
-        ({"pair_ids": IDS[:3]}, r"must both have shape \(B,\), got \(10,\) and \(3,\)"),
-        ({"pair_ids": IDS + 40}, r"pair_ids must lie in 0\.\.39"),
+        ({"pair_ids": IDS[:3]}, r"pair_ids must have one row for each of the 10 pairs .*\(3,\)"),
+        ({"pair_ids": IDS.float()}, "pair_ids must be integers"),
         ({"pair_ids": None}, "the miner needs pair_ids"),
         ({"groups": GROUPS.tolist()}, "group codes must be a tensor, got list"),
         ({"groups": {"a": GROUPS[:, 0], "b": GROUPS[:3, 1]}}, r"'a': \(10,\), 'b': \(3,\)"),
@@ -813,39 +817,12 @@ def test_terms_of_different_lengths_are_refused_before_anything_is_recorded():
         ({"image_features": None}, "several processes need image_features"),
     ],
 )
-def test_what_cannot_be_gathered_is_refused(monkeypatch, wrong, message):
-    """The other process's part stands for itself: what is wrong here is seen before it matters."""
-    monkeypatch.setattr(
-        torch.distributed, "all_gather", lambda out, mine: [part.copy_(mine) for part in out]
-    )
+def test_what_cannot_be_gathered_is_refused_without_an_exchange(wrong, message):
     fair = parts()
     fair.processes = Processes(0, 2)
-    with pytest.raises(ValueError, match=f"process 0: .*{message}"):
+    with pytest.raises(ValueError, match=message):
         fair(**(model_output() | metadata() | wrong))
-    assert not fair.miner.visits.any() and fair.fairness.queue.isnan().all()
-
-
-def test_arguments_that_do_not_fit_the_base():
-    output = model_output()
-    fair = FairLoss(ClipLoss())
-    values = list(output.values())
-    # The bias came to ClipLoss with open_clip 3.
-    with pytest.raises(ValueError, match=r"at most [45] positional .*image_features.*, got 7"):
-        fair(*values, *values, values[0])
-    with pytest.raises(ValueError, match="expected image_features once, got it by position and"):
-        fair(values[0], **output)
-    with pytest.raises(ValueError, match=r"ClipLoss needs 'logit_scale' in .* got \['image_feat"):
-        FairLoss(ClipLoss(), Fixed(torch.ones(40)))(*values[:2], pair_ids=torch.arange(10))
-
-
-def test_output_dict_by_position():
-    output = model_output()
-    positional = inspect.signature(ClipLoss.forward).parameters
-    values = [*output.values(), *([None] if "logit_bias" in positional else [])]
-    expected = ClipLoss()(*values, True)
-    got = FairLoss(ClipLoss())(*values, True)
-    assert got.keys() == expected.keys()
-    assert torch.equal(got["contrastive_loss"], expected["contrastive_loss"])
+    assert not fair.miner.memory.visits.any() and fair.fairness.queue.isnan().all()
 
 
 # ------------------------------ precision, devices, compilation
@@ -861,7 +838,9 @@ def test_autocast(kind, score):
         base = BASES[kind]()(**output, output_dict=True)
     assert result["fairness_loss"].dtype == torch.float32
     for name, value in base.items():
-        assert torch.equal(result[name].float(), value.float())
+        # open_clip's distillation is rounded to bfloat16, these terms are not.
+        near = 1e-2 if name == "distill_loss" else 1e-3
+        torch.testing.assert_close(result[name].float(), value.float(), rtol=near, atol=near)
     assert fair.last.pair_losses.dtype == torch.float32
     assert all(torch.isfinite(g).all() for g in gradients(result, output))
 
@@ -881,13 +860,6 @@ def test_half_precision(kind, dtype):
         [x for x in output.values() if x.requires_grad], gradients(result, output), strict=True
     ):
         assert grad.dtype == dtype and torch.isfinite(grad).all() and grad.shape == leaf.shape
-
-
-@pytest.mark.parametrize("kind", BASES)
-def test_float64_stays_float64(kind):
-    output = model_output(kind, dtype=torch.float64)
-    result = parts(kind)(**output, **metadata(), output_dict=True)
-    assert {value.dtype for value in result.values()} == {torch.float64}
 
 
 @pytest.mark.parametrize("score", ["loss", "similarity", "official"])
@@ -917,12 +889,11 @@ def test_compiles_into_one_graph(kind):
             torch.testing.assert_close(got[name], value)
         for a, b in zip(gradients(got, output), gradients(expected, output), strict=True):
             torch.testing.assert_close(a, b)
-    assert torch.equal(inner.miner.visits, eager.miner.visits)
+    assert torch.equal(inner.miner.memory.visits, eager.miner.memory.visits)
     torch.testing.assert_close(inner.fairness.queue, eager.fairness.queue, equal_nan=True)
 
 
-@pytest.mark.parametrize("score", ["similarity", "official"])
-@pytest.mark.parametrize("unit", ["pair", "batch"])
+@pytest.mark.parametrize(("score", "unit"), [("similarity", "batch"), ("official", "pair")])
 def test_compiles_with_other_scores_and_units(score, unit):
     torch._dynamo.reset()
     options = {"score": score, "mining_unit": unit}
@@ -944,7 +915,8 @@ def test_a_training_run_lowers_the_term():
         optimizer = torch.optim.Adam(tower.parameters(), 0.02)
         for _ in range(60):
             image = F.normalize(tower(hidden + noise), dim=1)
-            loss = fair(image, F.normalize(hidden, dim=1), torch.tensor(5.0), groups=group)
+            out = pairs_of(image, F.normalize(hidden, dim=1), torch.tensor(5.0))
+            loss = fair(**out, groups=group)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

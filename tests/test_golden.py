@@ -13,10 +13,10 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from host_runs import arguments, rows_of
 from open_clip.loss import DistillClipLoss, SigLipLoss
 from tiny_clip import HAS_LOCAL_DIR, write_model, write_pairs
 from torch import Tensor
+from training_runs import arguments, rows_of
 
 from fairclip_losses import BadPairMiner, FairLoss, SinkhornFairnessLoss, sinkhorn_divergence, train
 from fairclip_losses.presets import build_fair_loss
@@ -66,7 +66,8 @@ def _miner(**options: object) -> dict[str, Tensor]:
 
 
 def _features(draw: torch.Generator, count: int) -> Tensor:
-    return torch.nn.functional.normalize(torch.randn(count, 8, generator=draw), dim=1)
+    # In float64: in float32 the order of the sums would move more than 1e-6 of the gradients.
+    return torch.nn.functional.normalize(torch.randn(count, 8, generator=draw).double(), dim=1)
 
 
 LOSSES = {
@@ -85,16 +86,16 @@ def _model_out(name: str, draw: torch.Generator, ids: Tensor) -> dict[str, Tenso
     out = {
         "image_features": images.requires_grad_(),
         "text_features": texts,
-        "logit_scale": torch.tensor(10.0, requires_grad=True),
+        "logit_scale": torch.tensor(10.0, dtype=torch.float64, requires_grad=True),
     }
     if name == "siglip":
-        out["logit_bias"] = torch.tensor(-5.0)
+        out["logit_bias"] = torch.tensor(-5.0, dtype=torch.float64)
     if name == "distill":
         out |= {f"dist_{side}_features": _features(draw, count) for side in ("image", "text")}
-        out["dist_logit_scale"] = torch.tensor(8.0)
+        out["dist_logit_scale"] = torch.tensor(8.0, dtype=torch.float64)
     if name == "coca":
         out["labels"] = torch.randint(0, 11, (count, 5), generator=draw)
-        out["logits"] = torch.randn(count, 5, 11, generator=draw)
+        out["logits"] = torch.randn(count, 5, 11, generator=draw).double()
     return out
 
 

@@ -85,7 +85,7 @@ def arguments(tmp_path):
     ]
 
 
-@pytest.mark.filterwarnings("default")  # the host's own
+@pytest.mark.filterwarnings("default")  # open_clip's own
 def test_the_training_sees_balanced_batches_and_goes_on_with_them(arguments):
     def heard(*flags):
         callback = events.register(Groups())

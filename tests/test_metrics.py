@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -15,10 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, roc_auc_score
 
-from fairclip_losses import metrics
 from fairclip_losses.data import CodeBook
 from fairclip_losses.metrics import (
-    accuracy,
     between_group_disparity,
     demographic_parity_difference,
     equalized_odds_difference,
@@ -30,6 +28,8 @@ from fairclip_losses.metrics import (
 
 EXACT = {"rel": 0, "abs": 1e-12}
 SEEDS = st.integers(0, 2**32 - 1)
+drawn = settings(deadline=None, max_examples=30)
+ONE_CLASS = pytest.mark.filterwarnings("ignore:.*one class only:UserWarning")
 FAIRLEARN = tuple(map(int, fairlearn_version.split(".")[:2]))
 
 
@@ -66,18 +66,22 @@ def one_vs_rest_loop(y, scores, weights=None):
 # AUC
 
 
-@settings(deadline=None)
+@ONE_CLASS
+@drawn
 @given(SEEDS, st.sampled_from([2, 3, 6]), st.booleans())
-def test_roc_auc_is_scikit_learns(seed, classes, weighted):
-    y, scores, _, _, weights = sample(seed, classes)
-    weights = weights if weighted else None
+def test_roc_auc_is_scikit_learns_also_within_groups(seed, classes, weighted):
+    y, scores, _, group, weights = sample(seed, classes)
+    given_weights, weights = (weights, weights) if weighted else (None, np.ones(len(y)))
     expected = one_vs_rest_loop(y, scores, weights)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        assert roc_auc(y, scores, weights) == pytest.approx(expected, nan_ok=True, **EXACT)
+    assert roc_auc(y, scores, given_weights) == pytest.approx(expected, nan_ok=True, **EXACT)
+    expected = [
+        one_vs_rest_loop(y[group == g], scores[group == g], weights[group == g]) for g in range(4)
+    ]
+    values = group_roc_auc(y, scores, group, num_groups=4, sample_weight=given_weights)
+    np.testing.assert_allclose(values, expected, rtol=0, atol=1e-12)
 
 
-@settings(deadline=None)
+@drawn
 @given(SEEDS, st.sampled_from([3, 5]))
 def test_multi_class_auc_is_scikit_learns_own_macro_average(seed, classes):
     y, scores, *_ = sample(seed, classes, size=50)
@@ -87,6 +91,7 @@ def test_multi_class_auc_is_scikit_learns_own_macro_average(seed, classes):
     assert roc_auc(y, scores) == pytest.approx(expected, **EXACT)
 
 
+@drawn
 @given(SEEDS)
 def test_roc_auc_counts_pairs(seed):
     y, scores, *_ = sample(seed)
@@ -98,6 +103,7 @@ def test_roc_auc_counts_pairs(seed):
         assert roc_auc(y, np.exp(3 * scores)) == pytest.approx(np.mean(wins), **EXACT)
 
 
+@drawn
 @given(SEEDS)
 def test_an_integer_weight_is_a_repetition(seed):
     y, scores, predicted, group, _ = sample(seed)
@@ -106,9 +112,6 @@ def test_an_integer_weight_is_a_repetition(seed):
     count[:2] = 1
     many = np.repeat(np.arange(len(y)), count)
     assert roc_auc(y, scores, count) == pytest.approx(roc_auc(y[many], scores[many]), **EXACT)
-    assert accuracy(y, predicted, count) == pytest.approx(
-        accuracy(y[many], predicted[many]), **EXACT
-    )
     assert equalized_odds_difference(y, predicted, group, sample_weight=count) == pytest.approx(
         equalized_odds_difference(y[many], predicted[many], group[many]), nan_ok=True, **EXACT
     )
@@ -116,74 +119,37 @@ def test_an_integer_weight_is_a_repetition(seed):
 
 def test_two_score_columns_are_two_one_vs_rest_tasks():
     assert roc_auc([0, 1, 1], [[0.9, 0.1], [0.2, 0.8], [0.95, 0.05]]) == 0.5
+    assert roc_auc(torch.tensor([0, 1, 1]), torch.tensor([0.1, 0.9, 0.05])) == 0.5
 
 
-@pytest.mark.parametrize("y", [[0, 0, 0], [1, 1, 1]])
-def test_one_class_has_no_auc(y):
-    with pytest.warns(UserWarning, match="one class only"):
-        assert math.isnan(roc_auc(y, [0.1, 0.2, 0.3]))
-    with pytest.warns(UserWarning, match="one class only"):
-        assert math.isnan(roc_auc([0, 0, 1], [0.1, 0.2, 0.3], [1, 1, 0]))
-
-
-# AUC of groups
-
-
-@settings(deadline=None)
-@given(SEEDS, st.sampled_from([2, 4]), st.booleans())
-def test_group_roc_auc_is_a_loop_over_groups(seed, classes, weighted):
-    y, scores, _, group, weights = sample(seed, classes)
-    weights = weights if weighted else np.ones(len(y))
-    expected = [
-        one_vs_rest_loop(y[group == g], scores[group == g], weights[group == g]) for g in range(4)
-    ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        values = group_roc_auc(y, scores, group, num_groups=4, sample_weight=weights)
-    np.testing.assert_allclose(values, expected, rtol=0, atol=1e-12)
-
-
-def test_a_batch_of_group_1_alone_is_not_filed_under_group_0():
-    values = group_roc_auc([0, 1, 1], [0.1, 0.9, 0.05], [1, 1, 1], num_groups=2)
-    assert math.isnan(values[0]) and values[1] == 0.5
-    report = fairness_report(
-        [0, 1, 1],
-        [0.1, 0.9, 0.05],
-        {"sex": [1, 1, 1]},
-        labels={"sex": ("f", "m")},
-        n_bootstrap=0,
-    )
-    women, men = report.attributes["sex"].groups
-    assert (women.count, men.count) == (0, 3)
-    assert math.isnan(women.auc.value) and math.isnan(women.accuracy.value)
-    assert men.auc.value == 0.5
-    assert men.accuracy.value == pytest.approx(2 / 3, **EXACT)
-
-
-@pytest.mark.parametrize("code", [2, -2, 2**40])
-def test_a_group_code_out_of_range_is_refused(code):
-    y, scores, groups = [0, 1, 1], [0.1, 0.9, 0.05], [0, 1, code]
-    with pytest.raises(ValueError, match=rf"expected groups in -1\.\.1, got {code}"):
-        group_roc_auc(y, scores, groups, num_groups=2)
-    with pytest.raises(ValueError, match=rf"attribute 'sex': expected groups in -1.*, got {code}"):
-        fairness_report(y, scores, {"sex": groups}, labels={"sex": ("f", "m")})
-
-
-def test_a_group_of_one_class_warns():
+def test_one_class_has_no_auc():
+    for y, weights in (([0, 0, 0], None), ([1, 1, 1], None), ([0, 0, 1], [1, 1, 0])):
+        with pytest.warns(UserWarning, match="one class only"):
+            assert math.isnan(roc_auc(y, [0.1, 0.2, 0.3], weights))
     with pytest.warns(UserWarning, match="group 1 holds one class only"):
         values = group_roc_auc([0, 1, 1], [0.1, 0.9, 0.5], [0, 0, 1])
     np.testing.assert_array_equal(values, [1.0, np.nan])
 
 
-# Accuracy and gaps
+def test_a_class_missing_from_a_group_leaves_only_that_groups_mean():
+    y = np.array([0, 1, 2, 0, 1, 0, 1])
+    scores = np.random.default_rng(0).random((7, 3))
+    group = np.array([0, 0, 0, 1, 1, 1, 1])
+    expected = [roc_auc_score(y[3:] == k, scores[3:, k]) for k in (0, 1)]
+    assert group_roc_auc(y, scores, group)[1] == pytest.approx(np.mean(expected), **EXACT)
 
 
-@given(SEEDS, st.sampled_from([2, 5]))
-def test_accuracy_is_scikit_learns(seed, classes):
-    y, _, predicted, _, weights = sample(seed, classes)
-    assert accuracy(y, predicted) == pytest.approx(accuracy_score(y, predicted), **EXACT)
-    expected = accuracy_score(y, predicted, sample_weight=weights)
-    assert accuracy(y, predicted, weights) == pytest.approx(expected, **EXACT)
+def test_a_batch_of_group_1_alone_is_not_filed_under_group_0():
+    y, scores, groups = [0, 1, 1], [0.1, 0.9, 0.05], [1, 1, 1]
+    np.testing.assert_array_equal(group_roc_auc(y, scores, groups, num_groups=2), [np.nan, 0.5])
+    report = fairness_report(y, scores, {"sex": groups}, labels={"sex": "fm"}, n_bootstrap=0)
+    women, men = report.attributes["sex"].groups
+    assert (women.count, men.count) == (0, 3)
+    assert math.isnan(women.auc.value) and math.isnan(women.accuracy.value)
+    assert men.auc.value == 0.5 and men.accuracy.value == pytest.approx(2 / 3, **EXACT)
+
+
+# Gaps
 
 
 def one_vs_rest_fairlearn(function, classes, y, predicted, **options):
@@ -192,7 +158,7 @@ def one_vs_rest_fairlearn(function, classes, y, predicted, **options):
     return np.mean([function(y == k, predicted == k, **options) for k in range(classes)])
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=15)
 @given(SEEDS, st.sampled_from([2, 4]), st.booleans())
 def test_gaps_are_fairlearns(seed, classes, weighted):
     # With few samples in a group, classes are often missing from it.
@@ -207,20 +173,13 @@ def test_gaps_are_fairlearns(seed, classes, weighted):
         "sample_weight": None if weights is None else weights[known],
     }
     ours = {"num_classes": classes, "sample_weight": weights}
-    expected = one_vs_rest_fairlearn(
-        fairlearn_metrics.demographic_parity_difference,
-        classes,
-        y[known],
-        predicted[known],
-        **options,
-    )
-    value = demographic_parity_difference(predicted, group, **ours)
-    assert value == pytest.approx(expected, **EXACT)
-    expected = one_vs_rest_fairlearn(
-        fairlearn_metrics.equalized_odds_difference, classes, y[known], predicted[known], **options
-    )
-    value = equalized_odds_difference(y, predicted, group, **ours)
-    assert value == pytest.approx(expected, **EXACT)
+    for name, value in (
+        ("demographic_parity_difference", demographic_parity_difference(predicted, group, **ours)),
+        ("equalized_odds_difference", equalized_odds_difference(y, predicted, group, **ours)),
+    ):
+        function = getattr(fairlearn_metrics, name)
+        expected = one_vs_rest_fairlearn(function, classes, y[known], predicted[known], **options)
+        assert value == pytest.approx(expected, **EXACT), name
 
 
 def test_a_rate_that_does_not_exist_counts_as_zero_or_not_at_all():
@@ -228,7 +187,7 @@ def test_a_rate_that_does_not_exist_counts_as_zero_or_not_at_all():
     y, predicted, group = [1, 0, 0, 0, 0], [1, 1, 0, 1, 0], [0, 0, 0, 1, 1]
     assert equalized_odds_difference(y, predicted, group) == 1.0
     assert equalized_odds_difference(y, predicted, group, undefined_rate="skip") == 0.0
-    with pytest.raises(ValueError, match='expected undefined_rate "zero" or "skip", got \'none\''):
+    with pytest.raises(ValueError, match="undefined_rate must be one of zero, skip, got 'none'"):
         equalized_odds_difference(y, predicted, group, undefined_rate="none")
 
 
@@ -245,8 +204,8 @@ def test_a_class_that_never_occurs_has_a_false_positive_gap_alone():
 
 
 def test_heavy_weights_do_not_swallow_light_ones():
-    y, predicted, group = [1, 0, 0, 1, 0], [1, 1, 0, 1, 0], [0, 0, 0, 1, 1]
     weights = [1e17, 1, 1, 1, 1]
+    y, predicted, group = [1, 0, 0, 1, 0], [1, 1, 0, 1, 0], [0, 0, 0, 1, 1]
     assert equalized_odds_difference(y, predicted, group, sample_weight=weights) == 0.5
 
 
@@ -258,6 +217,7 @@ def test_one_group_or_none():
     assert math.isnan(equalized_odds_difference(y, predicted, [-1, -1, -1]))
 
 
+@drawn
 @given(st.floats(0.01, 1), st.lists(st.floats(0, 1) | st.just(math.nan), min_size=1, max_size=6))
 def test_equity_scaled_and_disparity_are_their_formulas(overall, values):
     known = [value for value in values if not math.isnan(value)]
@@ -307,60 +267,67 @@ def test_bad_samples(y, scores, message):
         fairness_report(y, scores, {})
 
 
+BINARY = ([0, 1], [0.1, 0.9])
+DPD, EOD = demographic_parity_difference, equalized_odds_difference
+
+
 @pytest.mark.parametrize(
-    ("weights", "message"),
+    ("call", "message"),
     [
-        ([1.0], r"sample_weight of shape \(2,\), got \(1,\)"),
-        ([1.0, -1.0], "not negative"),
-        ([1.0, math.nan], "finite"),
-        ([0.0, 0.0], "not all 0"),
+        (lambda: roc_auc(*BINARY, [1.0]), r"sample_weight of shape \(2,\), got \(1,\)"),
+        (lambda: roc_auc(*BINARY, [1.0, -1.0]), "not negative"),
+        (lambda: roc_auc(*BINARY, [1.0, math.nan]), "finite"),
+        (lambda: DPD([0, 1], [0, 0], sample_weight=[0.0, 0.0]), "not all 0"),
+        (lambda: DPD([0, 2], [0, 1]), r"y_pred in 0\.\.1, got 2"),
+        (lambda: DPD([], []), r"y_pred of shape \(N,\), N >= 1, got \(0,\)"),
+        (lambda: DPD([0, 1], ["f", "m"]), "groups as integer codes, got dtype <U1"),
+        (lambda: DPD([0, 0], [0, 1], num_classes=1), "num_classes must be .* 2 or more, got 1"),
+        (lambda: DPD([0, 1], [0, -2]), r"groups of -1 \(unknown\) or more, got -2"),
+        (lambda: EOD([0, 2], [0, 1], [0, 1]), r"y_true in 0\.\.1, got 2"),
+        (lambda: EOD([0], [0, 1], [0, 1]), r"y_true of shape \(2,\), got \(1,\)"),
+        (lambda: EOD([0, 1], [0, 1], [0, 1, 1]), r"groups of shape \(2,\), got \(3,\)"),
+        (lambda: EOD([0, 1], [0, -1], [0, 1]), r"y_pred in 0\.\.1, got -1"),
+        *(
+            (lambda code=code: group_roc_auc(*BINARY, [0, code], num_groups=2), message)
+            for code in (2, -2, 2**40)
+            for message in [rf"expected groups in -1\.\.1, got {code}"]
+        ),
+        (
+            lambda: fairness_report(*BINARY, {"sex": [0, 2]}, labels={"sex": ("f", "m")}),
+            r"attribute 'sex': expected groups in -1\.\.1, got 2",
+        ),
+        (
+            lambda: fairness_report(*BINARY, {"a": [0, -2]}),
+            r"attribute 'a': expected groups of -1 \(unknown\) or more, got -2",
+        ),
+        (
+            lambda: fairness_report(*BINARY, np.array([0, 1])),
+            r"groups as a mapping, attribute name -> .*, got ndarray",
+        ),
+        *(
+            (lambda o=o: fairness_report(*BINARY, {"sex": [0, 0]}, **o), message)
+            for o, message in (
+                ({"confidence": 1.0}, "confidence between 0 and 1, got 1.0"),
+                ({"confidence": math.nan}, "confidence between 0 and 1, got nan"),
+                ({"n_bootstrap": -1}, "n_bootstrap must be an integer of 0 or more, got -1"),
+                ({"threshold": math.nan}, "finite threshold, got nan"),
+                ({"labels": {"race": ("a",)}}, r"labels for attribute 'sex', got \['race'\]"),
+            )
+        ),
     ],
 )
-def test_bad_weights(weights, message):
+def test_bad_weights_codes_and_settings(call, message):
     with pytest.raises(ValueError, match=message):
-        roc_auc([0, 1], [0.1, 0.2], weights)
-    with pytest.raises(ValueError, match=message):
-        demographic_parity_difference([0, 1], [0, 0], sample_weight=weights)
-
-
-def test_bad_codes():
-    with pytest.raises(ValueError, match=r"y_pred in 0\.\.1, got 2"):
-        demographic_parity_difference([0, 2], [0, 1])
-    with pytest.raises(ValueError, match=r"y_true in 0\.\.1, got 2"):
-        equalized_odds_difference([0, 2], [0, 1], [0, 1])
-    with pytest.raises(ValueError, match=r"groups of shape \(2,\), got \(3,\)"):
-        equalized_odds_difference([0, 1], [0, 1], [0, 1, 1])
-    with pytest.raises(ValueError, match="groups as integer codes, got dtype <U1"):
-        demographic_parity_difference([0, 1], ["f", "m"])
-    with pytest.raises(ValueError, match="num_classes of 2 or more, got 1"):
-        demographic_parity_difference([0, 0], [0, 1], num_classes=1)
-    with pytest.raises(ValueError, match=r"expected y_true of shape \(2,\), got \(1,\)"):
-        accuracy([0], [0, 1])
-    with pytest.raises(ValueError, match=r"y_pred of shape \(N,\), N >= 1, got \(0,\)"):
-        accuracy([], [])
-
-
-def test_codes_below_the_least_where_their_number_is_not_known():
-    with pytest.raises(ValueError, match=r"expected groups of -1 \(unknown\) or more, got -2"):
-        demographic_parity_difference([0, 1], [0, -2])
-    message = r"attribute 'a': expected groups of -1 \(unknown\) or more, got -2"
-    with pytest.raises(ValueError, match=message):
-        fairness_report([0, 1], [0.1, 0.9], {"a": [0, -2]})
-    with pytest.raises(ValueError, match="expected y_pred of 0 or more, got -1"):
-        accuracy([0, 1], [0, -1])
-
-
-def test_groups_without_names_are_refused():
-    with pytest.raises(ValueError, match=r"groups as a mapping, attribute name -> .*, got ndarray"):
-        fairness_report([0, 1], [0.1, 0.9], np.array([0, 1]))
-
-
-def test_tensors_and_booleans_are_taken():
-    assert roc_auc(torch.tensor([0, 1, 1]), torch.tensor([0.1, 0.9, 0.05])) == 0.5
-    assert accuracy(np.array([True, False]), [1, 1]) == 0.5
+        call()
 
 
 # The report
+
+
+GAPS = (
+    *("es_auc", "es_accuracy", "demographic_parity_difference", "equalized_odds_difference"),
+    *("auc_std_disparity", "auc_range_disparity"),
+)
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -370,46 +337,36 @@ def test_report_values_are_those_of_the_functions(classes):
     report = fairness_report(y, scores, {"race": group, "sex": other}, n_bootstrap=20)
     predicted = (scores >= 0.5).astype(int) if classes == 2 else scores.argmax(axis=1)
     assert report.auc.value == pytest.approx(roc_auc(y, scores), **EXACT)
-    assert report.accuracy.value == pytest.approx(accuracy(y, predicted), **EXACT)
+    assert report.accuracy.value == pytest.approx(accuracy_score(y, predicted), **EXACT)
     assert report.num_samples == 300 and report.num_classes == classes
     assert report.threshold == (0.5 if classes == 2 else None)
     for name, codes in {"race": group, "sex": other}.items():
         attribute = report.attributes[name]
+        size = codes.max() + 1
         aucs = group_roc_auc(y, scores, codes)
-        accuracies = [
-            accuracy(y[codes == g], predicted[codes == g]) for g in range(codes.max() + 1)
-        ]
+        rights = [accuracy_score(y[codes == g], predicted[codes == g]) for g in range(size)]
         assert attribute.unknown == (codes == -1).sum()
-        assert [g.label for g in attribute.groups] == [str(g) for g in range(codes.max() + 1)]
+        assert [g.label for g in attribute.groups] == [str(g) for g in range(size)]
         assert [g.count for g in attribute.groups] == np.bincount(codes[codes >= 0]).tolist()
-        expected = {
-            "es_auc": equity_scaled(report.auc.value, aucs),
-            "es_accuracy": equity_scaled(report.accuracy.value, accuracies),
-            "demographic_parity_difference": demographic_parity_difference(
-                predicted, codes, num_classes=classes
-            ),
-            "equalized_odds_difference": equalized_odds_difference(
-                y, predicted, codes, num_classes=classes
-            ),
-            "auc_std_disparity": between_group_disparity(report.auc.value, aucs).std,
-            "auc_range_disparity": between_group_disparity(report.auc.value, aucs).range,
-        }
-        for metric, value in expected.items():
-            assert getattr(attribute, metric).value == pytest.approx(value, **EXACT), metric
         np.testing.assert_allclose([g.auc.value for g in attribute.groups], aucs, atol=1e-12)
-        np.testing.assert_allclose(
-            [g.accuracy.value for g in attribute.groups], accuracies, atol=1e-12
+        np.testing.assert_allclose([g.accuracy.value for g in attribute.groups], rights, atol=1e-12)
+        expected = (
+            equity_scaled(report.auc.value, aucs),
+            equity_scaled(report.accuracy.value, rights),
+            demographic_parity_difference(predicted, codes, num_classes=classes),
+            equalized_odds_difference(y, predicted, codes, num_classes=classes),
+            *between_group_disparity(report.auc.value, aucs),
         )
+        for metric, value in zip(GAPS, expected, strict=True):
+            assert getattr(attribute, metric).value == pytest.approx(value, **EXACT), metric
 
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_intervals_are_those_of_a_loop_over_resamples(classes):
     y, scores, _, group, _ = sample(3, classes, size=80)
-    seed, rounds = 11, 40
-    report = fairness_report(
-        y, scores, {"race": group}, n_bootstrap=rounds, confidence=0.9, seed=seed
-    )
-    draws = np.random.default_rng(seed).integers(80, size=(rounds, 80))
+    options = {"n_bootstrap": 40, "confidence": 0.9, "seed": 11}
+    report = fairness_report(y, scores, {"race": group}, **options)
+    draws = np.random.default_rng(11).integers(80, size=(40, 80))
     loop = [fairness_report(y[i], scores[i], {"race": group[i]}, n_bootstrap=0) for i in draws]
     race = report.attributes["race"]
 
@@ -419,40 +376,29 @@ def test_intervals_are_those_of_a_loop_over_resamples(classes):
 
     check(report.auc, [r.auc.value for r in loop])
     check(report.accuracy, [r.accuracy.value for r in loop])
-    for g in range(3):
-        check(race.groups[g].auc, [r.attributes["race"].groups[g].auc.value for r in loop])
-        check(
-            race.groups[g].accuracy, [r.attributes["race"].groups[g].accuracy.value for r in loop]
-        )
-    for metric in (
-        "es_auc",
-        "es_accuracy",
-        "demographic_parity_difference",
-        "equalized_odds_difference",
-        "auc_std_disparity",
-        "auc_range_disparity",
-    ):
+    for g, attribute in itertools.product(range(3), ("auc", "accuracy")):
+        values = [getattr(r.attributes["race"].groups[g], attribute).value for r in loop]
+        check(getattr(race.groups[g], attribute), values)
+    for metric in GAPS:
         check(getattr(race, metric), [getattr(r.attributes["race"], metric).value for r in loop])
 
 
 def test_intervals_do_not_depend_on_how_the_resamples_are_cut_into_blocks(monkeypatch):
     y, scores, _, group, _ = sample(5, size=63)
     whole = fairness_report(y, scores, {"race": group}, n_bootstrap=50)
-    again = fairness_report(y, scores, {"race": group}, n_bootstrap=50)
-    assert whole == again
     assert whole != fairness_report(y, scores, {"race": group}, n_bootstrap=50, seed=1)
-    monkeypatch.setattr("fairclip_losses.report.BLOCK_SIZE", 63 * 7)
+    monkeypatch.setattr("fairclip_losses.evaluation.report.BLOCK_SIZE", 63 * 7)
     assert fairness_report(y, scores, {"race": group}, n_bootstrap=50) == whole
 
 
 def test_intervals_cover_about_as_often_as_they_say():
     rng = np.random.default_rng(0)
     truth, hits = 0.7602499389065233, 0  # P(N(1, 1) > N(0, 1)) = Phi(1 / sqrt 2)
-    for seed in range(60):
+    for seed in range(40):
         y = np.repeat([0, 1], 60)
         auc = fairness_report(y, y + rng.normal(size=120), {}, n_bootstrap=200, seed=seed).auc
         hits += auc.low <= truth <= auc.high
-    assert 50 <= hits <= 60
+    assert 34 <= hits <= 40
 
 
 def test_a_resample_without_a_value_is_left_out():
@@ -466,27 +412,13 @@ def test_a_resample_without_a_value_is_left_out():
     assert math.isfinite(report.attributes["race"].es_auc.low)
 
 
-def test_a_class_missing_from_a_group_leaves_only_that_groups_mean():
-    y = np.array([0, 1, 2, 0, 1, 0, 1])
-    scores = np.random.default_rng(0).random((7, 3))
-    group = np.array([0, 0, 0, 1, 1, 1, 1])
-    values = group_roc_auc(y, scores, group)
-    rest = group == 1
-    expected = np.mean([roc_auc_score(y[rest] == k, scores[rest, k]) for k in (0, 1)])
-    assert values[1] == pytest.approx(expected, **EXACT)
-
-
 def test_a_group_of_one_class_is_nan_left_out_and_warned_of():
     y = [0, 1, 0, 1, 1, 1]
     scores = [0.1, 0.8, 0.6, 0.4, 0.9, 0.2]
     with pytest.warns(UserWarning, match="attribute 'sex': group 'm' holds one class only"):
-        report = fairness_report(
-            y,
-            scores,
-            {"sex": [0, 0, 0, 0, 1, 1]},
-            labels=CodeBook({"sex": ("f", "m", "x"), "more": ("a",)}),
-            n_bootstrap=10,
-        )
+        labels = CodeBook({"sex": ("f", "m", "x"), "more": ("a",)})
+        groups = {"sex": [0, 0, 0, 0, 1, 1]}
+        report = fairness_report(y, scores, groups, labels=labels, n_bootstrap=10)
     sex = report.attributes["sex"]
     assert math.isnan(sex.groups[1].auc.value) and math.isnan(sex.groups[1].auc.low)
     assert sex.es_auc.value == equity_scaled(report.auc.value, [sex.groups[0].auc.value])
@@ -500,19 +432,13 @@ def test_a_group_of_one_class_is_nan_left_out_and_warned_of():
     assert "n/a" in report.table()
 
 
-def test_overall_of_one_class():
-    with pytest.warns(UserWarning, match="one class only: the AUC is NaN"):
-        report = fairness_report([1, 1], [0.1, 0.9], {}, n_bootstrap=5)
-    assert math.isnan(report.auc.value)
-    assert report.accuracy.value == 0.5
-
-
-def test_nothing_known_of_an_attribute():
-    report = fairness_report([0, 1], [0.2, 0.9], {"sex": [-1, -1]}, n_bootstrap=5)
+def test_overall_of_one_class_and_nothing_known_of_an_attribute():
+    with pytest.warns(UserWarning, match="^one class only: the AUC is NaN"):
+        report = fairness_report([1, 1], [0.1, 0.9], {"sex": [-1, -1]}, n_bootstrap=5)
     sex = report.attributes["sex"]
+    assert math.isnan(report.auc.value) and report.accuracy.value == 0.5
     assert sex.groups == () and sex.unknown == 2
     assert math.isnan(sex.es_auc.value) and math.isnan(sex.demographic_parity_difference.value)
-    assert report.auc.value == 1.0
 
 
 def test_two_columns_of_probabilities_are_binary():
@@ -523,21 +449,6 @@ def test_two_columns_of_probabilities_are_binary():
     assert one == two
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"confidence": 1.0}, "confidence between 0 and 1, got 1.0"),
-        ({"confidence": math.nan}, "confidence between 0 and 1, got nan"),
-        ({"n_bootstrap": -1}, "n_bootstrap of 0 or more, got -1"),
-        ({"threshold": math.nan}, "finite threshold, got nan"),
-        ({"labels": {"race": ("a",)}}, r"labels for attribute 'sex', got \['race'\]"),
-    ],
-)
-def test_bad_settings(options, message):
-    with pytest.raises(ValueError, match=message):
-        fairness_report([0, 1], [0.1, 0.9], {"sex": [0, 0]}, **options)
-
-
 def test_report_as_dict_rows_and_table():
     y, scores, _, group, _ = sample(1, size=60)
     report = fairness_report(
@@ -545,38 +456,19 @@ def test_report_as_dict_rows_and_table():
     )
     content = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert content["auc"]["value"] == report.auc.value
-    assert content["attributes"]["race"]["groups"][3] == {
-        "label": "d",
-        "count": 0,
-        "auc": {"value": None, "low": None, "high": None},
-        "accuracy": {"value": None, "low": None, "high": None},
-    }
+    nothing = {"value": None, "low": None, "high": None}
+    absent = {"label": "d", "count": 0, "auc": nothing, "accuracy": nothing}
+    assert content["attributes"]["race"]["groups"][3] == absent
     rows = report.to_rows()
     assert len(rows) == 2 + 6 + 2 * 4
-    assert rows[0] == {
-        "attribute": "",
-        "group": "",
-        "metric": "auc",
-        "value": report.auc.value,
-        "low": report.auc.low,
-        "high": report.auc.high,
-        "count": 60,
-    }
-    assert sum(row["count"] for row in rows if row["metric"] == "auc" and row["group"]) == (
-        60 - report.attributes["race"].unknown
-    )
+    auc = {"value": report.auc.value, "low": report.auc.low, "high": report.auc.high}
+    assert rows[0] == {"attribute": "", "group": "", "metric": "auc", **auc, "count": 60}
+    counts = [row["count"] for row in rows if row["metric"] == "auc" and row["group"]]
+    assert sum(counts) == 60 - report.attributes["race"].unknown
     table = report.table()
     assert table.startswith("60 samples, binary; [95 % interval, 10 resamples]")
     for text in ("ES-AUC", "AUC, a", "accuracy, d", "n=0", f"{report.auc.value:.3f}", "unknown"):
         assert text in table
     assert all(line == line.rstrip() for line in table.splitlines())
-
-
-def test_report_without_intervals():
-    report = fairness_report([0, 1, 1], [0.2, 0.9, 0.1], {"sex": [0, 0, 0]}, n_bootstrap=0)
-    assert math.isnan(report.auc.low) and math.isnan(report.auc.high)
-    assert "[" not in report.table()
-
-
-def test_public_names():
-    assert all(hasattr(metrics, name) for name in metrics.__all__)
+    bare = fairness_report(y, scores, {"race": group}, n_bootstrap=0)
+    assert math.isnan(bare.auc.low) and math.isnan(bare.auc.high) and "[" not in bare.table()

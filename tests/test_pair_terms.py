@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import TOKENS, VOCABULARY, gradients_of, model_output
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from torch import nn
 
@@ -21,13 +22,12 @@ from fairclip_losses.functional import (
     official_scores,
     pair_logits,
     pair_similarities,
-    reweighting,
     siglip_pair_losses,
+    weighted_mean,
 )
 from fairclip_losses.pair_terms import PairTerms, pair_terms
 
 PAD = 3
-TOKENS, VOCABULARY = 5, 7
 
 LOSSES = {
     "clip": ClipLoss(),
@@ -39,40 +39,8 @@ LOSSES = {
 SIZES = {"count": st.integers(1, 9), "dim": st.integers(1, 6), "seed": st.integers(0, 2**31)}
 
 
-def model_output(kind, count, dim=4, seed=0, dtype=torch.float64, scale=10.0):
-    """What the model of that loss gives, every floating point tensor a leaf with a gradient."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def leaf(*shape):
-        return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
-
-    def features():
-        raw = torch.randn(count, dim, generator=draw, dtype=torch.float64)
-        return F.normalize(raw, dim=1).to(dtype).requires_grad_()
-
-    output = {
-        "image_features": features(),
-        "text_features": features(),
-        "logit_scale": torch.tensor(scale, dtype=dtype, requires_grad=True),
-    }
-    if kind == "siglip":
-        output["logit_bias"] = torch.tensor(-3.0, dtype=dtype, requires_grad=True)
-    if kind == "coca":
-        output["logits"] = leaf(count, TOKENS, VOCABULARY)
-        labels = torch.randint(0, VOCABULARY, (count, TOKENS), generator=draw)
-        labels[0, 0] = 0  # one token at least is no padding
-        output["labels"] = labels
-    if kind == "distill":
-        output["dist_image_features"] = features()
-        output["dist_text_features"] = features()
-        output["dist_logit_scale"] = torch.tensor(5.0, dtype=dtype, requires_grad=True)
-    return output
-
-
-def gradients(value, output):
-    leaves = [x for x in output.values() if x.requires_grad]
-    found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+def output_of(kind, count, dim=4, seed=0, dtype=torch.float64, scale=10.0):
+    return model_output(kind, count, dim, seed, dtype, scale)
 
 
 # ------------------------------ against open_clip
@@ -82,7 +50,7 @@ def gradients(value, output):
 @settings(max_examples=25, deadline=None)
 @given(**SIZES, scale=st.floats(0.1, 100))
 def test_means_and_gradients_are_those_of_open_clip(kind, count, dim, seed, scale):
-    output = model_output(kind, count, dim, seed, scale=scale)
+    output = output_of(kind, count, dim, seed, scale=scale)
     expected = LOSSES[kind](**output, output_dict=True)
     terms = pair_terms(LOSSES[kind], output)
     assert list(terms.named) == list(expected)
@@ -90,14 +58,14 @@ def test_means_and_gradients_are_those_of_open_clip(kind, count, dim, seed, scal
         assert values.shape == (count,)
         torch.testing.assert_close(values.mean(), expected[name], rtol=1e-10, atol=1e-10)
         for got, want in zip(
-            gradients(values.mean(), output), gradients(expected[name], output), strict=True
+            gradients_of(values.mean(), output), gradients_of(expected[name], output), strict=True
         ):
             torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_positional_forms_come_in_the_order_of_the_terms(kind):
-    output = model_output(kind, 6)
+    output = output_of(kind, 6)
     plain = LOSSES[kind](**output)
     plain = plain if isinstance(plain, tuple) else (plain,)
     means = [values.mean() for values in pair_terms(LOSSES[kind], output).named.values()]
@@ -109,13 +77,13 @@ def test_positional_forms_come_in_the_order_of_the_terms(kind):
     reason="open_clip 2's ClipLoss takes no bias",
 )
 def test_clip_loss_with_a_logit_bias():
-    output = model_output("clip", 5) | {"logit_bias": torch.tensor(1.5, dtype=torch.float64)}
+    output = output_of("clip", 5) | {"logit_bias": torch.tensor(1.5, dtype=torch.float64)}
     mean = pair_terms(ClipLoss(), output).contrastive.mean()
     torch.testing.assert_close(mean, ClipLoss()(**output))
 
 
 def test_coca_records_the_unscaled_contrastive_loss():
-    output = model_output("coca", 6)
+    output = output_of("coca", 6)
     terms = pair_terms(LOSSES["coca"], output)
     torch.testing.assert_close(terms.contrastive, 2 * terms.named["contrastive_loss"])
     clip = {k: output[k] for k in ("image_features", "text_features", "logit_scale")}
@@ -124,7 +92,7 @@ def test_coca_records_the_unscaled_contrastive_loss():
 
 def test_coca_without_a_contrastive_part_keeps_its_nan_out():
     loss = CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=0.0)
-    output = model_output("coca", 6)
+    output = output_of("coca", 6)
     with torch.no_grad():
         output["image_features"][0] = math.nan
     named = pair_terms(loss, output).named
@@ -137,7 +105,7 @@ def test_coca_without_a_contrastive_part_keeps_its_nan_out():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", LOSSES)
 def test_half_precision_gives_float32_terms_near_the_loss(kind, dtype):
-    output = model_output(kind, 8, dtype=dtype)
+    output = output_of(kind, 8, dtype=dtype)
     wide = {k: v.detach().float() if v.is_floating_point() else v for k, v in output.items()}
     expected = LOSSES[kind](**wide, output_dict=True)
     for name, values in pair_terms(LOSSES[kind], output).named.items():
@@ -147,8 +115,44 @@ def test_half_precision_gives_float32_terms_near_the_loss(kind, dtype):
 
 def test_float64_stays_float64():
     for kind, loss in LOSSES.items():
-        for values in pair_terms(loss, model_output(kind, 4)).named.values():
+        for values in pair_terms(loss, output_of(kind, 4)).named.values():
             assert values.dtype == torch.float64
+
+
+# ------------------------------ one pass over the matrix
+
+
+@pytest.mark.parametrize("function", [clip_pair_losses, siglip_pair_losses])
+@pytest.mark.parametrize("entries", [1, 20, 2**18])
+def test_blocks_of_rows_change_nothing(function, entries, monkeypatch):
+    """Values by the double loops below; gradients by finite differences."""
+    logits = torch.from_numpy(random_logits(7, 0)).requires_grad_()
+    whole = function(logits)
+    monkeypatch.setattr("fairclip_losses.functional.pairs.BLOCK_ENTRIES_CPU", entries)
+    torch.testing.assert_close(function(logits), whole)
+    assert torch.autograd.gradcheck(function, (logits,))
+
+
+@pytest.mark.parametrize("function", [clip_pair_losses, siglip_pair_losses])
+def test_what_the_symmetric_forms_refuse(function):
+    for shape in ((3, 4), (3,), (2, 3, 3)):
+        with pytest.raises(ValueError, match=r"logits must be \(B, B\), got"):
+            function(torch.zeros(shape))
+    logits = torch.randn(3, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(function(logits).square().sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@settings(max_examples=25, deadline=None)
+@given(count=st.integers(1, 7), seed=st.integers(0, 2**31))
+def test_rows_of_both_sides_are_the_symmetric_form(count, seed):
+    logits = torch.from_numpy(random_logits(count, seed)).requires_grad_()
+    draw = torch.randn(count, dtype=torch.float64)
+    one, other = clip_pair_losses(logits), clip_pair_losses(logits, logits.t())
+    torch.testing.assert_close(one, other)
+    grads = [torch.autograd.grad(losses @ draw, logits)[0] for losses in (one, other)]
+    torch.testing.assert_close(*grads)
 
 
 # ------------------------------ against double loops
@@ -233,7 +237,7 @@ def test_distill_pair_losses_loop(count, seed):
 @settings(max_examples=30, deadline=None)
 @given(count=st.integers(1, 7), dim=st.integers(1, 5), seed=st.integers(0, 2**31))
 def test_official_scores_and_similarities_are_diagonals(count, dim, seed):
-    output = model_output("siglip", count, dim, seed)
+    output = output_of("siglip", count, dim, seed)
     logits = pair_logits(**output)
     per_text = logits.T
     torch.testing.assert_close(official_scores(logits), (logits @ per_text.T).diagonal())
@@ -241,7 +245,7 @@ def test_official_scores_and_similarities_are_diagonals(count, dim, seed):
 
 
 def test_scores_of_half_precision_are_float32():
-    output = model_output("clip", 4, dtype=torch.bfloat16)
+    output = output_of("clip", 4, dtype=torch.bfloat16)
     assert pair_similarities(**output).dtype == torch.float32
     assert official_scores(pair_logits(**output)).dtype == torch.float32
 
@@ -253,19 +257,20 @@ def test_scores_of_half_precision_are_float32():
 @settings(max_examples=60, deadline=None)
 @given(
     pairs=st.lists(
-        st.tuples(st.floats(-100, 100), st.one_of(st.just(1.0), st.floats(1e-6, 4))),
+        st.tuples(st.floats(-100, 100), st.one_of(st.sampled_from([0.0, 1.0]), st.floats(1e-6, 4))),
         min_size=1,
         max_size=12,
     )
 )
-def test_reweighting_is_the_weighted_mean(normalization, pairs):
-    terms = torch.tensor([value for value, _ in pairs], dtype=torch.float64, requires_grad=True)
+def test_weighted_mean_by_a_loop(normalization, pairs):
+    terms = [value if weight else math.nan for value, weight in pairs]
+    terms = torch.tensor(terms, dtype=torch.float64, requires_grad=True)
     weights = torch.tensor([w for _, w in pairs], dtype=torch.float64)
     total = 0.0
     for value, weight in pairs:
         total += weight * value
-    below = len(pairs) if normalization == "batch" else sum(w for _, w in pairs)
-    got = terms.mean() + reweighting(terms, weights, normalization)
+    below = len(pairs) if normalization == "batch" else sum(w for _, w in pairs) or 1.0
+    got = weighted_mean(terms, weights, normalization)
     assert float(got.detach()) == pytest.approx(total / below, rel=1e-9, abs=1e-9)
     got.backward()
     np.testing.assert_allclose(terms.grad, weights / below, rtol=1e-9, atol=1e-12)
@@ -275,21 +280,18 @@ def test_reweighting_is_the_weighted_mean(normalization, pairs):
 @pytest.mark.parametrize(
     "values", [[], [1.0, 2.0], [math.nan, 1.0], [math.inf, -math.inf, 3.0], [1e38] * 5]
 )
-def test_reweighting_by_ones_is_exactly_zero(normalization, values):
-    terms = torch.tensor(values, requires_grad=True)
-    change = reweighting(terms, torch.ones(len(values)), normalization)
-    change.backward()
-    assert torch.equal(change.detach(), torch.zeros(()))
-    assert torch.equal(terms.grad, torch.zeros(len(values)))
+def test_under_equal_weights_it_is_the_mean(normalization, values):
+    terms = torch.tensor(values)
+    mean = weighted_mean(terms, torch.ones(len(values)), normalization)
+    torch.testing.assert_close(mean, terms.mean(), equal_nan=True)
 
 
-def test_reweighting_errors():
-    with pytest.raises(ValueError, match="normalization must be 'batch' or 'weights', got 'sum'"):
-        reweighting(torch.ones(2), torch.ones(2), "sum")
-    with pytest.raises(ValueError, match=r"\(B,\), got \(2,\) and \(3,\)"):
-        reweighting(torch.ones(2), torch.ones(3))
-    with pytest.raises(ValueError, match=r"\(B,\), got \(\) and \(\)"):
-        reweighting(torch.ones(()), torch.ones(()))
+def test_weighted_mean_errors():
+    with pytest.raises(ValueError, match="normalization must be one of batch, weights, got 'sum'"):
+        weighted_mean(torch.ones(2), torch.ones(2), "sum")
+    for terms, weights in (((2,), (3,)), ((), ())):
+        with pytest.raises(ValueError, match=re.escape(f"(B,), got {terms} and {weights}")):
+            weighted_mean(torch.ones(terms), torch.ones(weights))
 
 
 # ------------------------------ which loss is known
@@ -313,13 +315,23 @@ class MyClipLoss(ClipLoss):
     pass
 
 
+class OtherForward(ClipLoss):
+    def forward(self, **model_out):
+        return 2 * super().forward(**model_out)
+
+
+class NoTerms(OwnLoss):
+    def pair_terms(self, distances):
+        return PairTerms(distances, {})
+
+
 def test_a_loss_of_ones_own():
     terms = pair_terms(OwnLoss(), {"distances": torch.tensor([1.0, 2.0])})
     assert terms.contrastive.tolist() == [1.0, 4.0]
 
 
 def test_a_subclass_counts_as_its_parent():
-    output = model_output("clip", 4)
+    output = output_of("clip", 4)
     torch.testing.assert_close(
         pair_terms(MyClipLoss(), output).contrastive.mean(), ClipLoss()(**output)
     )
@@ -328,9 +340,13 @@ def test_a_subclass_counts_as_its_parent():
 def test_unknown_losses_and_outputs_are_refused():
     with pytest.raises(ValueError, match=r"WrongLoss\.pair_terms must return PairTerms, got Tens"):
         pair_terms(WrongLoss(), {"distances": torch.ones(2)})
+    with pytest.raises(ValueError, match="must name at least one term, got none"):
+        pair_terms(NoTerms(), {"distances": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"OtherForward has a forward of its own, .* of ClipLoss"):
+        pair_terms(OtherForward(), output_of("clip", 4))
     with pytest.raises(ValueError, match=r"expected a ClipLoss, SigLipLoss.* got Linear"):
         pair_terms(nn.Linear(2, 2), {})
-    output = model_output("clip", 4)
+    output = output_of("clip", 4)
     del output["text_features"]
     with pytest.raises(ValueError, match=r"ClipLoss needs 'text_features' .* got \['image_fea"):
         pair_terms(ClipLoss(), output)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
-from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
-from sinkhorn_cases import POWERS, clouds, one_thread, random_problem
+from sinkhorn_cases import POWERS, as_on_an_accelerator, clouds, one_thread, random_problem
+from sinkhorn_reference import cost_matrix
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairclip_losses.ops import SinkhornResult, sinkhorn_divergence, sinkhorn_solve
-from fairclip_losses.ops.kernels.dense import DenseKernel
-from fairclip_losses.ops.kernels.line import LaplaceLine
-from fairclip_losses.ops.kernels.streamed import StreamedKernel
-from fairclip_losses.ops.options import SinkhornOptions
-from fairclip_losses.ops.reference import cost_matrix
+from fairclip_losses.ops.dense import DenseKernel
+from fairclip_losses.ops.line import LaplaceLine
+from fairclip_losses.ops.streamed import StreamedKernel
 
 BACKENDS = {1: ("dense", "streamed", "prefix"), 2: ("dense", "streamed")}
 
@@ -70,36 +68,40 @@ def test_backends_agree_on_ragged_problems(p, one, other):
 
 @pytest.mark.parametrize(
     ("kind", "p", "dimension"),
-    [(StreamedKernel, 1, 1), (StreamedKernel, 2, 3), (LaplaceLine, 1, 1)],
-)
+    [
+        (StreamedKernel, 1, 1), (StreamedKernel, 2, 3), (StreamedKernel, 1, 20),
+        (StreamedKernel, 2, 20), (LaplaceLine, 1, 1),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("blur", [1e-3, 0.3, 30.0])
-def test_operators_are_those_of_the_dense_kernel(kind, p, dimension, blur):
-    """Every operator, on points with ties and with absent ones, to rounding."""
-    x, y, _, b = random_problem(40, 50, rows=3, dimension=dimension)
+@pytest.mark.parametrize("layout", ["common", "rows of weights", "clouds"])
+def test_operators_are_those_of_the_dense_kernel(kind, p, dimension, blur, layout, monkeypatch):
+    """Every operator, in many tiles, on points with ties and with absent ones, to rounding."""
+    monkeypatch.setattr("fairclip_losses.ops.streamed._TILE_ENTRIES", 200)
+    x, y, a, b = random_problem(40, 50, rows=3, dimension=dimension)
     x, y = x.round(decimals=1), y.round(decimals=1)
-    log_b = torch.where(b > 0.3, b, 0.0).log()
-    g = torch.sin(3 * y[:, 0]).expand(3, -1)
+    if layout == "common":
+        x, a = y, b[0]
+    if layout == "clouds":
+        y = torch.stack([y, y + 0.2])[:, None]
+    log_a, log_b = (torch.where(w > 0.3, w, 0.0).log() for w in (a, b))
+    g = torch.sin(3 * x[:, 0].mean() + torch.arange(50.0)).double().expand(3, -1)
     dense, kernel = DenseKernel(x, y, p), kind(x, y) if kind is LaplaceLine else kind(x, y, p)
     epsilon = blur**p
-    there, here = dense, kernel.transposed.transposed
-    torch.testing.assert_close(
-        here.softmin(epsilon, log_b, g), there.softmin(epsilon, log_b, g), rtol=1e-10, atol=1e-11
-    )
-    torch.testing.assert_close(
-        here.pull(epsilon, log_b, g), there.pull(epsilon, log_b, g), rtol=1e-7, atol=1e-9
-    )
-    places = y[:, 0]
-    torch.testing.assert_close(
-        here.average(epsilon, log_b, g, places), there.average(epsilon, log_b, g, places),
-        rtol=1e-7, atol=1e-9,
-    )  # fmt: skip
-
-
-def test_streaming_crosses_its_blocks(monkeypatch):
-    x, y, a, b = random_problem(30, 20, rows=2, dimension=2)
-    whole = sinkhorn_divergence(x, y, a, b, blur=0.5, backend="streamed")
-    monkeypatch.setattr("fairclip_losses.ops.kernels.blocks._BLOCK", 800)
-    torch.testing.assert_close(sinkhorn_divergence(x, y, a, b, blur=0.5, backend="streamed"), whole)
+    # products lose half of the digits of points that meet
+    close = {"rtol": 1e-10, "atol": 1e-11 if p == 2 or kind is LaplaceLine else 5e-7}
+    softmin = dense.softmin(epsilon, log_b, g)
+    torch.testing.assert_close(kernel.softmin(epsilon, log_b, g), softmin, **close)
+    f, g_next = kernel.update(epsilon, log_a, log_b, g)
+    _, due = dense.update(epsilon, log_a, log_b, g)
+    # g may stay as it is where b is 0, and a pass moves it by some 700 epsilon at most
+    there = (log_b > -torch.inf) & ((due - g).abs() < 600 * epsilon)
+    torch.testing.assert_close(f, softmin, **close)
+    torch.testing.assert_close(g_next.expand_as(due)[there], due[there], **close)
+    back = kernel.transposed.transposed.gradient(epsilon, log_b, g)
+    scale = 1.0 if p == 2 or kind is LaplaceLine else 1e3
+    rounding = {"rtol": 1e-7, "atol": scale * 1e-9 * max(1.0, 1e-2 / blur) ** p}
+    torch.testing.assert_close(back, dense.gradient(epsilon, log_b, g), **rounding)
 
 
 @pytest.mark.parametrize("p", POWERS)
@@ -223,22 +225,6 @@ def test_symmetric_costs_of_rows_of_weights(p):
 
 @pytest.mark.parametrize("p", POWERS)
 @pytest.mark.parametrize("debias", [True, False])
-def test_blocks_of_rows_are_the_rows(p, debias):
-    """Large problems are solved some rows at a time."""
-    x, y, a, b = random_problem(30, 40, rows=5)
-    rows = torch.stack([a, a.flip(0), a, a + 1, a]).requires_grad_()
-    found = []
-    for at_once in (2**18, 100):
-        with mock.patch("fairclip_losses.ops.host.laplace.solver._AT_ONCE", at_once):
-            point = x.clone().requires_grad_()
-            cost = sinkhorn_divergence(point, y, rows, b, p=p, blur=0.2, debias=debias)
-            found.append((cost, *torch.autograd.grad(cost.sum(), (point, rows))))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
-
-
-@pytest.mark.parametrize("p", POWERS)
-@pytest.mark.parametrize("debias", [True, False])
 def test_rows_with_points_of_their_own(p, debias):
     """Solved one after the other where the dense path takes them at once."""
     x, y, a, b = random_problem(12, 9, rows=3)
@@ -276,7 +262,7 @@ def test_rounds_that_nobody_watches_are_enough(p, n, blur, within):
 
 
 @pytest.mark.parametrize("p", POWERS)
-@pytest.mark.parametrize("share", [1e-4, 1e-3, 1e-2, 0.1])
+@pytest.mark.parametrize("share", [1e-4, 1e-2])
 @pytest.mark.parametrize("kind", ["even", "uneven", "few"])
 @pytest.mark.parametrize("layout", ["clusters", "normal"])
 def test_they_are_enough_for_every_row(p, share, kind, layout):
@@ -307,8 +293,5 @@ def _slopes_watched_or_not(x, weights, p, blur):
         return points.grad
 
     due = slope()
-    with (
-        mock.patch("fairclip_losses.ops.entropic.suits_host_solver", lambda *_: False),
-        mock.patch.object(SinkhornOptions, "is_watched", lambda *_: False),
-    ):
+    with as_on_an_accelerator():
         return due, slope()

@@ -9,8 +9,6 @@ import torch
 from sinkhorn_cases import POWERS, one_thread
 
 from fairclip_losses.ops import sinkhorn_divergence, sinkhorn_solve
-from fairclip_losses.ops.kernels.dense import DenseKernel
-from fairclip_losses.ops.kernels.streamed import StreamedKernel
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -95,17 +93,9 @@ def test_rows_of_clouds_are_the_pairs_alone(case, backend, p):
 @pytest.mark.parametrize("p", POWERS)
 @pytest.mark.parametrize("blur", [0.1, 0.5])
 def test_rows_of_many_points(p, blur):
-    """Above the size of Newton's method and of costs in memory."""
+    """In tiles: above the size of Newton's method and of costs in memory."""
     x, y, *_ = draw(((2, 1), (2,), None, None), (300, 900), 3)
     values = sinkhorn_divergence(x, y, p=p, blur=blur)
     for index, pair in each_alone((x, y, None, None), ((2, 1), (2,), None, None)):
         value = sinkhorn_divergence(*pair, p=p, blur=blur)
         torch.testing.assert_close(values[index], value, rtol=1e-6, atol=1e-9)
-
-
-def test_costs_of_many_clouds_are_not_kept():
-    """However few each has, nor where rows of weights and of points cross."""
-    x, y, *_ = draw(((64, 1), (64,), None, None), (20, 30), 3)
-    assert isinstance(StreamedKernel(x, y, 2).rough(1.0, ()), StreamedKernel)
-    assert isinstance(StreamedKernel(x[0], y[0], 2).rough(1.0, (4096,)), StreamedKernel)
-    assert isinstance(StreamedKernel(x[0], y[0], 2).rough(1.0, (4,)), DenseKernel)

@@ -1,4 +1,4 @@
-"""p = 1 on a line in NumPy: products with the kernel, Newton's equations on fewer points."""
+"""p = 1 with a blur on a CPU line: products with the kernel, marginals, hard layouts."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ from hypothesis import strategies as st
 from scipy.special import logsumexp
 
 from fairclip_losses.ops import sinkhorn_divergence, sinkhorn_solve
-from fairclip_losses.ops.host.laplace.kernel import LaplaceKernel
-from fairclip_losses.ops.host.laplace.nodes import Nodes
-from fairclip_losses.ops.host.laplace.self_terms import solve_self_by_newton
-from fairclip_losses.ops.host.laplace.start import local_start
-from fairclip_losses.ops.host.newton import LOG_ZERO, solve_pair
+from fairclip_losses.ops.laplace_line import LaplaceKernel
+from fairclip_losses.ops.line_newton import LOG_ZERO
 
 
 @st.composite
-def lines(draw, most=12):
+def lines(draw, least=1, most=12):
     """Return sorted distinct points of which some lie close together, from 1e-9 to 1e3 apart."""
-    gaps = draw(st.lists(st.floats(-9, 3), min_size=0, max_size=most - 1))
+    gaps = draw(st.lists(st.floats(-9, 3), min_size=least - 1, max_size=most - 1))
     return np.add.accumulate([0.0, *(10.0**gap for gap in gaps)])
 
 
@@ -33,7 +30,7 @@ def rows(points, count, seed):
 
 
 @settings(max_examples=60, deadline=None)
-@given(lines(), st.sampled_from([1e-3, 0.1, 1.0, 100.0]), st.integers(0, 99))
+@given(lines(least=3), st.sampled_from([1e-3, 0.1, 1.0, 100.0]), st.integers(0, 99))
 def test_products_are_those_of_all_entries(z, epsilon, seed):
     """On short lines and on long ones, with absent points and potentials that follow the cost."""
     draw = np.random.default_rng(seed)
@@ -47,40 +44,22 @@ def test_products_are_those_of_all_entries(z, epsilon, seed):
     rounding = 1e-12 + np.finfo(float).eps * z[-1] / epsilon
     np.testing.assert_allclose(kernel.log_product(exponent), expected, rtol=0, atol=4 * rounding)
     plan = np.exp(entries - expected[..., None])
-    expected_pull = (plan * np.sign(z[:, None] - z)).sum(-1)
-    np.testing.assert_allclose(kernel.pull(exponent), expected_pull, rtol=0, atol=8 * rounding)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(129, 400), st.floats(0.01, 100.0), st.integers(0, 99))
-def test_nodes_keep_masses_and_straight_lines(count, length, seed):
-    draw = np.random.default_rng(seed)
-    t = np.sort(length * draw.random(count) ** 3)
-    nodes = Nodes(t)
-    masses, slopes = draw.random((2, count)), draw.normal(size=(2, nodes.size))
-    at_nodes = nodes.at(np.stack([t, t]))
-    np.testing.assert_allclose(nodes.spread(at_nodes), [t, t], atol=1e-12 * length)
-    gathered = nodes.gather(masses)
-    np.testing.assert_allclose(gathered.sum(-1), masses.sum(-1))
-    np.testing.assert_allclose((gathered * at_nodes).sum(-1), (masses * t).sum(-1))
-    # gathering is the transpose of spreading
-    np.testing.assert_allclose(
-        (gathered * slopes).sum(-1), (masses * nodes.spread(slopes)).sum(-1), atol=1e-10
-    )
+    expected_mean = (plan * np.sign(z[:, None] - z)).sum(-1)
+    np.testing.assert_allclose(kernel.mean_sign(exponent), expected_mean, rtol=0, atol=8 * rounding)
 
 
 @settings(max_examples=40, deadline=None)
 @given(lines(), st.sampled_from([0.1, 1.0, 100.0]), st.integers(0, 99))
-def test_both_iterations_meet_the_marginals(z, epsilon, seed):
-    """The plan of all entries has the marginals; that of a measure and itself is symmetric."""
-    a, b = rows(z, 3, seed), rows(z, 3, seed + 1)
-    kernel = LaplaceKernel(z, epsilon)
-    best, taken = solve_pair(kernel, a, b, local_start(kernel, a, b), 1e-6, 40, False)
-    own, _ = solve_self_by_newton(kernel, a, 1e-6, 100, False)
+def test_couplings_meet_the_marginals(z, epsilon, seed):
+    """The coupling of all entries has the marginals, that of a measure and itself too."""
+    a, b = (rows(z, 3, seed + k) for k in (0, 1))
+    x = torch.from_numpy(z)[:, None]
+    found = sinkhorn_solve(x, x, torch.from_numpy(a), torch.from_numpy(b), p=1, blur=epsilon)
+    assert found.iterations < 40
+    f, g, own = (part.numpy() for part in (found.f, found.g, found.f_self))
     cost = np.abs(z[:, None] - z)
-    assert taken < 40
-    for f, g, other in ((best.due, best.g, b), (own, own, a)):
-        exponent = (f[:, :, None] + g[:, None, :] - cost) / epsilon
+    for one, two, other in ((f, g, b), (own, own, a)):
+        exponent = (one[:, :, None] + two[:, None, :] - cost) / epsilon
         plan = a[:, :, None] * other[:, None, :] * np.exp(np.minimum(exponent, 50.0))
         np.testing.assert_allclose(plan.sum(2), a, rtol=0, atol=2e-6)
         np.testing.assert_allclose(plan.sum(1), other, rtol=0, atol=2e-6)
@@ -88,9 +67,9 @@ def test_both_iterations_meet_the_marginals(z, epsilon, seed):
 
 @pytest.mark.parametrize("share", [1e-4, 3e-4, 1e-3])
 def test_clusters_that_hardly_couple_do_not_stall(share):
-    """Each group's points are as many blurs apart, and its levels meet the batch's at many cuts.
+    """Each group's points are as many blurs apart; its cumulative weights meet the batch's often.
 
-    A plan moves less than rounding across such a cut. A warning would be an error here.
+    A coupling moves less than rounding across such a cut. A warning would be an error here.
     """
     scores = torch.randn(1024, 1, generator=torch.Generator().manual_seed(0)).double()
     scores = scores / (scores.max() - scores.min())
@@ -109,38 +88,28 @@ def test_a_tight_cluster_among_lonely_points_does_not_stall(share):
     blur = share * float(scores.max() - scores.min())
     result = sinkhorn_solve(scores, scores, None, groups, p=1, blur=blur)
     assert result.converged.all() and result.iterations < 25
-    slopes = []
-    for options in ({}, {"backend": "dense", "tol": 1e-10}):
-        x = scores.clone().requires_grad_()
-        sinkhorn_divergence(x, x, None, groups, p=1, blur=blur, **options).sum().backward()
-        slopes.append(x.grad)
-    assert (slopes[0] - slopes[1]).norm() < 2e-7 * slopes[1].norm()
+    (_, slopes), (_, expected) = both_backends(scores, groups, blur)
+    assert (slopes - expected).norm() < 2e-7 * expected.norm()
 
 
-@pytest.mark.parametrize("blur", [0.02, 0.3, 5.0])
-@pytest.mark.parametrize("clustered", [True, False])
-def test_fewer_nodes_reach_the_same_optimum(blur, clustered):
-    """Against Newton's method on all costs."""
-    scores = torch.randn(400, 1, generator=torch.Generator().manual_seed(0)).double()
-    scores = torch.where(scores > 1.0, scores, 0.01 * scores) if clustered else scores
-    groups = (torch.arange(400) % 3 == torch.arange(3)[:, None]).double()
-    assert Nodes(np.sort(scores[:, 0].numpy()) / blur).size < 400 or blur < 0.1
+def both_backends(scores, groups, blur):
+    """Return the costs and their gradient as found by default and on all costs."""
     found = []
     for options in ({}, {"backend": "dense", "tol": 1e-11}):
         x = scores.clone().requires_grad_()
         value = sinkhorn_divergence(x, x, None, groups, p=1, blur=blur, **options)
         value.sum().backward()
         found.append((value.detach(), x.grad))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-8, atol=1e-13)
-    assert (found[0][1] - found[1][1]).norm() < 1e-7 * found[1][1].norm()
+    return found
 
 
-def test_a_step_of_no_use_is_replaced(monkeypatch):
-    """Means of the potential and its softmin converge by themselves, if slowly."""
-    z = np.add.accumulate(np.random.default_rng(0).random(20))
-    a, kernel = rows(z, 2, 0), LaplaceKernel(z, 0.7)
-    expected, _ = solve_self_by_newton(kernel, a, 1e-6, 100, False)
-    monkeypatch.setattr(kernel, "self_update", lambda a, f, due: f + 5.0)
-    found, _ = solve_self_by_newton(kernel, a, 1e-6, 100, False)
-    # the marginals are met to 1e-8: so far are the potentials, weighted
-    assert (a * np.abs(found - expected)).sum() < 1e-7
+@pytest.mark.parametrize("blur", [0.02, 0.3, 5.0])
+@pytest.mark.parametrize("clustered", [True, False])
+def test_many_points_within_a_blur_reach_the_optimum(blur, clustered):
+    """Newton's equations are solved on fewer points; against Newton's method on all costs."""
+    scores = torch.randn(400, 1, generator=torch.Generator().manual_seed(0)).double()
+    scores = torch.where(scores > 1.0, scores, 0.01 * scores) if clustered else scores
+    groups = (torch.arange(400) % 3 == torch.arange(3)[:, None]).double()
+    (value, slopes), (expected, expected_slopes) = both_backends(scores, groups, blur)
+    torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-13)
+    assert (slopes - expected_slopes).norm() < 1e-7 * expected_slopes.norm()

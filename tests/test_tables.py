@@ -39,14 +39,13 @@ def written(tmp_path, text, encoding="utf-8"):
 # Reading
 
 
-def test_reads_cells_as_stripped_strings(tmp_path):
+def test_reads_cells_as_stripped_strings_and_says_where_white_space_was(tmp_path):
     table = read_table(written(tmp_path, "file\tsex \n a.png \tf\n b.png\t 1\n"))
     assert table.columns == {"file": ["a.png", "b.png"], "sex": ["f", "1"]}
     assert len(table) == 2
     assert table.column("sex") == ["f", "1"]
-
-
-def test_where_white_space_was_taken_off(tmp_path):
+    with pytest.raises(ValueError, match=r"no column 'sx'; the columns are 'file', 'sex'"):
+        table.column("sx")
     table = read_table(written(tmp_path, "a, b,c,d\n1,2,3,4\n5, 6,7,8 \n9,0 ,1, 2\n"), ",")
     assert list(table.columns) == ["a", "b", "c", "d"]
     assert table.padded == {"b": 0, "d": 2}
@@ -59,23 +58,13 @@ def test_any_line_end_with_or_without_the_last(tmp_path, end, last):
     assert read_table(written(tmp_path, text), ",").columns == {"a": ["1", "3"], "b": ["2", "4"]}
 
 
-def test_byte_order_mark_is_not_part_of_the_first_name(tmp_path):
-    assert list(read_table(written(tmp_path, "a,b\n1,2\n", "utf-8-sig"), ",").columns) == ["a", "b"]
-
-
-def test_quotes_hold_separators_line_ends_and_quotes(tmp_path):
-    table = read_table(written(tmp_path, 'a,b\n"x, ""y""\nz",5" pipe\n'), ",")
-    assert table.columns == {"a": ['x, "y"\nz'], "b": ['5" pipe']}
-
-
-def test_a_shells_backslash_t_is_a_tab(tmp_path):
-    assert read_table(written(tmp_path, "a\tb\n1\t2\n"), "\\t").column("b") == ["2"]
-
-
-def test_separator_may_be_any_character(tmp_path):
-    for separator in ";| e":
-        path = written(tmp_path, f"a{separator}b\n1{separator}2\n")
-        assert read_table(path, separator).columns == {"a": ["1"], "b": ["2"]}
+@pytest.mark.parametrize("separator", [*";| e,", "\\t"])  # a shell's backslash t is a tab
+def test_separators_byte_order_mark_and_quotes(tmp_path, separator):
+    mark = "\t" if separator == "\\t" else separator
+    path = written(tmp_path, f"a{mark}b\n1{mark}2\n", "utf-8-sig")
+    assert read_table(path, separator).columns == {"a": ["1"], "b": ["2"]}
+    path = written(tmp_path, f'a{mark}b\n"x{mark} ""y""\nz"{mark}5"p\n')
+    assert read_table(path, separator).columns == {"a": [f'x{mark} "y"\nz'], "b": ['5"p']}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +90,7 @@ CELL = st.text(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     rows=st.lists(st.tuples(CELL, CELL), min_size=1, max_size=6), separator=st.sampled_from(",\t;")
 )
@@ -124,6 +113,7 @@ def test_written_table_reads_back(tmp_path_factory, rows, separator):
         ("a,b,a\n1,2,3\n", r"each column name once, got \['a'\]"),
         ("a,b\n1,2\n\n1,2,3\n", r"row 2 \(line 4\): expected 2 cells separated by ',' .* got 3"),
         ("a,b\n1\n", r"row 1 \(line 2\): expected 2 cells .* got 1"),
+        ('a,b\n"1\n1",2\n"3\n3"\n', r"row 2 \(line 4\)"),
         ('a,b\n1,"2\n3,4\n5,6\n', "opened in the row that starts at line 2 is never closed"),
         ('a,"b', "opened in the row that starts at line 1 is never closed"),
     ],
@@ -131,11 +121,6 @@ def test_written_table_reads_back(tmp_path_factory, rows, separator):
 def test_bad_files_are_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=r"table\.csv: .*" + message):
         read_table(written(tmp_path, text), ",")
-
-
-def test_row_error_names_the_line_on_which_the_row_starts(tmp_path):
-    with pytest.raises(ValueError, match=r"row 2 \(line 4\)"):
-        read_table(written(tmp_path, 'a,b\n"1\n1",2\n"3\n3"\n'), ",")
 
 
 def test_unreadable_files(tmp_path):
@@ -147,32 +132,21 @@ def test_unreadable_files(tmp_path):
         read_table(written(tmp_path, "ä\n1\n", "latin-1"))
     with pytest.raises(ValueError, match="cannot read the table: field larger than"):
         read_table(written(tmp_path, "a\n" + "x" * 200_000 + "\n"))
-
-
-@pytest.mark.parametrize("separator", ["", ",,", '"', "\n", "\r"])
-def test_bad_separator(tmp_path, separator):
-    with pytest.raises(ValueError, match="separator of one character"):
-        read_table(written(tmp_path, "a,b\n1,2\n"), separator)
-
-
-def test_unknown_column_names_those_there_are():
-    with pytest.raises(ValueError, match=r"table.csv: no column 'sx'; the columns are 'sex', 'id'"):
-        table_of(sex=["f"], id=["1"]).column("sx")
+    for separator in ("", ",,", '"', "\n", "\r"):
+        with pytest.raises(ValueError, match="separator of one character"):
+            read_table(written(tmp_path, "a,b\n1,2\n"), separator)
 
 
 # Writing
 
 
-def test_write_table_formats_cells(tmp_path):
+def test_write_table_formats_cells_and_refuses_ragged_rows(tmp_path):
     path = tmp_path / "new" / "out.csv"
     write_table(path, ["id", "x"], [(1, None), (np.int64(2), 0.5), (3, "a,b")])
     assert path.read_text() == 'id,x\n1,\n2,0.5\n3,"a,b"\n'
-
-
-def test_write_table_refuses_ragged_rows(tmp_path):
     with pytest.raises(ValueError, match="row 2: expected 1 cells, got 2"):
-        write_table(tmp_path / "out.csv", ["id"], [(1,), (2, 3)])
-    assert list(tmp_path.iterdir()) == []
+        write_table(tmp_path / "no.csv", ["id"], [(1,), (2, 3)])
+    assert not (tmp_path / "no.csv").exists()
 
 
 def test_write_text_replaces_and_leaves_nothing_half_written(tmp_path, monkeypatch):
@@ -196,6 +170,8 @@ def test_write_text_replaces_and_leaves_nothing_half_written(tmp_path, monkeypat
 
 # Attributes
 
+HUGE = "1" + "0" * 5000
+
 
 def test_strings_are_coded_alphabetically_and_integers_numerically():
     table = table_of(sex=["m", "f", "m"], site=["10", "9", "2"])
@@ -208,7 +184,7 @@ def test_strings_are_coded_alphabetically_and_integers_numerically():
 
 @pytest.mark.parametrize(
     "missing",
-    ["", "NA", "na", "n/a", "N/A", "NaN", "None", "null", "Unknown", "UNKNOWN", "-1", "-1.0"],
+    ["", "NA", "n/a", "NaN", "None", "null", "UNKNOWN", "-1", "-1.0"],
 )
 @pytest.mark.parametrize("known", [["a", "b"], ["0", "1"]])
 def test_missing_values_are_unknown(missing, known):
@@ -217,18 +193,27 @@ def test_missing_values_are_unknown(missing, known):
     assert book.labels == {"g": tuple(known)}
 
 
-def test_whole_numbers_are_one_label_however_written():
-    # A data frame turns integers into floats where a cell is missing.
-    codes, book = encode_attributes(table_of(g=["1.0", "", "1", "01", "+2", "2."]), ["g"])
-    assert codes[:, 0].tolist() == [0, -1, 0, 0, 1, 1]
-    assert book.labels == {"g": ("1", "2")}
+@pytest.mark.parametrize(
+    ("cells", "codes", "labels"),
+    [
+        # A data frame turns integers into floats where a cell is missing.
+        (["1.0", "", "1", "01", "+2", "2."], [0, -1, 0, 0, 1, 1], ("1", "2")),
+        (["1.5", "a", "01", "1"], [2, 3, 0, 1], ("01", "1", "1.5", "a")),
+        (
+            ["-2", HUGE, "7", "-" + HUGE, "+007.0", "-0", "0", "00" + HUGE, ""],
+            [1, 4, 3, 0, 3, 2, 2, 4, UNKNOWN],
+            ("-" + HUGE, "-2", "0", "7", HUGE),
+        ),
+        (list(map(str, range(64))), list(range(64)), tuple(map(str, range(64)))),
+    ],
+)
+def test_whole_numbers_are_one_label_however_written_and_names_among_names(cells, codes, labels):
+    encoded, book = encode_attributes(table_of(g=cells), ["g"])
+    assert encoded[:, 0].tolist() == codes
+    assert book.labels == {"g": labels}
 
 
-def test_numbers_among_names_are_names():
-    _, book = encode_attributes(table_of(g=["1.5", "a", "01", "1"]), ["g"])
-    assert book.labels == {"g": ("01", "1", "1.5", "a")}
-
-
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(st.sampled_from(["a", "b", "B", "", "na", "10", "9"]), min_size=1).filter(
         lambda cells: set(cells) - {"", "na"}
@@ -254,7 +239,7 @@ def test_a_given_code_book_decides_and_keeps_absent_groups():
     assert codes[:, 0].tolist() == [1, UNKNOWN]
 
 
-def test_a_value_or_attribute_outside_the_code_book():
+def test_a_value_outside_the_code_book_is_refused_or_unknown():
     book = CodeBook({"sex": ("f", "m")})
     with pytest.raises(
         ValueError,
@@ -263,9 +248,6 @@ def test_a_value_or_attribute_outside_the_code_book():
         encode_attributes(table_of(sex=["f", "x", "y", "y"]), ["sex"], book)
     with pytest.raises(ValueError, match=r"the code book holds only \['sex'\]"):
         encode_attributes(table_of(race=["a"]), ["race"], book)
-
-
-def test_a_value_outside_the_code_book_may_be_unknown():
     book = CodeBook({"sex": ("f", "m"), "race": ("a", "b")})
     table = table_of(sex=["f", "x", "", "m"], race=["a", "b", "c", "a"])
     codes, _ = encode_attributes(table, ["sex"], book, others_unknown=["sex"])
@@ -277,71 +259,25 @@ def test_a_value_outside_the_code_book_may_be_unknown():
 
 
 @pytest.mark.parametrize(
-    ("cells", "message"),
-    [
-        (["1.5", "2"], "got the number 1.5; bin it first"),
-        (["1e3", "2"], "got the number 1e3; bin it first"),
-        (["inf", "2"], "got the number inf; bin it first"),
-        (["", "na", "-1"], "got no known value in 3 rows"),
-        (["+" + str(i) for i in range(65)], "at most 64 groups, got 65"),
-        ([f"id{i}" for i in range(65)], "at most 64 groups, got 65 distinct values: an id"),
-    ],
+    ("names", "message"),
+    [([], "attribute names, each once"), (["g", "g"], "each once"), (["h"], "no column 'h'")],
 )
-def test_columns_that_are_no_groups(cells, message):
-    with pytest.raises(ValueError, match=r"table.csv: attribute column 'g': .*" + message):
-        encode_attributes(table_of(g=cells), ["g"])
-
-
-def test_whole_numbers_of_any_length_are_groups_in_numerical_order():
-    huge = "1" + "0" * 5000
-    cells = ["-2", huge, "7", "-" + huge, "+007.0", "-0", "0", "00" + huge, ""]
-    codes, book = encode_attributes(table_of(g=cells), ["g"])
-    assert book.labels == {"g": ("-" + huge, "-2", "0", "7", huge)}
-    assert codes[:, 0].tolist() == [1, 4, 3, 0, 3, 2, 2, 4, UNKNOWN]
-
-
-def test_64_groups_are_accepted():
-    _, book = encode_attributes(table_of(g=map(str, range(64))), ["g"])
-    assert book.num_groups == {"g": 64}
-
-
-@pytest.mark.parametrize("names", [[], ["g", "g"]])
-def test_attribute_names_must_be_given_once(names):
-    with pytest.raises(ValueError, match="expected attribute names, each once"):
+def test_attribute_names_must_be_given_once(names, message):
+    with pytest.raises(ValueError, match=message):
         encode_attributes(table_of(g=["1"]), names)
-    with pytest.raises(ValueError, match="no column 'h'"):
-        encode_attributes(table_of(g=["1"]), ["h"])
 
 
 # Code books
 
 
-def test_code_book_round_trip(tmp_path):
+def test_a_code_book_gives_every_code_one_meaning_and_is_written_as_json(tmp_path):
     book = CodeBook({"sex": ("f", "m"), "größe": ("s", "l")})
     path = tmp_path / "run" / "book.json"
     book.to_json(path)
-    assert CodeBook.from_json(path) == book
     assert json.loads(path.read_text()) == {"sex": ["f", "m"], "größe": ["s", "l"]}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "cannot read the code book"),
-        ("[1]", "expected a JSON object"),
-        ('{"sex": "f"}', "expected a JSON object"),
-        ('{"sex": [1]}', "expected a JSON object"),
-        ('{"sex": ["f", "f"]}', "each label once"),
-        ('{"sex": []}', "at least one label"),
-    ],
-)
-def test_bad_code_book(tmp_path, text, message):
-    path = tmp_path / "book.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"book.json: .*" + message):
-        CodeBook.from_json(path)
-    with pytest.raises(ValueError, match="cannot read the code book: No such file"):
-        CodeBook.from_json(tmp_path / "missing.json")
+    for labels, message in (((), "at least one label"), (("f", "f"), "each label once")):
+        with pytest.raises(ValueError, match=f"attribute 'sex': .*{message}"):
+            CodeBook({"sex": labels})
 
 
 # Ids
@@ -353,25 +289,8 @@ def test_ids_are_row_numbers_or_a_column():
     ids = pair_ids(table, "id")
     assert ids.tolist() == [7, -3, 2**63 - 1, -(2**63)]
     assert ids.dtype == np.int64
-
-
-@pytest.mark.parametrize(
-    ("cells", "message"),
-    [
-        (["1", "a7", "b"], "expected integers, got 'a7' in row 2"),
-        (["1", "2.0"], "expected integers, got '2.0' in row 2"),
-        (["1", ""], "expected integers, got '' in row 2"),
-        (["1", "٣"], "expected integers, got '٣' in row 2"),
-        ([str(2**63)], "expected 64-bit integers, got 9223372036854775808 in row 1"),
-        (["7", "9" * 5000], "expected 64-bit integers, got 9{5000} in row 2"),
-        (["5", "6", "5", "06", "7"], r"expected each id once, got 2 of them more than once \(5, 6"),
-    ],
-)
-def test_bad_ids(cells, message):
-    with pytest.raises(ValueError, match=r"table.csv: id column 'id': .*" + message):
-        pair_ids(table_of(id=cells), "id")
     with pytest.raises(ValueError, match="no column 'key'"):
-        pair_ids(table_of(id=cells), "key")
+        pair_ids(table, "key")
 
 
 # Labels
@@ -396,18 +315,47 @@ def test_labels(cells, classes, codes, labels):
     assert names == labels
 
 
+# What cannot be coded
+
+
+def as_groups(cells):
+    encode_attributes(table_of(g=cells), ["g"])
+
+
+def as_ids(cells):
+    pair_ids(table_of(id=cells), "id")
+
+
+def as_labels(cells, classes=2):
+    encode_labels(table_of(y=cells), "y", classes)
+
+
 @pytest.mark.parametrize(
-    ("cells", "classes", "message"),
+    ("encode", "cells", "message"),
     [
-        (["a", "b", "c"], 2, "expected 2 classes, got 3 distinct values: 'a', 'b', 'c'"),
-        (["a", "a"], 2, "expected 2 classes, got 1 distinct values"),
-        (["1", "2", "3"], 2, "expected 2 classes, got 3"),
-        (["a", ""], 2, "expected a label in every row, got '' in row 2"),
-        (["1", "-1"], 2, "expected a label in every row, got '-1' in row 2"),
-        (["0.5", "1"], 2, "got the number 0.5"),
-        (["a", "b"], 1, "at least 2 classes, got 1"),
+        (as_groups, ["1.5", "2"], "attribute column 'g': .* got the number 1.5; bin it first"),
+        (as_groups, ["1e3", "2"], "got the number 1e3; bin it first"),
+        (as_groups, ["inf", "2"], "got the number inf; bin it first"),
+        (as_groups, ["", "na", "-1"], "got no known value in 3 rows"),
+        (as_groups, ["+" + str(i) for i in range(65)], "at most 64 groups, got 65"),
+        (as_groups, [f"id{i}" for i in range(65)], "at most 64 .* 65 distinct values: an id"),
+        (as_ids, ["1", "a7", "b"], "id column 'id': expected integers, got 'a7' in row 2"),
+        (as_ids, ["1", "2.0"], "expected integers, got '2.0' in row 2"),
+        (as_ids, ["1", ""], "expected integers, got '' in row 2"),
+        (as_ids, ["1", "٣"], "expected integers, got '٣' in row 2"),
+        (as_ids, [str(2**63)], "64-bit integers, got 9223372036854775808 in row 1"),
+        (as_ids, ["7", "9" * 5000], "64-bit integers, got 9{5000} in row 2"),
+        (as_ids, ["5", "6", "5", "06"], r"each id once, got 2 of them more than once \(5, 6"),
+        (as_labels, ["a", "b", "c"], "expected 2 classes, got 3 distinct values: 'a', 'b', 'c'"),
+        (as_labels, ["a", "a"], "expected 2 classes, got 1 distinct values"),
+        (as_labels, ["1", "2", "3"], "expected 2 classes, got 3"),
+        (as_labels, ["a", ""], "label column 'y': expected a label in every row, got '' in row 2"),
+        (as_labels, ["1", "-1"], "expected a label in every row, got '-1' in row 2"),
+        (as_labels, ["0.5", "1"], "got the number 0.5"),
     ],
 )
-def test_bad_labels(cells, classes, message):
-    with pytest.raises(ValueError, match=message):
-        encode_labels(table_of(y=cells), "y", classes)
+def test_what_cannot_be_coded_is_named(encode, cells, message):
+    with pytest.raises(ValueError, match=r"table\.csv: .*" + message):
+        encode(cells)
+    with pytest.raises(ValueError, match="at least 2 classes, got 1"):
+        as_labels(cells, 1)

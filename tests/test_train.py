@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from host_runs import (
+from tiny_clip import write_model, write_pairs
+from training_runs import (
     BATCH,
     EPOCHS,
     IDLE,
@@ -24,14 +26,13 @@ from host_runs import (
     run_under_torchrun,
     weights,
 )
-from tiny_clip import HAS_LOCAL_DIR, as_process, write_model, write_pairs
 
 from fairclip_losses import train
 from fairclip_losses.integrations.events import Callback
 
-host = pytest.importorskip("open_clip_train.main")
+program = pytest.importorskip("open_clip_train.main")
 
-# The host's own warnings (no accelerator to pin memory for, and such) are not ours to fix.
+# open_clip's own warnings (no accelerator to pin memory for, and such) are not ours to fix.
 pytestmark = pytest.mark.filterwarnings("default")
 
 PAIRS = 40
@@ -68,6 +69,7 @@ def record():
 
 
 FAIR = ("--fair-loss", "--fair-attributes", "sex", "site")
+PROMPTS = ("--fair-eval-prompts", "a dark picture", "a bright picture")
 
 
 @pytest.fixture(scope="module")
@@ -77,37 +79,69 @@ def fair_run(data, tmp_path_factory):
     flags = (
         *FAIR, "--fair-faulty-sigma", "1", "--fair-noisy-sigma", "1.5", "--fair-save-pairs",
         "--fair-queue", "4", "--report-to", "tensorboard", "--val-data", data["val"],
-        "--fair-eval-label", "bright", "--fair-eval-prompts", "a dark picture", "a bright picture",
+        "--fair-eval-label", "bright", *PROMPTS,
     )  # fmt: skip
     with registered(StepRecorder()) as callback:
         assert train.main(arguments(data, logs, "run", *flags)) == 0
     return logs, callback
 
 
-def test_without_the_flag_training_is_upstreams_bit_for_bit(data, tmp_path):
-    host.main(arguments(data, tmp_path, "upstream"))
-    assert train.main(arguments(data, tmp_path, "ours")) == 0
-    assert_same_weights(weights(tmp_path, "upstream"), weights(tmp_path, "ours"))
-    strip = [
-        line
+@pytest.fixture(scope="module")
+def plain_run(data, tmp_path_factory):
+    """A run of the patched program without our flags."""
+    logs = tmp_path_factory.mktemp("plain")
+    assert train.main(arguments(data, logs, "ours", "--val-data", data["val"])) == 0
+    return logs
+
+
+@pytest.fixture(scope="module")
+def one_epoch(data, tmp_path_factory):
+    """A run to be resumed, with a queue."""
+    logs = tmp_path_factory.mktemp("one_epoch")
+    flags = (*FAIR, "--fair-queue", "4")
+    assert train.main(arguments(data, logs, "run", *flags, epochs=1)) == 0
+    return logs / "run"
+
+
+def test_without_the_flag_training_is_upstreams_bit_for_bit(data, plain_run):
+    program.main(arguments(data, plain_run, "upstream", "--val-data", data["val"]))
+    assert_same_weights(weights(plain_run, "upstream"), weights(plain_run, "ours"))
+    upstream, ours = (
+        [
+            line
+            for line in (plain_run / name / "params.txt").read_text().splitlines()
+            if not line.startswith(("name", "log_path", "checkpoint_path"))
+        ]
         for name in ("upstream", "ours")
-        for line in (tmp_path / name / "params.txt").read_text().splitlines()
-        if not line.startswith(("name", "log_path", "checkpoint_path"))
-    ]
-    assert strip[: len(strip) // 2] == strip[len(strip) // 2 :]
+    )
+    assert upstream == ours
 
 
-def test_unpatched_equals_upstream_step_by_step_when_nothing_is_flagged(data, tmp_path, record):
-    assert train.main(arguments(data, tmp_path, "plain")) == 0
-    plain = [dict(step) for step in record.steps]
-    record.steps.clear()
-    assert train.main(arguments(data, tmp_path, "idle", *FAIR, *IDLE)) == 0
-    assert len(plain) == EPOCHS * STEPS
-    assert [step["contrastive_loss"] for step in record.steps] == [
-        step["contrastive_loss"] for step in plain
-    ]
+def test_a_fair_loss_that_flags_nothing_trains_the_plain_weights(data, plain_run, record):
+    flags = (*FAIR, *IDLE, "--val-data", data["val"])
+    assert train.main(arguments(data, plain_run, "idle", *flags)) == 0
+    assert len(record.steps) == EPOCHS * STEPS
     assert {step["fairness_loss"] for step in record.steps} == {0.0}
-    assert_same_weights(weights(tmp_path, "plain"), weights(tmp_path, "idle"))
+    assert_same_weights(weights(plain_run, "ours"), weights(plain_run, "idle"))
+
+
+def test_plain_siglip_equals_the_idle_fair_loss(data, tmp_path):
+    assert train.main(arguments(data, tmp_path, "plain", "--siglip", epochs=1)) == 0
+    assert train.main(arguments(data, tmp_path, "idle", "--siglip", *FAIR, *IDLE, epochs=1)) == 0
+    assert_same_weights(weights(tmp_path, "plain", 1), weights(tmp_path, "idle", 1))
+
+
+def test_evaluating_fairness_does_not_change_the_training(data, plain_run):
+    evaluation = ("--fair-attributes", "sex", "--fair-eval-label", "bright", *PROMPTS)
+    argv = arguments(data, plain_run, "evaluated", "--val-data", data["val"], *evaluation)
+    assert train.main(argv) == 0
+    assert_same_weights(weights(plain_run, "ours"), weights(plain_run, "evaluated"))
+
+
+def test_an_existing_run_is_not_overwritten(data, plain_run):
+    saved = weights(plain_run, "ours")
+    assert train.main(arguments(data, plain_run, "ours", *FAIR)) == 1
+    assert_same_weights(saved, weights(plain_run, "ours"))
 
 
 def test_the_miner_remembers_each_pair_by_its_row_under_shuffling(fair_run):
@@ -190,7 +224,7 @@ def test_wandb_gets_the_same_scalars(data, tmp_path, monkeypatch):
 
     fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(host, "wandb", fake)
+    monkeypatch.setattr(program, "wandb", fake)
     monkeypatch.setattr("open_clip_train.train.wandb", fake)
     assert train.main(arguments(data, tmp_path, "wandb", *FAIR, "--report-to", "wandb")) == 0
     fair = [(step, scalars) for step, scalars in logged if "train/fair/distance/sex=f" in scalars]
@@ -218,64 +252,37 @@ def test_fairness_metrics_of_an_epoch_are_those_of_the_evaluate_command(fair_run
     assert lines[-1]["auc"] == pytest.approx(found["auc"]["value"], abs=1e-12)
 
 
-def test_evaluating_fairness_does_not_change_the_training(data, tmp_path):
-    assert train.main(arguments(data, tmp_path, "plain", "--val-data", data["val"])) == 0
+def test_fairness_is_evaluated_when_open_clip_evaluates_by_the_labels_given(data, tmp_path):
     evaluation = (
-        *("--val-data", data["val"], "--fair-attributes", "sex", "--fair-eval-label", "bright"),
-        *("--fair-eval-prompts", "a dark picture", "a bright picture"),
-    )
-    assert train.main(arguments(data, tmp_path, "evaluated", *evaluation)) == 0
-    assert_same_weights(weights(tmp_path, "plain"), weights(tmp_path, "evaluated"))
-
-
-@pytest.mark.parametrize(("frequency", "expected"), [("0", []), ("2", [2, 3])])
-def test_fairness_is_evaluated_when_the_host_evaluates(data, tmp_path, frequency, expected):
-    evaluation = (
-        *("--val-data", data["val"], "--fair-attributes", "sex", "--fair-eval-label", "bright"),
-        *("--fair-eval-prompts", "a dark picture", "a bright one", "--val-frequency", frequency),
+        *("--val-data", data["val"], "--fair-attributes", "sex=m,x,*", "site=1,0"),
+        *("--fair-eval-label", "bright", *PROMPTS, "--val-frequency", "2"),
     )
     assert train.main(arguments(data, tmp_path, "run", *evaluation)) == 0
     folder = tmp_path / "run" / "checkpoints"
     for name in ("results.jsonl", "fair_results.jsonl"):
-        path = folder / name
-        lines = path.read_text().splitlines() if path.exists() else []
-        assert [json.loads(line)["epoch"] for line in lines] == expected
-
-
-def test_the_labels_given_are_the_groups_of_the_evaluation_too(data, tmp_path):
-    evaluation = (
-        *("--val-data", data["val"], "--fair-attributes", "sex=m,x,*", "site=1,0"),
-        *("--fair-eval-label", "bright", "--fair-eval-prompts", "a dark picture", "a bright one"),
-    )
-    assert train.main(arguments(data, tmp_path, "run", *evaluation, epochs=1)) == 0
-    (line,) = (tmp_path / "run" / "checkpoints" / "fair_results.jsonl").read_text().splitlines()
-    groups = [name.partition("/")[0] for name in json.loads(line) if "=" in name]
+        lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        assert [line["epoch"] for line in lines] == [2, 3]
+    groups = [name.partition("/")[0] for name in lines[0] if "=" in name]
     assert list(dict.fromkeys(groups)) == ["sex=m", "site=1", "site=0"]
-
-
-def test_an_id_column_names_the_pairs(data, tmp_path):
-    flags = ("--fair-loss", "dbpm", "--fair-id-key", "pair", "--fair-save-pairs")
-    assert train.main(arguments(data, tmp_path, "ids", *flags, epochs=1)) == 0
-    rows = pairs_of(tmp_path, "ids", 1)
-    assert {int(row["id"]) for row in rows} == {1000 - 7 * k for k in range(PAIRS)}
-    assert all(row["caption"].endswith(f"number {(1000 - int(row['id'])) // 7}") for row in rows)
 
 
 @pytest.mark.parametrize("preset", ["paper", "official"])
 def test_the_other_presets_train(data, tmp_path, preset):
     flags = (*FAIR, "--fair-preset", preset)
-    assert train.main(arguments(data, tmp_path, preset, *flags, epochs=2)) == 0
-    assert (tmp_path / preset / "checkpoints" / "epoch_2.fair").exists()
+    assert train.main(arguments(data, tmp_path, preset, *flags, epochs=1)) == 0
+    assert (tmp_path / preset / "checkpoints" / "epoch_1.fair").exists()
 
 
-def test_accumulation_records_each_pair_once_a_step(data, tmp_path, record):
+def test_accumulation_records_each_pair_once_a_step_by_its_own_id(data, tmp_path, record):
     flags = (*FAIR, "--accum-freq", "2", "--fair-save-pairs", "--fair-queue", "4")
-    assert train.main(arguments(data, tmp_path, "accum", *flags)) == 0
+    assert train.main(arguments(data, tmp_path, "accum", *flags, "--fair-id-key", "pair")) == 0
     assert len(record.steps) == EPOCHS * (STEPS // 2) * 2
     # Both passes of a step see the same queue.
     terms = [step["fairness_loss"] for step in record.steps]
     assert terms[0::2] == pytest.approx(terms[1::2], rel=1e-4)
-    assert_remembered(pairs_of(tmp_path, "accum"), record.visits)
+    rows = pairs_of(tmp_path, "accum")
+    assert_remembered(rows, record.visits)
+    assert all(row["caption"].endswith(f"number {(1000 - int(row['id'])) // 7}") for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -290,41 +297,37 @@ def test_accumulation_records_each_pair_once_a_step(data, tmp_path, record):
         (("--csv-caption-key", "site"), "of --train-data 40 rows"),
     ],
 )
-def test_resuming_with_other_settings_is_refused_by_flag(data, tmp_path, capsys, change, message):
-    flags = (*FAIR, "--fair-queue", "4")
-    assert train.main(arguments(data, tmp_path, "run", *flags, epochs=1)) == 0
-    book = (tmp_path / "run" / "fair_codebook.json").read_text()
-    again = arguments(data, tmp_path, "run", *flags, *change, "--resume", "latest", epochs=2)
+def test_resuming_with_other_settings_is_refused_by_flag(
+    data, one_epoch, tmp_path, capsys, change, message
+):
+    shutil.copytree(one_epoch, tmp_path / "run")
+    flags = (*FAIR, "--fair-queue", "4", *change, "--resume", "latest")
+    again = arguments(data, tmp_path, "run", *flags, epochs=2)
     assert train.main(again) == 2
     line = one_line(capsys)
     assert message in line and "--fair-fresh-state" in line
-    assert (tmp_path / "run" / "fair_codebook.json").read_text() == book
-    assert train.main([*again, "--fair-fresh-state"]) == 0
+    book = "fair_codebook.json"
+    assert (tmp_path / "run" / book).read_text() == (one_epoch / book).read_text()
+    if "--fair-attributes" in change:
+        assert train.main([*again, "--fair-fresh-state"]) == 0
 
 
-def test_a_score_may_be_changed_where_none_is_queued(data, tmp_path):
-    assert train.main(arguments(data, tmp_path, "run", *FAIR, epochs=1)) == 0
-    flags = (*FAIR, "--fair-score", "similarity", "--resume", "latest")
-    assert train.main(arguments(data, tmp_path, "run", *flags, epochs=2)) == 0
-
-
-def test_a_saved_state_that_lacks_what_it_must_have_is_refused(data, tmp_path, capsys):
-    assert train.main(arguments(data, tmp_path, "run", *FAIR, epochs=1)) == 0
+def test_a_saved_state_that_lacks_what_it_must_have_is_refused(data, one_epoch, tmp_path, capsys):
+    shutil.copytree(one_epoch, tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "epoch_1.fair"
     content = torch.load(path, weights_only=True)
     whole = content["callbacks"]["FairTrainingCallback"]
-    lacking = {key: value for key, value in whole.items() if key != "labels"}
-    again = arguments(data, tmp_path, "run", *FAIR, "--resume", "latest", epochs=2)
-    for state, names in (
-        (lacking, "labels"),
-        (whole | {"loss": [1]}, "loss"),
-        (whole | {"settings": None, "loss": None}, "settings, loss"),
+    flags = (*FAIR, "--fair-queue", "4", "--resume", "latest")
+    for state, message in (
+        ({key: value for key, value in whole.items() if key != "labels"}, "state lacks labels"),
+        (whole | {"settings": None, "loss": None}, "state lacks settings, loss"),
+        (whole | {"loss": {}}, "state does not fit this run: Error(s) in loading state_dict"),
     ):
         content["callbacks"]["FairTrainingCallback"] = state
         torch.save(content, path)
-        assert train.main(again) == 2
+        assert train.main(arguments(data, tmp_path, "run", *flags, epochs=2)) == 2
         line = one_line(capsys)
-        assert f"state lacks {names}; add --fair-fresh-state" in line
+        assert message in line and "; add --fair-fresh-state" in line
 
 
 def rewritten(data, tmp_path, change):
@@ -338,18 +341,11 @@ def rewritten(data, tmp_path, change):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--fair-loss",), "needs --fair-attributes"),
         (("--fair-loss", "--fair-attributes", "race"), "no column 'race'"),
         (("--fair-loss", "dbpm", "--csv-img-key", "picture"), "no column 'picture'"),
         (("--fair-loss", "dbpm", "--fair-id-key", "title"), "title"),
         (("--fair-loss", "dbpm", "--fair-id-key", "bright"), "bright"),
-        ((*FAIR, "--fair-blur", "-1"), "--fair-blur must be a finite number >= 0, got -1.0"),
         ((*FAIR, "--fair-blur", "1e101"), "blur must be 0 or from 1e-100 to 1e100, got 1e+101"),
-        ((*FAIR, "--fair-weight", "-1"), "--fair-weight must be a finite number >= 0, got -1.0"),
-        ((*FAIR, "--fair-weight", "nan"), "--fair-weight must be a finite number >= 0, got nan"),
-        ((*FAIR, "--fair-faulty-sigma", "-2"), "--fair-faulty-sigma must be a number >= 0"),
-        ((*FAIR, "--fair-warmup-epochs", "-2"), "--fair-warmup-epochs must be"),
-        ((*FAIR, "--fair-queue", "-2"), "--fair-queue must be"),
         ((*FAIR, "--log-every-n-steps", "0"), "--log-every-n-steps must be 1 or more, got 0"),
         ((*FAIR, "--accum-freq", "0"), "--accum-freq must be 1 or more, got 0"),
         ((*FAIR, "--batch-size", "0"), "--batch-size must be 1 or more, got 0"),
@@ -358,8 +354,6 @@ def rewritten(data, tmp_path, change):
         ((*FAIR, "--val-data", "/no/such.csv"), "/no/such.csv"),
         ((*FAIR, "--fair-wieght", "1"), "--fair-wieght 1 (did you mean --fair-weight?)"),
         (("--epohcs", "3"), "unrecognized arguments: --epohcs 3"),
-        (("--fair-attributes", "sex"), "has no effect without --fair-loss"),
-        (("--fair-preset", "paper"), "has no effect without --fair-loss"),
         ((*FAIR, "--csv-separator", ";"), "no column 'filepath'"),
         (("--fair-loss", "dbpm", "--batch-size", "64"), "40 pairs, fewer than one step"),
         (("--fair-loss", "dbpm", "--train-data", "/no/such.csv"), "/no/such.csv"),
@@ -384,7 +378,6 @@ def rewritten(data, tmp_path, change):
              "--fair-attributes", "sex", "--val-data", "x.tar"),
             "takes the validation pairs from a table",
         ),
-        (("--fair-loss", "dbpm", "--fair-callback", "json:dumps"), "must be a fairclip_losses"),
     ],
 )  # fmt: skip
 def test_wrong_input_stops_before_training_with_one_line(data, tmp_path, capsys, flags, message):
@@ -432,31 +425,17 @@ def test_a_missing_image_stops_before_training(data, tmp_path, capsys):
     assert not (tmp_path / "bad").exists()
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_broken_image_is_one_line_and_leaves_no_half_checkpoint(data, tmp_path, capsys, workers):
+def test_a_broken_image_is_one_line_and_leaves_no_half_checkpoint(data, tmp_path, capsys):
     picture = tmp_path / "broken.png"
     picture.write_bytes(b"no picture")
+    image = str(Path(data["train"]).with_name("train_3.png"))
     broken = rewritten(
-        data,
-        tmp_path,
-        lambda lines: [
-            "\t".join([line.split("\t")[0], str(picture), *line.split("\t")[2:]])
-            if "train_3.png" in line
-            else line
-            for line in lines
-        ],
+        data, tmp_path, lambda lines: [line.replace(image, str(picture)) for line in lines]
     )
-    assert train.main(arguments(broken, tmp_path, "bad", *FAIR, "--workers", workers)) == 1
+    assert train.main(arguments(broken, tmp_path, "bad", *FAIR, "--workers", "2")) == 1
     assert "cannot identify image file" in one_line(capsys)
     assert not list((tmp_path / "bad" / "checkpoints").iterdir())
     assert "Traceback" in (tmp_path / "bad" / "out.log").read_text()
-
-
-def test_an_existing_run_is_not_overwritten(data, tmp_path):
-    assert train.main(arguments(data, tmp_path, "run", epochs=1)) == 0
-    saved = weights(tmp_path, "run", 1)
-    assert train.main(arguments(data, tmp_path, "run", *FAIR, epochs=1)) == 1
-    assert_same_weights(saved, weights(tmp_path, "run", 1))
 
 
 def test_a_poisoned_step_does_not_enter_the_memory(data, tmp_path, record):
@@ -482,87 +461,22 @@ def test_a_poisoned_step_does_not_enter_the_memory(data, tmp_path, record):
     assert all(np.isfinite(float(row["mean_loss"])) for row in rows)
 
 
-class ReplacesBatch(Callback):
-    def __init__(self, batch):
-        self.batch = batch
-
-    def on_batch_start(self, state):
-        state.batch = self.batch(state.batch)
-
-
 @pytest.mark.parametrize(
-    ("batch", "got"),
-    [(lambda batch: batch[:2], "2 items"), (lambda batch: [], "0 items"),
-     (lambda batch: None, "NoneType")],
-)  # fmt: skip
+    ("batch", "got"), [(lambda batch: batch[:2], "2 items"), (lambda batch: None, "NoneType")]
+)
 def test_a_callback_that_loses_whose_pairs_they_are_is_one_line(data, tmp_path, capsys, batch, got):
-    with registered(ReplacesBatch(batch)):
+    class ReplacesBatch(Callback):
+        def on_batch_start(self, state):
+            state.batch = batch(state.batch)
+
+    with registered(ReplacesBatch()):
         assert train.main(arguments(data, tmp_path, "run", *FAIR)) == 2
     assert one_line(capsys).endswith(f"expected (images, texts, pairs), got {got}")
 
 
-class Overflow(Callback):
-    """Makes one step overflow, and keeps the losses of the steps that changed the weights."""
-
-    def __init__(self):
-        self.visits, self.skipped = {}, 0
-
-    def on_loss_end(self, state):
-        if state.loss_call == 0:
-            self.weights = state.model.visual.conv1.weight.detach().clone()
-            self.pairs = state.loss_inputs["pair_ids"].tolist()
-            self.losses = state.loss.last.pair_losses.tolist()
-            if state.epoch == 0 and 2 <= state.batch_index < 4:
-                state.losses["contrastive_loss"] = state.losses["contrastive_loss"] * np.inf
-
-    def on_batch_end(self, state):
-        if (state.batch_index + 1) % state.args.accum_freq:
-            return
-        if torch.equal(self.weights, state.model.visual.conv1.weight):
-            self.skipped += 1
-            return
-        for pair, loss in zip(self.pairs, self.losses, strict=True):
-            self.visits.setdefault(pair, []).append(loss)
-
-
-@pytest.mark.skipif(not HAS_LOCAL_DIR, reason="2.x has no scaler on the CPU")
-@pytest.mark.parametrize("accum_freq", ["1", "2"])
-def test_a_step_that_the_scaler_skips_does_not_enter_the_memory(data, tmp_path, accum_freq):
-    with registered(Overflow()) as callback:
-        flags = (*FAIR, "--fair-save-pairs", "--fair-queue", "4", "--accum-freq", accum_freq)
-        run = arguments(data, tmp_path, "amp", *flags, "--precision", "amp", epochs=2)
-        assert train.main(run) == 0
-    assert callback.skipped >= 1
-    assert_remembered(pairs_of(tmp_path, "amp", 2), callback.visits)
-
-
-def test_the_module_runs_as_a_command_with_several_workers(data, tmp_path):
-    module, environment = as_process(data["folder"], "fairclip_losses.train")
-    command = [sys.executable, *module]
-    done = subprocess.run(
-        command + arguments(data, tmp_path, "run", *FAIR, "--workers", "2", epochs=1),
-        capture_output=True, text=True, timeout=300, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "checkpoints" / "flagged_epoch_1.csv").exists()
-    failed = subprocess.run(
-        [*command, "--fair-loss"], capture_output=True, text=True, timeout=300, env=environment
-    )  # fmt: skip
-    assert failed.returncode == 2
-    assert failed.stderr.strip().splitlines()[-1].startswith("fairclip_losses.train: error: ")
-    assert "Traceback" not in failed.stderr
-
-
-@pytest.mark.parametrize("local", [(), ("--local-loss", "--gather-with-grad")])
-def test_two_processes_under_torchrun_keep_one_memory(data, tmp_path, local):
-    flags = (*FAIR, *local, "--batch-size", "4", "--fair-save-pairs")
-    run_under_torchrun(data["folder"], arguments(data, tmp_path, "run", *flags))
-    rows = pairs_of(tmp_path, "run")
-    assert [int(row["visits"]) for row in rows] == [EPOCHS] * PAIRS
-    assert (tmp_path / "run" / "checkpoints" / f"epoch_{EPOCHS}.fair").exists()
-
-
-def test_plain_siglip_equals_the_idle_fair_loss(data, tmp_path):
-    assert train.main(arguments(data, tmp_path, "plain", "--siglip", epochs=1)) == 0
-    assert train.main(arguments(data, tmp_path, "idle", "--siglip", *FAIR, *IDLE, epochs=1)) == 0
-    assert_same_weights(weights(tmp_path, "plain", 1), weights(tmp_path, "idle", 1))
+def test_two_processes_under_torchrun_keep_one_memory(data, tmp_path):
+    flags = ("--local-loss", "--gather-with-grad", "--batch-size", "4", "--fair-save-pairs")
+    argv = arguments(data, tmp_path, "run", *FAIR, *flags, epochs=2)
+    run_under_torchrun(data["folder"], argv)
+    assert [int(row["visits"]) for row in pairs_of(tmp_path, "run", 2)] == [2] * PAIRS
+    assert (tmp_path / "run" / "checkpoints" / "epoch_2.fair").exists()

@@ -13,8 +13,8 @@ import pytest
 import torch
 from sinkhorn_cases import POWERS, random_problem
 
-from fairclip_losses.ops import checks, sinkhorn_divergence, sinkhorn_solve
-from fairclip_losses.ops.kernels.dense import DenseKernel
+from fairclip_losses.ops import options, sinkhorn_divergence, sinkhorn_solve
+from fairclip_losses.ops.dense import DenseKernel
 
 triton = pytest.importorskip(
     "triton", "3.2", reason="the kernel needs Triton 3.2, which comes with torch 2.6"
@@ -34,19 +34,19 @@ def test_in_the_interpreter():
 
 
 @outside
-@pytest.mark.parametrize(("p", "with_pull"), [(1, True), (2, False)])
-def test_compiles_for_a_gpu(p, with_pull):
+@pytest.mark.parametrize(("p", "with_gradient"), [(1, True), (2, False)])
+def test_compiles_for_a_gpu(p, with_gradient):
     """To machine code, by the compiler in Triton's package: no GPU is needed for that."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fairclip_losses.ops.kernels import triton_kernel
+    from fairclip_losses.ops import triton_softmin
 
-    kernel, double = triton_kernel._reduce, "*fp64"
+    kernel, double = triton_softmin._reduce, "*fp64"
     types = dict.fromkeys(kernel.arg_names, double)
     types |= dict.fromkeys(("cloud_x", "cloud_y"), "*i64")
     types |= dict.fromkeys(("n", "m", "dimension"), "i32")
-    constants = {"P": p, "PULL": with_pull, "ROWS": 16, "COLUMNS": 32, "COORDINATES": 16}
+    constants = {"P": p, "GRADIENT": with_gradient, "ROWS": 16, "COLUMNS": 32, "COORDINATES": 16}
     types |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(
         fn=kernel, signature=types,
@@ -60,9 +60,9 @@ def test_compiles_for_a_gpu(p, with_pull):
 def test_an_older_triton_is_not_taken(monkeypatch, version, runs):
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    checks._has_triton.cache_clear()
-    assert checks.runs_triton(torch.zeros(4, 2)) == runs
-    checks._has_triton.cache_clear()
+    options._has_triton.cache_clear()
+    assert options.runs_triton(torch.zeros(4, 2)) == runs
+    options._has_triton.cache_clear()
 
 
 @outside
@@ -79,7 +79,7 @@ def test_needs_a_gpu():
 )
 def test_operators_are_those_of_the_dense_kernel(p, dimension, dtype):
     """No size a multiple of a block's; ties, absent points, rows of weights and of points."""
-    from fairclip_losses.ops.kernels.triton_kernel import TritonKernel
+    from fairclip_losses.ops.triton_softmin import TritonKernel
 
     x, y, a, b = random_problem(19, 131, rows=2, dimension=dimension)
     y[:3] = x[:3]
@@ -88,21 +88,19 @@ def test_operators_are_those_of_the_dense_kernel(p, dimension, dtype):
     clouds = torch.stack([y, y + 0.5])[:, None]
     log_a, log_b = (a / a.sum()).log(), (b / b.sum(-1, keepdim=True)).log()
     g = torch.sin(torch.arange(131.0)).to(dtype)
-    epsilons = torch.tensor([0.4, 1.0], dtype=dtype).view(2, 1, 1)
-    for points, epsilon in ((y, 0.4), (clouds, epsilons))[: 1 if dimension > 9 else 2]:
+    on_device = torch.tensor(1.0, dtype=dtype)
+    for points, epsilon in ((y, 0.4), (clouds, on_device))[: 1 if dimension > 9 else 2]:
         dense, kernel = DenseKernel(x, points, p), TritonKernel(x, points, p)
         close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {}
         f = dense.softmin(epsilon, log_b, g)
         torch.testing.assert_close(kernel.softmin(epsilon, log_b, g), f, **close)
-        found, after = kernel.sweep(epsilon, log_a, log_b, g)
+        found, after = kernel.update(epsilon, log_a, log_b, g)
         torch.testing.assert_close(found, f, **close)
         torch.testing.assert_close(after, dense.transposed.softmin(epsilon, log_a, f), **close)
     close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-9}
     dense, kernel = DenseKernel(x, y, p), TritonKernel(x, y, p)
-    torch.testing.assert_close(kernel.pull(0.4, log_b, g), dense.pull(0.4, log_b, g), **close)
-    torch.testing.assert_close(
-        kernel.average(0.4, log_b, g, y[:, 0]), dense.average(0.4, log_b, g, y[:, 0]), **close
-    )
+    found, due = (each.gradient(0.4, log_b, g) for each in (kernel, dense))
+    torch.testing.assert_close(found, due, **close)
 
 
 @interpreted

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 import pytest
-from host_runs import (
+from cpu_processes import AllowCpu
+from killed_runs import run_processes
+from tiny_clip import write_model
+from tiny_shards import RACES, attributes_of, hashed, number_in, read_shards, write_shards
+from training_runs import (
     BATCH,
     EPOCHS,
     IDLE,
@@ -21,25 +24,21 @@ from host_runs import (
     one_line,
     pairs_of,
     registered,
-    run_under_torchrun,
     saved_loss,
     weights,
 )
-from tiny_clip import write_model
-from tiny_shards import RACES, attributes_of, hashed, number_in, read_shards, write_shards
 
 from fairclip_losses import train
 
-host = pytest.importorskip("open_clip_train.main")
-host_data = pytest.importorskip("open_clip_train.data")
+program = pytest.importorskip("open_clip_train.main")
+open_clip_data = pytest.importorskip("open_clip_train.data")
 
-# The host's own warnings (no accelerator to pin memory for, and such) are not ours to fix.
+# open_clip's own warnings (no accelerator to pin memory for, and such) are not ours to fix.
 pytestmark = pytest.mark.filterwarnings("default", "ignore::ResourceWarning")
 
 SIZES = (17, 16, 15)  # no multiples of the batch: each pass over a worker's shards leaves some out
 PAIRS = sum(SIZES)
-FAIR = ("--fair-loss", "--fair-attributes", "race", "gender")
-GIVEN = ("--fair-loss", "--fair-attributes", "race=White,Black,Asian", "gender=0,1")
+FAIR = ("--fair-loss", "--fair-attributes", "race=Asian,Black,White", "gender")
 BOOK = {"race": list(RACES), "gender": ["0", "1"]}
 
 
@@ -103,7 +102,7 @@ def assert_given_as_in_the_shards(given, folder, book=BOOK, id_of=lambda pair: p
 
 @pytest.fixture(scope="module")
 def fair_run(data, tmp_path_factory):
-    """One run with two workers, labels read from the shards, which several tests look at."""
+    """One run with two workers, labels and integer codes, which several tests look at."""
     logs = tmp_path_factory.mktemp("fair")
     flags = ("--fair-faulty-sigma", "1", "--fair-noisy-sigma", "1", "--fair-save-pairs")
     argv = streamed(data, logs, "run", *FAIR, *flags, "--workers", "2", "--fair-queue", "4")
@@ -118,17 +117,13 @@ def test_the_loss_is_given_the_ids_and_groups_of_the_pairs_it_sees(fair_run, dat
     assert_given_as_in_the_shards(record.given, data["folder"])
 
 
-def test_a_pair_is_seen_as_often_as_the_host_streams_it(fair_run):
-    _, record = fair_run
+def test_a_pair_is_seen_and_remembered_as_often_as_open_clip_streams_it(fair_run):
+    folder, record = fair_run
     times = {len(losses) for visits in record.epochs for losses in visits.values()}
     # A worker with one shard of 15 to 17 pairs goes round it again for its third batch; the one
     # with two shards comes to its third batch before it has seen all of them.
     assert {1, 2} <= times
     assert all(len(visits) < PAIRS for visits in record.epochs)
-
-
-def test_the_miner_remembers_each_pair_by_its_id(fair_run):
-    folder, record = fair_run
     assert_remembered(pairs_of(folder.parent, "run"), record.visits)
 
 
@@ -163,43 +158,20 @@ def test_flag_rates_are_of_the_pairs_of_the_epoch(fair_run):
             assert f"race={label} {np.mean(of_label):.1%}" in line
 
 
-def test_the_code_book_is_of_all_shards(fair_run):
+def test_the_code_book_has_labels_and_codes_and_nothing_is_said_of_pairs_that_lack_nothing(
+    fair_run,
+):
     folder, _ = fair_run
     assert json.loads((folder / "fair_codebook.json").read_text()) == BOOK
-    assert f"read the groups of {PAIRS} pairs in 3 shards" in (folder / "out.log").read_text()
-
-
-def test_nothing_is_said_of_pairs_that_lack_nothing(fair_run):
-    folder, _ = fair_run
     assert not warnings_of(folder)
 
 
-def test_labels_given_are_the_code_book_and_nothing_is_read(data, tmp_path, record):
-    flags = (*GIVEN, "--fair-id-key", "uid")
-    assert train.main(streamed(data, tmp_path, "run", *flags, epochs=1)) == 0
-    book = {"race": ["White", "Black", "Asian"], "gender": ["0", "1"]}
-    assert json.loads((tmp_path / "run" / "fair_codebook.json").read_text()) == book
-    assert "read the groups" not in (tmp_path / "run" / "out.log").read_text()
-
-    def id_of(pair):
-        uid = pair["json"]["uid"]
-        return uid if isinstance(uid, int) else hashed(uid)
-
-    assert_given_as_in_the_shards(record.given, data["folder"], book, id_of)
-
-
-def test_resampled_shards(data, tmp_path, record):
-    flags = (*FAIR, "--dataset-resampled", "--workers", "1", "--fair-save-pairs")
-    assert train.main(streamed(data, tmp_path, "run", *flags)) == 0
-    assert_given_as_in_the_shards(record.given, data["folder"])
-    assert_remembered(pairs_of(tmp_path, "run"), record.visits)
-
-
-def test_data_sets_whose_shards_and_keys_are_named_alike(data, tmp_path, record):
+def test_resampled_data_sets_whose_shards_and_keys_are_named_alike(data, tmp_path, record):
     urls = [write_shards(tmp_path / name, (BATCH, BATCH)) for name in ("cc", "laion")]
     both = {**data, "train": "::".join(urls)}
-    flags = ("--dataset-resampled", "--train-data-upsampling-factors", "1::2")
+    flags = ("--dataset-resampled", "--train-data-upsampling-factors", "1::2", "--fair-save-pairs")
     assert train.main(streamed(both, tmp_path, "run", *FAIR, *flags)) == 0
+    assert_remembered(pairs_of(tmp_path, "run"), record.visits)
     names = {}
     for folder in ("cc", "laion"):
         for number, pair in read_shards(tmp_path / folder).items():
@@ -207,23 +179,6 @@ def test_data_sets_whose_shards_and_keys_are_named_alike(data, tmp_path, record)
     assert len(names) == 4 * BATCH
     assert all(names[pair_id] == number for number, pair_id, _ in record.given)
     assert len({pair_id for _, pair_id, _ in record.given}) > 2 * BATCH
-
-
-def test_a_pair_that_is_in_a_batch_several_times_is_visited_as_often(data, tmp_path, record):
-    few = {**data, "train": write_shards(tmp_path / "few", (3,))}
-    flags = ("--fair-loss", "dbpm", "--dataset-resampled", "--fair-save-pairs")
-    assert train.main(streamed(few, tmp_path, "run", *flags, epochs=1)) == 0
-    rows = pairs_of(tmp_path, "run", 1)
-    assert sum(int(row["visits"]) for row in rows) == PAIRS and len(rows) == 3
-    assert_remembered(rows, record.visits)
-
-
-def test_accumulation_records_each_pair_once_a_step(data, tmp_path, record):
-    flags = (*FAIR, "--accum-freq", "2", "--fair-save-pairs")
-    assert train.main(streamed(data, tmp_path, "run", *flags)) == 0
-    visits = record.visits
-    assert sum(map(len, visits.values())) == EPOCHS * (PAIRS // BATCH) // 2 * 2 * BATCH
-    assert_remembered(pairs_of(tmp_path, "run"), visits)
 
 
 # ------------------------------ what samples lack
@@ -248,11 +203,10 @@ def expected_lacks(given):
     return [numbers.count(rest) for rest in (1, 2, 5)]
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_what_samples_lack_is_said_once_with_the_count(data, tmp_path, record, workers):
+def test_what_samples_lack_is_said_once_with_the_count(data, tmp_path, record):
     train_data = write_shards(tmp_path / "shards", SIZES, member=lacking)
     lacks = {**data, "train": train_data}
-    flags = (*FAIR, "--fair-id-key", "uid", "--workers", workers)
+    flags = (*FAIR, "--fair-id-key", "uid", "--workers", "2")
     assert train.main(streamed(lacks, tmp_path, "run", *flags)) == 0
     first = record.given[:PAIRS]
     json_less, race, uid = expected_lacks(first)
@@ -260,8 +214,8 @@ def test_what_samples_lack_is_said_once_with_the_count(data, tmp_path, record, w
     assert len(warnings) == 1
     for part in (
         f"of {PAIRS} pairs in epoch 0, {json_less} have no json member",
-        f"{uid} no id under 'uid'",
-        f"{race} no key 'race'",
+        f"{uid} have no id under 'uid' (named by shard and key instead)",
+        f"{race} have no key 'race'",
     ):
         assert part in warnings[0]
     pairs = read_shards(tmp_path / "shards")
@@ -284,21 +238,34 @@ def test_other_values_than_the_labels_given_are_unknown_where_that_is_said(data,
     assert not warnings_of(tmp_path / "run")
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_another_value_than_the_labels_given_stops_the_training(data, tmp_path, capsys, workers):
+@pytest.mark.parametrize(
+    ("attribute", "common", "rare", "expected"),
+    [
+        ("race=Asian", "Asian", "Other", "expected one of 'Asian', got 'Other'"),
+        (
+            "race",
+            1,
+            "Other",
+            "expected a code from 0 to 1, or labels given as --fair-attributes race=LABEL,LABEL,"
+            "..., got 'Other'",
+        ),
+    ],
+)
+def test_a_value_that_is_no_group_stops_the_training(
+    data, tmp_path, capsys, attribute, common, rare, expected
+):
     """Where the first look does not reach it: of four shards it leaves out the second."""
-    rare = {BATCH + 3: "Other"}
     shards = write_shards(
-        tmp_path / "shards", (BATCH,) * 4, member=lambda n: {"race": rare.get(n, "Asian")}
+        tmp_path / "shards",
+        (BATCH,) * 4,
+        member=lambda n: {"race": rare if n == BATCH + 3 else common},
     )
-    flags = ("--fair-loss", "--fair-attributes", "race=Asian", "--workers", workers)
+    flags = ("--fair-loss", "--fair-attributes", attribute, "--workers", "2")
     argv = streamed({**data, "train": shards}, tmp_path, "run", *flags)
     assert train.main(argv) == 1
-    assert one_line(capsys).endswith(
-        "error: shard 00001.tar, sample 0003: key 'race' of the json member: "
-        "expected one of 'Asian', got 'Other'"
-    )
-    flags = ("--fair-attributes", "race=Asian,*", "--name", "again")
+    where = "error: shard 00001.tar, sample 0003: key 'race' of the json member: "
+    assert one_line(capsys).endswith(where + expected)
+    flags = ("--fair-attributes", "race=Asian,1,*", "--name", "again")
     assert train.main([*argv, *flags]) == 0
 
 
@@ -306,8 +273,8 @@ def test_another_value_than_the_labels_given_stops_the_training(data, tmp_path, 
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path, registered, monkeypatch):
-    # The host shuffles samples by the clock; without that its order follows from the seed.
-    monkeypatch.setattr(host_data.wds, "shuffle", lambda **options: None)
+    # open_clip shuffles samples by the clock; without that its order follows from the seed.
+    monkeypatch.setattr(open_clip_data.wds, "shuffle", lambda **options: None)
     flags = (*FAIR, "--fair-faulty-sigma", "1", "--fair-queue", "4")
     registered(SeedEpochs())
     assert train.main(streamed(data, tmp_path, "whole", *flags)) == 0
@@ -316,53 +283,38 @@ def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path, registered, 
     stop.epoch = None
     assert train.main(streamed(data, tmp_path, "cut", *flags, "--resume", "latest")) == 0
     whole, cut = (saved_loss(tmp_path, name) for name in ("whole", "cut"))
-    assert "miner.table_ids" in whole
+    assert "miner.memory.table_ids" in whole
     assert_same_state(whole, cut)
     assert_same_weights(weights(tmp_path, "whole"), weights(tmp_path, "cut"))
     files = [tmp_path / n / "checkpoints" / "flagged_epoch_3.csv" for n in ("whole", "cut")]
     assert files[0].read_text() == files[1].read_text()
 
 
-@pytest.fixture(scope="module")
-def one_epoch(data, tmp_path_factory):
-    logs = tmp_path_factory.mktemp("one_epoch")
-    assert train.main(streamed(data, logs, "run", *FAIR, epochs=1)) == 0
-    return logs / "run"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("--fair-attributes", "race=Black,Asian,White", "gender=0,1"), "has the groups"),
-        ("fewer shards", "--train-data 3 shards"),
-    ],
-)
-def test_resuming_with_other_data_is_refused(data, one_epoch, tmp_path, capsys, change, message):
-    shutil.copytree(one_epoch, tmp_path / "run")
-    change = (
-        change
-        if isinstance(change, tuple)
-        else ("--train-data", write_shards(tmp_path / "fewer", SIZES[:2]))
-    )
-    again = streamed(data, tmp_path, "run", *FAIR, *change, "--resume", "latest", epochs=2)
+def test_resuming_with_other_shards_is_refused_and_goes_on_with_a_fresh_state(
+    data, tmp_path, capsys
+):
+    assert train.main(streamed(data, tmp_path, "run", *FAIR, epochs=1)) == 0
+    fewer = {**data, "train": write_shards(tmp_path / "fewer", SIZES[:2])}
+    flags = (*FAIR, "--resume", "latest", "--fair-save-pairs")
+    again = streamed(fewer, tmp_path, "run", *flags, epochs=2)
     assert train.main(again) == 2
     line = one_line(capsys)
-    assert message in line and "--fair-fresh-state" in line
-
-
-def test_resuming_with_other_data_goes_on_with_a_fresh_state(data, one_epoch, tmp_path):
-    shutil.copytree(one_epoch, tmp_path / "run")
-    fewer = {**data, "train": write_shards(tmp_path / "fewer", SIZES[:2])}
-    flags = (*FAIR, "--resume", "latest", "--fair-fresh-state", "--fair-save-pairs")
-    assert train.main(streamed(fewer, tmp_path, "run", *flags, epochs=2)) == 0
+    assert "--train-data 3 shards" in line and "--fair-fresh-state" in line
+    assert train.main([*again, "--fair-fresh-state"]) == 0
     rows = pairs_of(tmp_path, "run", 2)
     assert {row["shard"] for row in rows} == {"00000.tar", "00001.tar"}
 
 
-def test_shards_may_be_dropped_where_pairs_have_their_own_ids(data, tmp_path):
-    flags = (*GIVEN, "--fair-id-key", "uid", "--fair-save-pairs")
+def own_id(pair):
+    uid = pair["json"]["uid"]
+    return uid if isinstance(uid, int) else hashed(uid)
+
+
+def test_shards_may_be_dropped_where_pairs_have_their_own_ids(data, tmp_path, record):
+    flags = (*FAIR, "--fair-id-key", "uid", "--fair-save-pairs")
     assert train.main(streamed(data, tmp_path, "run", *flags, epochs=1)) == 0
     before = pairs_of(tmp_path, "run", 1)
+    assert_given_as_in_the_shards(record.given, data["folder"], id_of=own_id)
     fewer = {**data, "train": write_shards(tmp_path / "fewer", SIZES[:2])}
     again = streamed(fewer, tmp_path, "run", *flags, "--resume", "latest", epochs=2)
     assert train.main(again) == 0
@@ -372,53 +324,30 @@ def test_shards_may_be_dropped_where_pairs_have_their_own_ids(data, tmp_path):
     assert sum(visits.values()) == 2 * PAIRS
 
 
-def test_pairs_that_share_an_id_are_named_once(data, tmp_path):
-    shards = write_shards(
-        tmp_path / "shards", (BATCH,) * 4, member=lambda n: {"race": "a", "id": 7 if n == 9 else n}
-    )
-    flags = ("--fair-loss", "--fair-attributes", "race=a", "--fair-id-key", "id")
-    assert train.main(streamed({**data, "train": shards}, tmp_path, "run", *flags)) == 0
-    (warning,) = warnings_of(tmp_path / "run")
-    pairs = ["shard 00000.tar, sample 0007", "shard 00001.tar, sample 0001"]
-    told = [f"7 is the id of {first} and of {second}" for first, second in (pairs, pairs[::-1])]
-    assert warning.partition("share their history; in epoch 0 ")[2] in told
-    again = ("--fair-id-key", "uid", "--dataset-resampled")
-    assert train.main(streamed(data, tmp_path, "uid", *GIVEN, *again, epochs=2)) == 0
-    assert not warnings_of(tmp_path / "uid")
-
-
 # ------------------------------ several processes
 
 
-def test_two_processes_share_labels_findings_and_memory(data, tmp_path):
-    """The rare label is in one process's shard alone; both must give it the same code."""
-    folder = tmp_path / "shards"
-    pairs = 4 * BATCH
+def test_two_processes_share_findings_and_memory(data, tmp_path):
+    folder, pairs = tmp_path / "shards", 4 * BATCH
 
     def member(number):
-        race = "Other" if number >= 3 * BATCH else RACES[number % 2]
-        return None if number % 8 == 3 else {"race": race}
+        return None if number % 8 == 3 else {"race": "Other" if number > 24 else number % 2}
 
     shards = write_shards(folder, (BATCH,) * 4, member=member)
-    flags = ("--fair-loss", "--fair-attributes", "race", "--fair-save-pairs")
-    more = ("--batch-size", "4", "--workers", "1", "--train-num-samples", str(pairs))
+    flags = ("--fair-loss", "--fair-attributes", "race=0,1,Other", "--fair-save-pairs")
+    more = ("--batch-size", "4", "--train-num-samples", str(pairs))
     argv = arguments({**data, "train": shards}, tmp_path, "run", *flags, *more, epochs=2)
-    run_under_torchrun(data["tiny"], argv)
-    run = tmp_path / "run"
-    book = json.loads((run / "fair_codebook.json").read_text())
-    assert book == {"race": ["Asian", "Black", "Other"]}
+    assert run_processes(argv, data["tiny"].parent, None, [[AllowCpu()], [AllowCpu()]]) == [0, 0]
     expected = {pair["id"]: pair for pair in read_shards(folder).values()}
     rows = pairs_of(tmp_path, "run", 2)
     assert {int(row["id"]) for row in rows} == set(expected)
     for row in rows:
         pair = expected[int(row["id"])]
-        race = pair["json"]["race"] if pair["json"] else ""
+        race = str(pair["json"]["race"]) if pair["json"] else ""
         assert (row["shard"], row["key"], row["race"]) == (pair["shard"], pair["key"], race)
         assert int(row["visits"]) == 2
-    warnings = warnings_of(run)
-    assert len(warnings) == 1
-    assert f"of {pairs} pairs in epoch 0, {pairs // 8} have no json member" in warnings[0]
-    assert f"read the groups of {pairs} pairs in 4 shards" in (run / "out.log").read_text()
+    (warning,) = warnings_of(tmp_path / "run")
+    assert f"of {pairs} pairs in epoch 0, {pairs // 8} have no json member" in warning
 
 
 # ------------------------------ wrong input
@@ -431,13 +360,21 @@ def shards_of(tmp_path, member, sizes=SIZES):
 @pytest.mark.parametrize(
     ("member", "flags", "message"),
     [
-        (attributes_of, ("race", "gendre"), "no key 'gendre', only 'race', 'gender', 'uid'"),
-        (attributes_of, ("race", "--fair-id-key", "id"), "--fair-id-key id: "),
-        (attributes_of, ("race", "--fair-id-key", "race"), "expected 64-bit integers or strings"),
-        (attributes_of, ("race", "--fair-id-key", "gender"), "expected each id once"),
-        (attributes_of, ("race=Asian,Asian",), "expected each label once"),
-        (attributes_of, ("race=asian,black",), "have none of the labels 'asian', 'black'"),
-        (lambda number: {"race": number + 0.5}, ("race",), "bin it first"),
+        (attributes_of, ("gender", "gendre"), "no key 'gendre', only 'race', 'gender', 'uid'"),
+        (attributes_of, ("gender", "--fair-id-key", "id"), "--fair-id-key id: "),
+        (attributes_of, ("gender", "--fair-id-key", "race"), "expected 64-bit integers or strings"),
+        (attributes_of, ("gender", "--fair-id-key", "gender"), "expected each id once"),
+        (
+            attributes_of,
+            ("race",),
+            "shard 00000.tar, sample 0000: key 'race' of the json member: expected a code from 0 "
+            "to 63, or labels given as --fair-attributes race=LABEL,LABEL,..., got 'Asian'",
+        ),
+        (lambda number: {"race": number + 0.5}, ("race",), "expected a code from 0 to 63, or"),
+        (lambda number: {"race": 64}, ("race",), "LABEL,LABEL,..., got 64"),
+        (lambda number: {"race": None}, ("race",), "race=LABEL,LABEL,..., got no known value"),
+        (attributes_of, ("race=asian,black",), "expected one of 'asian', 'black', got 'Asian'"),
+        (attributes_of, ("race=asian,*",), "expected one of 'asian', got none, but 'Asian', "),
         (attributes_of, ("race=Asian,,White",), "stands for an unknown value"),
         (
             attributes_of,
@@ -445,25 +382,17 @@ def shards_of(tmp_path, member, sizes=SIZES):
             "shard 00000.tar, sample 0002: key 'race' of the json member: "
             "expected one of 'Asian', 'Black', got 'White'",
         ),
-        (attributes_of, ("race=asian,*",), "have none of the labels 'asian', but 'Asian'"),
-        (
-            lambda number: {"race": ["a"] if number == 18 else "a"},
-            ("race",),
-            "shard 00001.tar, sample 0001: key 'race' of the json member: "
-            "expected a string or a number, got ['a']",
-        ),
-        (attributes_of, ("race", "--workers", "4"), "need as many shards, got 3"),
-        (lambda number: None, ("race",), "have no json member"),
+        (attributes_of, ("gender", "--workers", "4"), "need as many shards, got 3"),
         (lambda number: [number], ("race",), "have no json member"),
         (
             lambda number: b"{",
             ("race",),
-            "expected samples with a caption (txt) and an image (jpg, jpeg, png or webp), got 48 "
-            "with a json member that is no JSON",
+            "expected samples with a caption (txt), an image (jpg, jpeg, png or webp) and no json "
+            "member that is no JSON, got none",
         ),
-        (lambda number: b"[" * 10**5, ("race",), "got 48 with a json member that is no JSON"),
+        (lambda number: b"[" * 10**5, ("race",), "that is no JSON, got none"),
         (
-            lambda number: {"uid": number % 9, "race": "a"},
+            lambda number: {"uid": number % 9, "race": 0},
             ("race", "--fair-id-key", "uid"),
             "expected each id once, got 9 of them more than once (0, 1, 2)",
         ),
@@ -478,36 +407,12 @@ def test_wrong_shards_stop_before_the_run_with_one_line(
     assert not (tmp_path / "bad").exists()
 
 
-def test_an_attribute_known_of_no_pair_stops_before_training(data, tmp_path, capsys):
-    """No few pairs can tell; the reading of all does."""
-    unknown = {**data, **shards_of(tmp_path, lambda number: {"race": None})}
-    flags = ("--fair-loss", "--fair-attributes", "race")
-    assert train.main(streamed(unknown, tmp_path, "bad", *flags)) == 2
-    assert f"expected groups, got no known value in {PAIRS} pairs" in one_line(capsys)
-
-
-def test_a_value_that_is_no_label_is_found_where_other_labels_are_read(data, tmp_path, capsys):
-    def member(number):
-        return {"race": "Other" if number == BATCH + 3 else "Asian", "sex": number % 2}
-
-    shards = write_shards(tmp_path / "shards", (BATCH,) * 4, member=member)
-    flags = ("--fair-loss", "--fair-attributes", "race=Asian", "sex")
-    assert train.main(streamed({**data, "train": shards}, tmp_path, "bad", *flags)) == 2
-    assert "shard 00001.tar, sample 0003: key 'race'" in one_line(capsys)
-
-
-def test_a_url_needs_labels(data, tmp_path, capsys, record):
+def test_a_url_is_streamed(data, tmp_path, record):
     """A command's output stands for remote storage."""
-    remote = {**data, "train": f"pipe:cat {data['train']}"}
-    assert train.main(streamed(remote, tmp_path, "bad", *FAIR)) == 2
-    line = one_line(capsys)
-    assert "is no file of this machine; give them: race=LABEL,LABEL,..." in line
-    assert not (tmp_path / "bad").exists()
     single = {**data, "train": f"pipe:cat {data['folder']}/00000.tar"}
-    flags = ("--fair-loss", "--fair-attributes", "race=Asian,Black,White")
     typed = ("--dataset-type", "webdataset")
-    assert train.main(streamed(single, tmp_path, "run", *flags, *typed, epochs=1)) == 0
-    assert_given_as_in_the_shards(record.given, data["folder"], {"race": list(RACES)})
+    assert train.main(streamed(single, tmp_path, "run", *FAIR, *typed, epochs=1)) == 0
+    assert_given_as_in_the_shards(record.given, data["folder"])
 
 
 def test_missing_and_broken_shards(data, tmp_path, capsys):
@@ -519,8 +424,8 @@ def test_missing_and_broken_shards(data, tmp_path, capsys):
     assert train.main(streamed(broken, tmp_path, "bad", *FAIR)) == 2
     assert "cannot read the shard" in one_line(capsys)
     unknown = {**data, "train": "zork://bucket/{00000..00003}.tar"}
-    assert train.main(streamed(unknown, tmp_path, "bad", *GIVEN)) == 2
-    assert "the shard zork://bucket/00000.tar: webdataset knows no such scheme" in one_line(capsys)
+    assert train.main(streamed(unknown, tmp_path, "bad", *FAIR)) == 2
+    assert "cannot read the shard zork://bucket/00000.tar: " in one_line(capsys)
     assert train.main(arguments(data, tmp_path, "bad", *FAIR)) == 2
     assert "give --train-num-samples" in one_line(capsys)
     assert not (tmp_path / "bad").exists()
@@ -534,15 +439,9 @@ def test_the_number_of_samples_may_lie_beside_the_shards(data, tmp_path):
     assert train.main(arguments(sized, tmp_path, "run", "--fair-loss", "dbpm", epochs=1)) == 0
 
 
-def test_an_epoch_of_less_than_a_step_is_refused(data, tmp_path, capsys):
-    flags = (*FAIR, "--accum-freq", "7")
-    assert train.main(streamed(data, tmp_path, "bad", *flags)) == 2
-    assert "an epoch has 6 batches, fewer than one step takes" in one_line(capsys)
-
-
 def test_without_the_flag_shards_train_as_upstream(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(host_data.wds, "shuffle", lambda **options: None)
-    host.main(streamed(data, tmp_path, "upstream", epochs=1))
+    monkeypatch.setattr(open_clip_data.wds, "shuffle", lambda **options: None)
+    program.main(streamed(data, tmp_path, "upstream", epochs=1))
     assert train.main(streamed(data, tmp_path, "ours", epochs=1)) == 0
     assert train.main(streamed(data, tmp_path, "idle", *FAIR, *IDLE, epochs=1)) == 0
     plain = weights(tmp_path, "upstream", 1)

@@ -1,8 +1,8 @@
 """A pytest plugin that runs open_clip's own tests with the patch in force.
 
 ``upstream_tests.py`` starts pytest with ``-p upstream_plugin``. The plugin patches the training
-program before a test is collected, counts which functions of the host are called by the patch in
-their place, and fails the session where one never was. HOST_FLAGS in the environment are added to
+program before a test is collected, counts which functions of it are called by the patch in their
+place, and fails the session where one never was. OPEN_CLIP_FLAGS in the environment are added to
 every run of the training program. So are FAIR_FLAGS; the runs then must have trained with the fair
 loss.
 """
@@ -22,9 +22,9 @@ import pytest
 
 from fairclip_losses.integrations import events
 from fairclip_losses.integrations.events import Callback
-from fairclip_losses.integrations.open_clip import HOST, patch
+from fairclip_losses.integrations.open_clip import HOOKS, PROGRAM, patch
 
-HOST_FLAGS = shlex.split(os.environ.get("HOST_FLAGS", ""))
+OPEN_CLIP_FLAGS = shlex.split(os.environ.get("OPEN_CLIP_FLAGS", ""))
 FAIR_FLAGS = shlex.split(os.environ.get("FAIR_FLAGS", ""))
 NEEDS_NETWORK = {
     "test_training_mt5": "takes the configuration and tokenizer of mt5-base from Hugging Face"
@@ -44,24 +44,24 @@ class Tally(Callback):
 
 
 def _counted(name, function):
-    """The host's own function, as the patch finds it."""
+    """open_clip's own function, as the patch finds it."""
 
     @functools.wraps(function)
     def call(*args, **options):
         caller = sys._getframe(1).f_globals["__name__"]
         calls[name] += caller.startswith("fairclip_losses.")
         if name == "main":
-            args = ([*args[0], *HOST_FLAGS, *FAIR_FLAGS],)
+            args = ([*args[0], *OPEN_CLIP_FLAGS, *FAIR_FLAGS],)
         return function(*args, **options)
 
     return call
 
 
 def pytest_configure():
-    host = importlib.import_module(HOST)
-    for name in ("main", "parse_args", "get_data", "create_loss", "train_one_epoch", "evaluate"):
+    program = importlib.import_module(PROGRAM)
+    for name in HOOKS:
         calls[name] = 0
-        setattr(host, name, _counted(name, vars(host)[name]))
+        setattr(program, name, _counted(name, vars(program)[name]))
     patch()
     if FAIR_FLAGS:
         events.register(Tally())
@@ -87,9 +87,9 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     gc.collect()  # a run's model and optimizer are gigabytes, and hold each other
 
 
-def _unproven():
+def unproven():
     """What the session was to show and did not."""
-    # The host evaluates only where there are validation data, which come with the fair flags.
+    # open_clip evaluates only where there are validation data, which come with the fair flags.
     idle = [name for name, count in calls.items() if not count]
     idle = [name for name in idle if FAIR_FLAGS or name != "evaluate"]
     if FAIR_FLAGS and not 0 < losses["calls"] == losses["fair"] <= losses["pairs"]:
@@ -98,7 +98,7 @@ def _unproven():
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if exitstatus == pytest.ExitCode.OK and _unproven():
+    if exitstatus == pytest.ExitCode.OK and unproven():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -107,5 +107,5 @@ def pytest_terminal_summary(terminalreporter):
     write("patch in force, calls: " + ", ".join(f"{k} {n}" for k, n in sorted(calls.items())))
     if FAIR_FLAGS:
         write(f"fair losses: {losses['fair']} of {losses['calls']}, over {losses['pairs']} pairs")
-    if unproven := _unproven():
-        write("never called: " + ", ".join(unproven), red=True)
+    if missing := unproven():
+        write("never called: " + ", ".join(missing), red=True)

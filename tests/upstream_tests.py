@@ -40,13 +40,13 @@ def download(folder: Path) -> Path | str:
     return f"{archive.name} holds no {', '.join(missing)}" if missing else folder / release
 
 
-def run(sources: Path, tests: tuple[str, ...], host_flags: list[str], fair_flags: list[str]) -> int:
+def run(sources: Path, tests: tuple[str, ...], flags: list[str], fair_flags: list[str]) -> int:
     """Run tests of open_clip's with the patch in force; return pytest's exit status."""
     path = [os.path.dirname(os.path.abspath(__file__)), *filter(None, sys.path)]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path),
-        "HOST_FLAGS": shlex.join(host_flags),
+        "OPEN_CLIP_FLAGS": shlex.join(flags),
         "FAIR_FLAGS": shlex.join(fair_flags),
     }
     options = ("-q", "-rs", "--tb=short", "-p", "upstream_plugin")
@@ -63,20 +63,20 @@ def main(folder: Path) -> int:
     if isinstance(sources, str):
         print(f"upstream tests: SKIPPED, nothing was run: {sources}")
         return 0
-    host_flags = ["--precision", os.environ.get("PRECISION") or "fp32"]
+    flags = ["--precision", os.environ.get("PRECISION") or "fp32"]
     print(
-        f"upstream tests: every run with {shlex.join(host_flags)}: they are runs on the CPU, where "
-        "the host's default, amp, is float16, slow on most processors (PRECISION=amp keeps it)"
+        f"upstream tests: every run with {shlex.join(flags)}: they are runs on the CPU, where "
+        "open_clip's default, amp, is float16, slow on most processors (PRECISION=amp keeps it)"
     )
     print(f"upstream tests: {sources.name}, patched, flags off", flush=True)
-    status = run(sources, TESTS, host_flags, [])
+    status = run(sources, TESTS, flags, [])
     table = str(write_pairs(folder, 16, "pairs"))
     fair_flags = [
         *("--dataset-type", "csv", "--train-data", table, "--val-data", table),
         *("--fair-loss", "--fair-attributes", "sex", "site", "--fair-queue", "4"),
     ]
     print(f"upstream tests: {sources.name}, patched, {shlex.join(fair_flags)}", flush=True)
-    return run(sources, (TRAINING,), host_flags, fair_flags) or status
+    return run(sources, (TRAINING,), flags, fair_flags) or status
 
 
 if __name__ == "__main__":

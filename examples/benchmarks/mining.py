@@ -77,9 +77,9 @@ def filled_miner(pairs: int, past: Tensor | None) -> BadPairMiner:
     )  # fmt: skip
     if past is None:  # too many to fill: flag as many as in the other sizes
         draw = torch.Generator().manual_seed(1)
-        miner.kind[torch.randint(0, pairs, (pairs // 22,), generator=draw)] = 1
-        miner.mean.fill_(0.4)
-        miner.std.fill_(0.06)
+        miner.memory.kind[torch.randint(0, pairs, (pairs // 22,), generator=draw)] = 1
+        miner.memory.mean.fill_(0.4)
+        miner.memory.std.fill_(0.06)
         return miner
     for losses in past:
         for part in torch.arange(pairs).split(1 << 16):
@@ -112,7 +112,7 @@ def measure(pairs: int, size: int) -> dict[str, object]:
     miner = filled_miner(pairs, past)
     refresh = {"miner": timed(miner.end_epoch)} if with_loop else {}
     drawn = itertools.cycle(batches(pairs, size))
-    flagged = float((miner.kind != 0).float().mean())
+    flagged = float((miner.memory.kind != 0).float().mean())
 
     def one() -> Tensor:
         losses, ids = next(drawn)

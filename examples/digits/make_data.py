@@ -13,7 +13,6 @@ captions are wrong is kept in a table of its own, ``truth.csv``, that only the r
 from __future__ import annotations
 
 import argparse
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from fairclip_losses.data import write_table
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
@@ -159,50 +160,33 @@ def write_data(folder: str | Path, seed: int, recipe: Recipe | None = None) -> D
         Image.fromarray(image).save(path)
 
     # In the order of the ids, which is random: the row number tells nothing about the digit.
-    order = np.argsort(pairs.ids)
-    tables = {}
-    for code, name in enumerate(SPLITS):
-        labelled = name != "train"
-        header = ["id", "filepath", "title", "group", "site", *(["digit"] if labelled else [])]
-        rows = [
-            [
-                pairs.ids[i],
-                paths[i],
-                pairs.captions[i],
-                GROUPS[pairs.group[i]],
-                SITES[pairs.site[i]],
-                *([pairs.digit[i]] if labelled else []),
-            ]
-            for i in order
-            if pairs.split[i] == code
-        ]
-        tables[name] = _write_table(folder / f"{name}.csv", header, rows)
-    truth = _write_table(
-        folder / "truth.csv",
-        ["id", "source", "split", "group", "site", "digit", "caption_digit", "wrong"],
-        [
-            [
-                pairs.ids[i],
-                i,
-                SPLITS[pairs.split[i]],
-                GROUPS[pairs.group[i]],
-                SITES[pairs.site[i]],
-                pairs.digit[i],
-                pairs.caption_digit[i],
-                int(pairs.wrong[i]),
-            ]
-            for i in order
-        ],
-    )
-    return DataFiles(truth=truth, **tables)
+    truth = [
+        {
+            "id": pairs.ids[i],
+            "source": i,
+            "split": SPLITS[pairs.split[i]],
+            "group": GROUPS[pairs.group[i]],
+            "site": SITES[pairs.site[i]],
+            "digit": pairs.digit[i],
+            "caption_digit": pairs.caption_digit[i],
+            "wrong": int(pairs.wrong[i]),
+            "filepath": paths[i],
+            "title": pairs.captions[i],
+        }
+        for i in np.argsort(pairs.ids)
+    ]
+    shown = ["id", "filepath", "title", "group", "site"]
+    for split in SPLITS:
+        columns = shown if split == "train" else [*shown, "digit"]
+        rows = [row for row in truth if row["split"] == split]
+        _write(folder / f"{split}.csv", columns, rows)
+    known = ["id", "source", "split", "group", "site", "digit", "caption_digit", "wrong"]
+    _write(folder / "truth.csv", known, truth)
+    return DataFiles(*(folder / f"{name}.csv" for name in (*SPLITS, "truth")))
 
 
-def _write_table(path: Path, header: list[str], rows: list[list[Any]]) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    return path
+def _write(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    write_table(path, columns, [[row[name] for name in columns] for row in rows], "\t")
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from results import METRICS, RUNS, Comparison, SeedResult, macro_roc, mining
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = {"plain": "#777777", "fair": "#0b6fa4", "good": "#3a7d44", "bad": "#b3321b"}
@@ -110,33 +109,24 @@ def loss_history(results: Sequence[SeedResult]) -> str:
 
         found = [[mining(result.epochs[number]) for number in numbers] for result in results]
         for name, colour in (("auroc", "#333333"), ("precision", "#0b6fa4"), ("recall", "#c98a00")):
-            _over_epochs(
-                axes[1], numbers, [[getattr(m, name) for m in row] for row in found], colour, name
-            )
+            values = [[getattr(m, name) for m in row] for row in found]
+            axes[1].plot(numbers, np.mean(values, 0), color=colour, label=name, lw=1.4)
         axes[1].set(title="finding the wrong captions", xlabel="epoch", ylim=(0, 1.02))
         axes[1].legend(loc="best", fontsize=8.5)
 
         for group, colour in zip(found[0][0].flag_rate, ("#333333", "#b3321b"), strict=False):
             rates = [[m.flag_rate[group] for m in row] for row in found]
-            _over_epochs(axes[2], numbers, rates, colour, f"{group}, flagged")
+            axes[2].plot(
+                numbers, np.mean(rates, 0), color=colour, label=f"{group}, flagged", lw=1.4
+            )
             false = [[m.false_flag_rate[group] for m in row] for row in found]
-            _over_epochs(axes[2], numbers, false, colour, f"{group}, right but flagged", "--")
+            label = f"{group}, right but flagged"
+            axes[2].plot(numbers, np.mean(false, 0), color=colour, label=label, ls="--", lw=1.4)
         axes[2].set(title="flag rate by group", xlabel="epoch")
         # Room for the legend above the curves.
         axes[2].set_ylim(0, 1.6 * axes[2].get_ylim()[1])
         axes[2].legend(loc="upper right", fontsize=7.5)
         return _svg(figure)
-
-
-def _over_epochs(
-    axis: Axes,
-    numbers: Sequence[int],
-    values: Sequence[Sequence[float]],
-    colour: str,
-    label: str,
-    style: str = "-",
-) -> None:
-    axis.plot(numbers, np.mean(values, axis=0), color=colour, label=label, ls=style, lw=1.4)
 
 
 def differences(comparisons: Sequence[Comparison]) -> str:

@@ -57,7 +57,7 @@ def sentences(comparisons: Sequence[Comparison], results: Sequence[SeedResult]) 
     if len(results) < 3:
         out.append(
             f"{len(results)} seed{'s' if len(results) > 1 else ''} only: "
-            f"too little to judge by; the default is three."
+            f"too little to judge by; the default is four."
         )
     return out
 

@@ -311,26 +311,18 @@ def _weighted_metrics(predictions: Predictions, weights: Array) -> Array:
     kept = weights > 0
     y, scores = predictions.digit[kept], predictions.probabilities[kept]
     predicted, weights = predictions.predicted[kept], weights[kept]
-    classes = scores.shape[1]
     overall = metrics.roc_auc(y, scores, weights)
     values: dict[tuple[str, str, str], float] = {("", "", "auc"): overall}
-    for attribute, column in predictions.groups.items():
+    weighted = {"num_classes": scores.shape[1], "sample_weight": weights}
+    for name, column in predictions.groups.items():
         labels, codes = np.unique(column[kept], return_inverse=True)
         groups = metrics.group_roc_auc(y, scores, codes, sample_weight=weights)
-        values[attribute, "", "es_auc"] = metrics.equity_scaled(overall, groups)
-        for label, value in zip(labels, groups, strict=True):
-            values[attribute, str(label), "auc"] = float(value)
-        values[attribute, "", "demographic_parity_difference"] = (
-            metrics.demographic_parity_difference(
-                predicted, codes, num_classes=classes, sample_weight=weights
-            )
+        values |= {(name, str(k), "auc"): float(v) for k, v in zip(labels, groups, strict=True)}
+        values[name, "", "es_auc"] = metrics.equity_scaled(overall, groups)
+        values[name, "", "demographic_parity_difference"] = metrics.demographic_parity_difference(
+            predicted, codes, **weighted
         )
-        values[attribute, "", "equalized_odds_difference"] = metrics.equalized_odds_difference(
-            y,
-            predicted,
-            codes,
-            num_classes=classes,
-            sample_weight=weights,
-            undefined_rate="skip",
+        values[name, "", "equalized_odds_difference"] = metrics.equalized_odds_difference(
+            y, predicted, codes, undefined_rate="skip", **weighted
         )
     return np.array([values[metric.key] for metric in METRICS])

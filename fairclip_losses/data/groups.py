@@ -1,10 +1,14 @@
-"""What a protected attribute's values mean: labels, their codes, and the code book of a run."""
+"""What a protected attribute's values mean: labels, their codes, and the code book of a run.
+
+attribute_labels (learnt) or given_labels (listed) -> GroupCoder -> codes; CodeBook keeps them
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,10 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-
-from .files import reason, write_text
-
-__all__ = ["MAX_GROUPS", "UNKNOWN", "CodeBook"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -57,51 +57,32 @@ class CodeBook:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the code book as a JSON object, attribute name to list of labels."""
-        text = json.dumps({name: list(labels) for name, labels in self.labels.items()}, indent=2)
-        write_text(path, text + "\n")
-
-    @classmethod
-    def from_json(cls, path: str | os.PathLike[str]) -> CodeBook:
-        """Read what `to_json` wrote; ValueError where the file is something else."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: cannot read the code book: {reason(error)}") from error
-        if not isinstance(content, dict) or not all(
-            isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-            for labels in content.values()
-        ):
-            raise ValueError(
-                f"{path}: expected a JSON object of attribute names, each with a list of labels"
-            )
-        try:
-            return cls({name: tuple(labels) for name, labels in content.items()})
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        write_text(path, json.dumps(self.labels, indent=2) + "\n")
 
 
-def attribute_labels(cells: Iterable[str], where: str) -> tuple[str, ...]:
-    """Return the labels of an attribute column, refusing what cannot be a set of groups."""
-    labels = distinct_labels([cell for cell in cells if not is_missing(cell)], where)
-    if len(labels) > MAX_GROUPS:
-        raise ValueError(
-            f"{where}: expected at most {MAX_GROUPS} groups, got {len(labels)} distinct values: "
-            f"an id, or a measurement to be binned first ({shortened(labels)})"
-        )
-    return labels
+def attribute_labels(
+    cells: Iterable[str], where: str, limit: int | None = MAX_GROUPS
+) -> tuple[str, ...]:
+    """Return a column's labels in order: numerical if all are whole numbers, else by string.
 
-
-def distinct_labels(values: Iterable[str], where: str) -> tuple[str, ...]:
-    """Return the distinct values in order: numerical if all are whole numbers, else by string."""
-    distinct = set(values)
+    Refused are numbers with fractions, and more than ``limit`` labels.
+    """
+    distinct = {cell for cell in cells if not is_missing(cell)}
     if all(_WHOLE.fullmatch(value) for value in distinct):
-        return tuple(sorted(set(map(_canonical, distinct)), key=Decimal))
-    if all(_NUMBER.fullmatch(value) for value in distinct):
+        labels = tuple(sorted(set(map(_canonical, distinct)), key=Decimal))
+    elif all(_NUMBER.fullmatch(value) for value in distinct):
         example = min(value for value in distinct if not _WHOLE.fullmatch(value))
         raise ValueError(
             f"{where}: expected whole numbers or names, got the number {example}; bin it first"
         )
-    return tuple(sorted(distinct))
+    else:
+        labels = tuple(sorted(distinct))
+    if limit is not None and len(labels) > limit:
+        raise ValueError(
+            f"{where}: expected at most {limit} groups, got {len(labels)} distinct values: "
+            f"an id, or a measurement to be binned first ({shortened(labels)})"
+        )
+    return labels
 
 
 def given_labels(text: str, where: str) -> tuple[tuple[str, ...], bool]:
@@ -148,36 +129,27 @@ class GroupCoder:
     def code(self, value: str | None) -> int | None:
         """Return a value's code, None where it is refused; None stands for what is no value."""
         if value is not None:
-            code = self._codes.get(value)
-            if code is None:
-                code = self._codes.get(_canonical(value))
+            code = self._codes.get(value, self._codes.get(_canonical(value)))
             if code is not None or is_missing(value):
                 return UNKNOWN if code is None else code
         return UNKNOWN if self.others_unknown else None
+
+    def encode(self, cells: Sequence[str], where: str) -> IntArray:
+        """Return each cell's code, int64 (N,); a ValueError says which cells are refused."""
+        by_cell = {cell: self.code(cell) for cell in set(cells)}
+        refused = Counter(cell for cell in cells if by_cell[cell] is None)
+        if refused:
+            value, count = refused.most_common(1)[0]
+            raise ValueError(
+                f"{where}: {self.expected}, got {value!r} in {count} row{'s' * (count > 1)}, "
+                f"first in row {cells.index(value) + 1}"
+            )
+        return np.array([by_cell[cell] for cell in cells], dtype=np.int64)
 
     @property
     def expected(self) -> str:
         """What to say of a value that is refused."""
         return f"expected one of {shortened(self.labels)}"
-
-
-def group_codes(cells: Sequence[str], coder: GroupCoder, where: str) -> IntArray:
-    """Return each cell's code; a ValueError says which the coder refuses."""
-    codes = np.full(len(cells), UNKNOWN, dtype=np.int64)
-    refused: Counter[str] = Counter()
-    for row, cell in enumerate(cells):
-        code = coder.code(cell)
-        if code is None:
-            refused[cell] += 1
-        else:
-            codes[row] = code
-    if refused:
-        value, count = refused.most_common(1)[0]
-        raise ValueError(
-            f"{where}: {coder.expected}, got {value!r} in {count} row{'s' * (count > 1)}, "
-            f"first in row {cells.index(value) + 1}"
-        )
-    return codes
 
 
 def _canonical(value: str) -> str:
@@ -190,9 +162,31 @@ def _canonical(value: str) -> str:
 
 
 def is_missing(value: str) -> bool:
+    """Whether a cell says that its value is not known: empty, NA, NaN, None, unknown, -1, ..."""
     return value.lower() in _MISSING or _canonical(value) == str(UNKNOWN)
 
 
 def shortened(labels: Sequence[str]) -> str:
     """Return the first labels for a message."""
     return ", ".join(map(repr, labels[:8])) + (", ..." if len(labels) > 8 else "")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file that appears whole or not at all, with the folders it needs.
+
+    The text goes to a temporary file in the same folder, which then takes the place of `path`.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        # mkstemp makes a private file; give this one the rights that an ordinary new file gets.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise

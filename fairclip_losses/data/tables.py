@@ -25,30 +25,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .files import reason, write_text
-from .groups import (
-    UNKNOWN,
-    CodeBook,
-    GroupCoder,
-    IntArray,
-    attribute_labels,
-    distinct_labels,
-    group_codes,
-    is_missing,
-    shortened,
-)
+from ..errors import reason
+from . import groups
+from .groups import UNKNOWN, CodeBook, GroupCoder, IntArray, write_text
 
-__all__ = [
-    "Table",
-    "encode_attributes",
-    "encode_labels",
-    "pair_ids",
-    "read_table",
-    "write_table",
-]
-
-_LONGEST = 100  # as written, with zeros before it
 _INTEGER = re.compile(r"[+-]?[0-9]+")
+# Zeros before the number included; int by itself refuses a few thousand digits.
+MAX_ID_CHARACTERS = 100
 # Stands below the last line; Unicode keeps this character out of text.
 _END = "\uffff"
 
@@ -82,10 +65,8 @@ def read_table(path: str | os.PathLike[str], separator: str = "\t") -> Table:
     UTF-8, with or without a byte order mark; cells may be quoted with `"`. Lines that are empty or
     hold white space alone are skipped, as pandas does.
 
-    Args:
-        path: the file.
-        separator: one character between the cells. A backslash followed by t, which is what a
-            shell passes for "\t", is taken as the tab.
+    ``separator`` is one character between the cells. A backslash followed by t, which is what a
+    shell passes for "\t", is taken as the tab.
 
     Raises:
         ValueError: no such file, not UTF-8 text, an empty file, a header without rows, a header
@@ -127,11 +108,10 @@ def read_table(path: str | os.PathLike[str], separator: str = "\t") -> Table:
     table = Table(str(path), {})
     columns = zip(*(cells for _, cells in records[:-1]), strict=True)
     for name, column in zip(header, columns, strict=True):
-        stripped = [cell.strip() for cell in column]
-        table.columns[name] = stripped[1:]
-        if stripped != list(column):
-            pairs = enumerate(zip(column, stripped, strict=True))
-            table.padded[name] = next(row for row, (cell, bare) in pairs if cell != bare)
+        _, *table.columns[name] = stripped = [cell.strip() for cell in column]
+        padded = [row for row, cell in enumerate(stripped) if cell != column[row]]
+        if padded:
+            table.padded[name] = padded[0]
     return table
 
 
@@ -180,8 +160,7 @@ def encode_attributes(
     Args:
         table: the N rows.
         names: the C columns to encode.
-        codebook: labels decided earlier (by the training set), which this table must keep to.
-            None: this table decides.
+        codebook: labels decided earlier, which this table must keep to. None: it decides.
         others_unknown: attributes of which a value that the code book lacks is unknown.
 
     Returns:
@@ -200,13 +179,13 @@ def encode_attributes(
         cells = table.column(name)
         where = f"{table.path}: attribute column {name!r}"
         if codebook is None:
-            labels[name] = attribute_labels(cells, where)
+            labels[name] = groups.attribute_labels(cells, where)
         elif name in codebook.labels:
             labels[name] = codebook.labels[name]
         else:
             raise ValueError(f"{where}: the code book holds only {sorted(codebook.labels)}")
         coder = GroupCoder(labels[name], others_unknown=name in others_unknown)
-        codes[:, position] = group_codes(cells, coder, where)
+        codes[:, position] = coder.encode(cells, where)
         if (codes[:, position] == UNKNOWN).all():
             raise ValueError(f"{where}: expected groups, got no known value in {len(cells)} rows")
     return codes, CodeBook(labels)
@@ -226,8 +205,7 @@ def pair_ids(table: Table, column: str | None = None) -> IntArray:
     for row, cell in enumerate(table.column(column), start=1):
         if not _INTEGER.fullmatch(cell):
             raise ValueError(f"{where}: expected integers, got {cell!r} in row {row}")
-        # int would refuse a few thousand digits by itself.
-        if len(cell) > _LONGEST or not -(2**63) <= int(cell) < 2**63:
+        if len(cell) > MAX_ID_CHARACTERS or not -(2**63) <= int(cell) < 2**63:
             raise ValueError(f"{where}: expected 64-bit integers, got {cell} in row {row}")
         ids.append(int(cell))
     twice = [identity for identity, count in Counter(ids).items() if count > 1]
@@ -257,18 +235,18 @@ def encode_labels(table: Table, column: str, num_classes: int) -> tuple[IntArray
     cells = table.column(column)
     where = f"{table.path}: label column {column!r}"
     for row, cell in enumerate(cells, start=1):
-        if is_missing(cell):
+        if groups.is_missing(cell):
             raise ValueError(f"{where}: expected a label in every row, got {cell!r} in row {row}")
-    labels = distinct_labels(cells, where)
+    labels = groups.attribute_labels(cells, where, limit=None)
     classes = tuple(str(code) for code in range(num_classes))
     if set(labels) <= set(classes):
         labels = classes
     if len(labels) != num_classes:
         raise ValueError(
             f"{where}: expected {num_classes} classes, got {len(labels)} distinct values: "
-            f"{shortened(labels)}"
+            f"{groups.shortened(labels)}"
         )
-    return group_codes(cells, GroupCoder(labels), where), labels
+    return GroupCoder(labels).encode(cells, where), labels
 
 
 def _records(lines: Iterable[str], separator: str) -> list[tuple[int, list[str]]]:

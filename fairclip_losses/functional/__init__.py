@@ -24,13 +24,12 @@ from .mining import (
     Weighting,
     bad_pair_kinds,
     bad_pair_weights,
-    gaussian_mixture_posterior,
     history_statistics,
     history_z_score,
-    mixture_pair_kinds,
     pair_history,
     visit_weight,
 )
+from .mixture import gaussian_mixture_posterior, mixture_pair_kinds
 from .pairs import (
     Normalization,
     caption_pair_losses,
@@ -39,8 +38,8 @@ from .pairs import (
     normalized_weights,
     pair_logits,
     pair_similarities,
-    reweighting,
     siglip_pair_losses,
+    weighted_mean,
 )
 
 __all__ = [
@@ -70,10 +69,10 @@ __all__ = [
     "pair_history",
     "pair_logits",
     "pair_similarities",
-    "reweighting",
     "siglip_pair_losses",
     "sinkhorn_divergence",
     "sinkhorn_fairness",
     "stack_groups",
     "visit_weight",
+    "weighted_mean",
 ]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..ops import sinkhorn_divergence
-from ..ops.checks import should_validate, within
-from ..validation import check_integer
+from ..validation import all_at_least, check_choice, check_integer, should_validate
 
 GroupReduction = Literal["mean", "sum"]
 Detach = Literal["none", "groups", "total"]
+REDUCTIONS = ("mean", "sum")
+DETACHED = ("none", "groups", "total")
 
 
 class FairnessTerms(NamedTuple):
@@ -33,26 +34,23 @@ def stack_groups(groups: Tensor | Mapping[str, Tensor]) -> Tensor:
         ValueError: what is no tensor or not of integers, codes that are not 1-D (2-D outside a
             mapping), no attribute at all, or attributes of different lengths.
     """
-    if isinstance(groups, Mapping):
-        if not groups:
-            raise ValueError("groups must name at least one attribute, got an empty mapping")
-        shapes = [_check_codes(codes).shape for codes in groups.values()]
-        if any(len(shape) != 1 or shape != shapes[0] for shape in shapes):
-            shown = {name: tuple(shape) for name, shape in zip(groups, shapes, strict=True)}
-            raise ValueError(f"every attribute must have one shape (B,), got {shown}")
-        return torch.stack([codes.long() for codes in groups.values()], dim=1)
-    codes = _check_codes(groups)
-    if codes.dim() not in (1, 2) or (codes.dim() == 2 and codes.shape[1] == 0):
-        raise ValueError(f"groups must have shape (B,) or (B, C), C >= 1, got {tuple(codes.shape)}")
-    return (codes[:, None] if codes.dim() == 1 else codes).long()
-
-
-def _check_codes(codes: Tensor) -> Tensor:
-    if not isinstance(codes, Tensor):
-        raise ValueError(f"group codes must be a tensor, got {type(codes).__name__}")
-    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
-        raise ValueError(f"group codes must be integers, got {codes.dtype}")
-    return codes
+    columns = list(groups.values()) if isinstance(groups, Mapping) else [groups]
+    for codes in columns:
+        if not isinstance(codes, Tensor):
+            raise ValueError(f"group codes must be a tensor, got {type(codes).__name__}")
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+            raise ValueError(f"group codes must be integers, got {codes.dtype}")
+    if not isinstance(groups, Mapping):
+        if groups.dim() not in (1, 2) or (groups.dim() == 2 and groups.shape[1] == 0):
+            shape = tuple(groups.shape)
+            raise ValueError(f"groups must have shape (B,) or (B, C), C >= 1, got {shape}")
+        return (groups[:, None] if groups.dim() == 1 else groups).long()
+    if not groups:
+        raise ValueError("groups must name at least one attribute, got an empty mapping")
+    if any(codes.dim() != 1 or codes.shape != columns[0].shape for codes in columns):
+        shown = {name: tuple(codes.shape) for name, codes in groups.items()}
+        raise ValueError(f"every attribute must have one shape (B,), got {shown}")
+    return torch.stack([codes.long() for codes in columns], dim=1)
 
 
 def group_membership(groups: Tensor, num_groups: Sequence[int]) -> Tensor:
@@ -126,88 +124,11 @@ def sinkhorn_fairness(
     Source: Bansal et al. (arXiv:2505.03153), the fairness loss; Luo et al. (arXiv:2403.19949),
     eq. 3-4; averaged over groups instead of summed.
     """
-    check_options(group_reduction, detach, min_group_size)
-    check_scores(scores)
-    codes = _check_groups(scores, groups, num_groups)
-    if attribute_weights is not None and len(attribute_weights) != len(num_groups):
-        raise ValueError(
-            f"attribute_weights must have {len(num_groups)} entries, got {len(attribute_weights)}"
-        )
-    membership = group_membership(codes, num_groups)
-    if valid is not None:
-        _check_valid(valid, scores)
-        membership = membership & valid
-        scores = torch.where(valid, scores, 0.0)
-    if should_validate(scores, validate):
-        _check_finite(scores)
-    points, total, members = scores, valid, membership
-    if queue is not None:
-        if queue.dim() != 2 or queue.shape[0] != 1 + len(membership):
-            raise ValueError(
-                f"queue must have shape ({1 + len(membership)}, K), got {tuple(queue.shape)}"
-            )
-        points, total, members = _with_queue(scores, valid, membership, queue)
-    counts = members.sum(-1)
-    large_enough = counts >= min_group_size
-    weights = (members & large_enough[:, None]).to(torch.float32)
-    whole = None if total is None else total.to(torch.float32)
-    x = points[:, None]
-    y = x
-    if detach == "groups":
-        y = x.detach()
-    elif detach == "total":
-        x = x.detach()
-    if divide_by_group_sum:
-        sums = (weights * y[:, 0]).sum(-1, keepdim=True)
-        y = (y[:, 0] / torch.where(large_enough[:, None], sums, 1.0))[..., None]
-    per_group = sinkhorn_divergence(x, y, whole, weights, p=p, blur=blur, validate=validate)
-    return _reduce(per_group, large_enough, counts, num_groups, attribute_weights, group_reduction)
-
-
-def check_options(group_reduction: str, detach: str, min_group_size: int) -> None:
-    """Refuse options of the fairness term that are out of range with a ValueError."""
-    if group_reduction not in ("mean", "sum"):
-        raise ValueError(f"group_reduction must be 'mean' or 'sum', got {group_reduction!r}")
-    if detach not in ("none", "groups", "total"):
-        raise ValueError(f"detach must be 'none', 'groups' or 'total', got {detach!r}")
+    check_choice("group_reduction", group_reduction, REDUCTIONS)
+    check_choice("detach", detach, DETACHED)
     check_integer("min_group_size", min_group_size, 1)
-
-
-def check_scores(scores: Tensor) -> None:
-    """Refuse scores that are not a floating point tensor (B,) with a ValueError."""
-    if not isinstance(scores, Tensor):
-        raise ValueError(f"scores must be a tensor, got {type(scores).__name__}")
-    if scores.dim() != 1 or not scores.is_floating_point():
-        raise ValueError(
-            f"scores must be floating point of shape (B,), got {scores.dtype} {tuple(scores.shape)}"
-        )
-
-
-def _check_valid(valid: Tensor, scores: Tensor) -> None:
-    if valid.dtype != torch.bool or valid.shape != scores.shape:
-        raise ValueError(
-            f"valid must be bool of shape {tuple(scores.shape)}, "
-            f"got {valid.dtype} {tuple(valid.shape)}"
-        )
-
-
-def _check_finite(scores: Tensor) -> None:
-    if within(scores, -math.inf):
-        return
-    bad = ~torch.isfinite(scores)
-    raise ValueError(
-        f"scores must be finite, got NaN or infinity at {int(bad.sum())} of {scores.numel()}"
-    )
-
-
-def _check_groups(
-    scores: Tensor, groups: Tensor | Mapping[str, Tensor], num_groups: Sequence[int]
-) -> Tensor:
-    codes = stack_groups(groups)
-    if codes.shape[0] != scores.shape[0]:
-        raise ValueError(
-            f"groups must have one row a score: {scores.shape[0]} scores, {codes.shape[0]} rows"
-        )
+    check_scores(scores, valid, validate)
+    codes = check_codes(groups, scores)
     if codes.shape[1] != len(num_groups):
         raise ValueError(
             f"num_groups must count the groups of {codes.shape[1]} attributes, "
@@ -215,7 +136,107 @@ def _check_groups(
         )
     if any(count < 1 for count in num_groups):
         raise ValueError(f"num_groups must be integers >= 1, got {tuple(num_groups)}")
+    if attribute_weights is not None and len(attribute_weights) != len(num_groups):
+        raise ValueError(
+            f"attribute_weights must have {len(num_groups)} entries, got {len(attribute_weights)}"
+        )
+    rows = 1 + sum(num_groups)
+    if queue is not None and (queue.dim() != 2 or queue.shape[0] != rows):
+        raise ValueError(f"queue must have shape ({rows}, K), got {tuple(queue.shape)}")
+    return fairness_terms(
+        scores,
+        codes,
+        num_groups,
+        p=p,
+        blur=blur,
+        attribute_weights=attribute_weights,
+        group_reduction=group_reduction,
+        min_group_size=min_group_size,
+        detach=detach,
+        divide_by_group_sum=divide_by_group_sum,
+        valid=valid,
+        queue=queue,
+    )
+
+
+def check_scores(scores: Tensor, valid: Tensor | None, validate: bool | None) -> None:
+    """Refuse scores that are no floating point tensor (B,), or not finite where they are valid."""
+    if not isinstance(scores, Tensor):
+        raise ValueError(f"scores must be a tensor, got {type(scores).__name__}")
+    shape = tuple(scores.shape)
+    if scores.dim() != 1 or not scores.is_floating_point():
+        raise ValueError(f"scores must be floating point of shape (B,), got {scores.dtype} {shape}")
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != scores.shape):
+        raise ValueError(
+            f"valid must be bool of shape {shape}, got {valid.dtype} {tuple(valid.shape)}"
+        )
+    if not should_validate(scores, validate):
+        return
+    counted = scores if valid is None else torch.where(valid, scores, 0.0)
+    if not all_at_least(counted, -math.inf):
+        bad = int((~torch.isfinite(counted)).sum())
+        raise ValueError(f"scores must be finite, got NaN or infinity at {bad} of {shape[0]}")
+
+
+def check_codes(groups: Tensor | Mapping[str, Tensor], scores: Tensor) -> Tensor:
+    """Return the codes (B, C) beside the scores; refuse those of another number of rows."""
+    codes = stack_groups(groups)
+    if codes.shape[0] != scores.shape[0]:
+        raise ValueError(
+            f"groups must have one row a score: {scores.shape[0]} scores, {codes.shape[0]} rows"
+        )
     return codes.to(scores.device, non_blocking=scores.device.type == "cuda")
+
+
+def fairness_terms(
+    scores: Tensor,
+    codes: Tensor,
+    num_groups: Sequence[int],
+    *,
+    p: int,
+    blur: float,
+    attribute_weights: Sequence[float] | None,
+    group_reduction: GroupReduction,
+    min_group_size: int,
+    detach: Detach,
+    divide_by_group_sum: bool,
+    valid: Tensor | None,
+    queue: Tensor | None,
+) -> FairnessTerms:
+    """Return what `sinkhorn_fairness` does, of arguments that have been checked."""
+    members, whole = group_membership(codes, num_groups), valid
+    if valid is not None:
+        members = members & valid
+        scores = torch.where(valid, scores, 0.0)
+    if queue is not None:
+        scores, whole, members = _with_queue(scores, valid, members, queue)
+    counts = members.sum(-1)
+    large_enough = counts >= min_group_size
+    weights = (members & large_enough[:, None]).to(torch.float32)
+    x = y = scores[:, None]
+    if detach == "groups":
+        y = x.detach()
+    elif detach == "total":
+        x = x.detach()
+    if divide_by_group_sum:
+        sums = (weights * y[:, 0]).sum(-1, keepdim=True)
+        y = (y[:, 0] / torch.where(large_enough[:, None], sums, 1.0))[..., None]
+    mass = None if whole is None else whole.to(torch.float32)
+    per_group = sinkhorn_divergence(x, y, mass, weights, p=p, blur=blur, validate=False)
+    parts, present = _by_attribute(per_group, num_groups), _by_attribute(large_enough, num_groups)
+    values = [part.sum() for part in parts]
+    if group_reduction == "mean":
+        values = [v / n.sum().clamp(min=1) for v, n in zip(values, present, strict=True)]
+    per_attribute = torch.stack(values)
+    if attribute_weights is None:
+        return FairnessTerms(per_attribute.mean(), per_attribute, per_group, counts)
+    weighted = [w * value for w, value in zip(attribute_weights, values, strict=True)]
+    return FairnessTerms(torch.stack(weighted).sum(), per_attribute, per_group, counts)
+
+
+def _by_attribute(rows: Tensor, num_groups: Sequence[int]) -> Sequence[Tensor]:
+    # A split costs more than all else here.
+    return torch.split(rows, list(num_groups)) if len(num_groups) > 1 else (rows,)
 
 
 def _with_queue(
@@ -231,32 +252,6 @@ def _with_queue(
     whole = torch.ones_like(membership[:1]) if valid is None else valid[None]
     measures = torch.cat([torch.cat([whole, membership]), queued], dim=1)
     return points, measures[0], measures[1:]
-
-
-def _reduce(
-    per_group: Tensor,
-    present: Tensor,
-    counts: Tensor,
-    num_groups: Sequence[int],
-    attribute_weights: Sequence[float] | None,
-    group_reduction: GroupReduction,
-) -> FairnessTerms:
-    def split(rows: Tensor) -> Sequence[Tensor]:  # a split costs more than all else here
-        return torch.split(rows, list(num_groups)) if len(num_groups) > 1 else (rows,)
-
-    per_attribute = []
-    for divergences, there in zip(split(per_group), split(present), strict=True):
-        value = divergences.sum()
-        per_attribute.append(
-            value / there.sum().clamp(min=1) if group_reduction == "mean" else value
-        )
-    stacked = torch.stack(per_attribute)
-    if attribute_weights is None:
-        total = stacked.mean()
-    else:
-        weighted = zip(attribute_weights, per_attribute, strict=True)
-        total = torch.stack([weight * value for weight, value in weighted]).sum()
-    return FairnessTerms(total, stacked, per_group, counts)
 
 
 def official_scores(logits: Tensor) -> Tensor:

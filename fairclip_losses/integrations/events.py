@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from ..errors import CallbackError, UsageError
 class Event(str, Enum):
     """The moments of a training run at which callbacks are called.
 
-    The loop in pseudocode, every event marked; lines without a mark are the host's own::
+    The loop in pseudocode, every event marked; other lines are the training program's::
 
         args = parse_args(argv)
         # ARGS_PARSED      args are complete; refuse wrong combinations here
@@ -43,10 +43,10 @@ class Event(str, Enum):
 
     With gradient accumulation over k batches the loss runs only after every k-th batch, and then k
     times on the concatenation of all of them: LOSS_START and LOSS_END come k times a step, and
-    ``state.loss_call`` counts them from 0. BATCH_END comes when the host asks for the next batch or
+    ``state.loss_call`` counts them from 0. BATCH_END comes when the loop asks for the next batch or
     finds that there is none, thus after the optimizer step of the batch where there was one.
-    EVAL_START and EVAL_END come only where the host evaluates, and RUN_END only where it came to a
-    good end.
+    EVAL_START and EVAL_END come only where the program evaluates, and RUN_END only where it came to
+    a good end.
 
     Order: the callbacks of `default_registry` in order of registration, then those of
     ``--fair-callback`` in order of the command line, then the evaluation of fairness and the fair
@@ -76,7 +76,7 @@ class Event(str, Enum):
 
 @dataclass
 class TrainState:
-    """What the host's loop has at hand; fields are None until their event has come."""
+    """What the training loop has at hand; fields are None until their event has come."""
 
     args: Any = None
     data: Any = None
@@ -84,7 +84,7 @@ class TrainState:
     tokenizer: Any = None
     loss: Any = None
     model: Any = None
-    task: Any = None  # model and loss in one, where the host has such (open_clip 4)
+    task: Any = None  # model and loss in one, of open_clip 4
     optimizer: Any = None
     scaler: Any = None
     tb_writer: Any = None
@@ -114,7 +114,7 @@ class Callback:
         return type(self).__name__
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs; it is saved beside each of the host's checkpoints.
+        """Return what a resumed run needs; it is saved beside each checkpoint.
 
         Tensors, numbers, strings, None, and lists, tuples and dicts of these. Called in every
         process (so that what is spread over processes can be gathered), saved by the first.
@@ -128,54 +128,23 @@ class Callback:
         the state does not fit this run.
         """
 
-    def part_state_dict(self) -> dict[str, Any]:
-        """Return what this process alone holds, empty where that is nothing.
-
-        As for `state_dict`, which such a callback overrides too; every process saves its own.
-        """
-        return {}
-
-    def load_part_state_dicts(self, parts: Iterable[dict[str, Any]]) -> None:
-        """Take up the parts of all processes of the saved run, however many train now.
-
-        Called after `load_state_dict` where there are parts. One part is read at a time.
-        """
-
     def on_args_parsed(self, state: TrainState) -> None:
         """See `Event`; likewise the methods below."""
 
     def on_data_ready(self, state: TrainState) -> None: ...
-
     def on_loss_ready(self, state: TrainState) -> None: ...
-
     def on_epoch_start(self, state: TrainState) -> None: ...
-
     def on_batch_start(self, state: TrainState) -> None: ...
-
     def on_loss_start(self, state: TrainState) -> None: ...
-
     def on_loss_end(self, state: TrainState) -> None: ...
-
     def on_batch_end(self, state: TrainState) -> None: ...
-
     def on_epoch_end(self, state: TrainState) -> None: ...
-
     def on_eval_start(self, state: TrainState) -> None: ...
-
     def on_eval_end(self, state: TrainState) -> None: ...
-
     def on_run_end(self, state: TrainState) -> None: ...
 
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
-
-
-_TOGETHER = (("state_dict", "load_state_dict"), ("part_state_dict", "load_part_state_dicts"))
-
-
-def keeps_state(callback: Callback) -> bool:
-    """Whether a callback overrides `Callback.state_dict`."""
-    return _overrides(callback, "state_dict")
 
 
 def _overrides(callback: Callback, method: str) -> bool:
@@ -228,16 +197,15 @@ class CallbackRegistry:
     @property
     def stateful(self) -> dict[str, Callback]:
         """Name -> callback, of those that keep state."""
-        return {callback.name: callback for callback in self if keeps_state(callback)}
+        return {callback.name: callback for callback in self if _overrides(callback, "state_dict")}
 
     def register(self, callback: CallbackT) -> CallbackT:
         """Add a callback at the end.
 
         Raises:
             ValueError: it is no `Callback`, is registered already, keeps state under the name of
-                another, or overrides one alone of ``state_dict`` and ``load_state_dict``, or of
-                ``part_state_dict`` and ``load_part_state_dicts``, or the latter two alone; or it
-                has a method ``on_...`` of no event, which would never be called.
+                another, or overrides one alone of ``state_dict`` and ``load_state_dict``; or it has
+                a method ``on_...`` of no event, which would never be called.
         """
         if not isinstance(callback, Callback):
             hint = "; register an instance, not the class" if isinstance(callback, type) else ""
@@ -245,14 +213,11 @@ class CallbackRegistry:
         if any(known is callback for known in self._callbacks):
             raise ValueError(f"callback {callback.name} is registered already")
         _check_event_methods(callback)
-        for one, other in _TOGETHER:
-            if _overrides(callback, one) != _overrides(callback, other):
-                raise ValueError(
-                    f"callback {callback.name} must override {one} and {other} together"
-                )
-        if _overrides(callback, "part_state_dict") and not keeps_state(callback):
-            raise ValueError(f"callback {callback.name} has part_state_dict and no state_dict")
-        if keeps_state(callback) and callback.name in self.stateful:
+        if _overrides(callback, "state_dict") != _overrides(callback, "load_state_dict"):
+            raise ValueError(
+                f"callback {callback.name} must override state_dict and load_state_dict together"
+            )
+        if _overrides(callback, "state_dict") and callback.name in self.stateful:
             raise ValueError(
                 f"two callbacks named {callback.name} keep state; give each a `name` of its own"
             )
@@ -260,64 +225,19 @@ class CallbackRegistry:
         return callback
 
     def unregister(self, callback: Callback) -> None:
-        """Remove a callback.
-
-        Raises:
-            ValueError: it is not registered.
-        """
-        for position, known in enumerate(self._callbacks):
-            if known is callback:
-                del self._callbacks[position]
-                return
-        raise ValueError(f"{getattr(callback, 'name', repr(callback))} is not registered")
+        """Remove a callback, which must be registered."""
+        if not any(known is callback for known in self._callbacks):
+            raise ValueError(f"{getattr(callback, 'name', repr(callback))} is not registered")
+        self._callbacks = [known for known in self._callbacks if known is not callback]
 
     def fire(self, event: Event, state: TrainState) -> None:
-        """Deliver an event to every callback, after-events in reverse order.
-
-        Raises:
-            CallbackError: a callback raised; the message names it and the event.
-            UsageError: a callback raised it.
-        """
-        callbacks = tuple(self._callbacks)
-        for callback in reversed(callbacks) if event.is_after else callbacks:
+        """Deliver an event to every callback, after-events in reverse order."""
+        for callback in tuple(self)[:: -1 if event.is_after else 1]:
             _call(callback, f"on_{event.value}", state)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Return the state of each callback that keeps one, by name.
-
-        Raises:
-            CallbackError: a callback raised; the message names it.
-        """
+        """Return the state of each callback that keeps one, by name."""
         return {name: _call(callback, "state_dict") for name, callback in self.stateful.items()}
-
-    def part_state_dict(self) -> dict[str, dict[str, Any]]:
-        """Return the part that this process holds of each callback that has one, by name.
-
-        Raises:
-            CallbackError: a callback raised; the message names it.
-        """
-        parts = {name: _call(own, "part_state_dict") for name, own in self.stateful.items()}
-        return {name: part for name, part in parts.items() if part}
-
-    def load_part_state_dicts(
-        self,
-        read: Callable[[], Iterable[Mapping[str, dict[str, Any]]]],
-        fresh: Collection[str] = (),
-    ) -> None:
-        """Give each callback the parts of all processes, except those named in ``fresh``.
-
-        Args:
-            read: reads what `part_state_dict` returned in each process, one after the other.
-            fresh: the callbacks that start afresh.
-
-        Raises:
-            CallbackError: a callback raised; the message names it.
-            UsageError: a callback, or ``read``, raised it.
-        """
-        for name, callback in self.stateful.items():
-            if name not in fresh:
-                own = (states[name] for states in read() if name in states)
-                _call(callback, "load_part_state_dicts", own)
 
     def load_state_dict(
         self, states: Mapping[str, dict[str, Any]], fresh: Collection[str] = ()
@@ -325,7 +245,6 @@ class CallbackRegistry:
         """Give each callback that keeps state its own back, except those named in ``fresh``.
 
         Raises:
-            CallbackError: a callback raised; the message names it.
             UsageError: ``states`` has none for a callback, or a callback raised it.
         """
         mine = {name: own for name, own in self.stateful.items() if name not in fresh}
@@ -344,9 +263,5 @@ default_registry = CallbackRegistry()
 
 
 def register(callback: CallbackT) -> CallbackT:
-    """Add a callback to `default_registry`: it takes part in every patched run of the process.
-
-    Raises:
-        ValueError: it is no `Callback`, or is registered already.
-    """
+    """Add a callback to `default_registry`: it takes part in every patched run of the process."""
     return default_registry.register(callback)

@@ -1,4 +1,4 @@
-"""Zero-shot fairness metrics on the validation set after each of the host's evaluations."""
+"""Zero-shot fairness metrics on the validation set after each of open_clip's evaluations."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from ..errors import UsageError, usage_errors
-from ..report import FairnessReport
-from ..zero_shot import ZeroShotTask, evaluate_task
+from ..evaluation.report import FairnessReport
+from ..evaluation.zero_shot import ZeroShotTask, evaluate_task
+from .csv_pairs import is_table, read_groups, read_pairs
 from .events import Callback, TrainState
-from .fair_options import FairOptions
-from .logs import log_scalars
-from .pair_files import is_table, read_groups, read_pairs
+from .flags import FairOptions
+from .pair_reports import log_scalars
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +23,9 @@ log = logging.getLogger(__name__)
 class FairEvaluationCallback(Callback):
     """Classifies the validation images by the prompts and logs AUC, ES-AUC, DPD and DEOdds.
 
-    The validation table is checked before the model is built. Figures during training have no
-    intervals; ``python -m fairclip_losses.evaluate`` gives them. One JSON line an evaluation goes
-    to ``fair_results.jsonl`` beside the checkpoints. Training draws the same random numbers with
-    and without it.
+    Figures during training have no intervals; ``python -m fairclip_losses.evaluate`` gives them.
+    One JSON line an evaluation goes to ``fair_results.jsonl`` beside the checkpoints. Training
+    draws the same random numbers with and without it.
     """
 
     def __init__(self, options: FairOptions) -> None:
@@ -36,13 +35,11 @@ class FairEvaluationCallback(Callback):
     def on_args_parsed(self, state: TrainState) -> None:
         """Read and check the validation table."""
         args, options = state.args, self.options
-        if not args.val_data:
-            raise UsageError("--fair-eval-label needs --val-data FILE.csv")
         if not is_table(args.val_data, args):
             raise UsageError(
-                "--fair-eval-label takes the validation pairs from a table (--val-data FILE.csv or "
-                f".tsv, with --dataset-type csv or auto), got --val-data {args.val_data!r} "
-                f"--dataset-type {args.dataset_type}"
+                "--fair-eval-label needs --val-data FILE.csv or .tsv: it "
+                "takes the validation pairs from a table (--dataset-type csv or auto), got "
+                f"--val-data {args.val_data!r} --dataset-type {args.dataset_type}"
             )
         assert options.fair_eval_label is not None  # the callback exists because of it
         table = read_pairs(args.val_data, args)
@@ -59,7 +56,7 @@ class FairEvaluationCallback(Callback):
             )
 
     def on_eval_end(self, state: TrainState) -> None:
-        """Evaluate the model that the host has just evaluated."""
+        """Evaluate the model that open_clip has just evaluated."""
         args = state.args
         if args.rank != 0 or self.task is None or not _is_due(args, state.epoch):
             return
@@ -79,7 +76,7 @@ class FairEvaluationCallback(Callback):
         scalars = _scalars(report)
         shown = "\t".join(f"{name}: {value:.4f}" for name, value in scalars.items())
         log.info("Fair Eval Epoch: %d %s", state.epoch, shown)
-        # The host counts its TensorBoard evaluations in epochs and its W&B ones in steps.
+        # open_clip counts its TensorBoard evaluations in epochs and its W&B ones in steps.
         loader = state.data["train"].dataloader if "train" in state.data else None
         steps = loader.num_batches // args.accum_freq * state.epoch if loader is not None else None
         log_scalars(
@@ -91,10 +88,9 @@ class FairEvaluationCallback(Callback):
                 file.write(line + "\n")
 
 
-def _is_due(args: Any, epoch: int) -> bool:
-    """Whether the host has evaluated on its validation data, by its own rule."""
-    frequency = args.val_frequency
-    return bool(frequency) and (epoch % frequency == 0 or epoch == args.epochs)
+def _is_due(args: Any, epoch: int) -> Any:
+    """Whether open_clip has evaluated on its validation data, by its own rule."""
+    return args.val_frequency and (epoch % args.val_frequency == 0 or epoch == args.epochs)
 
 
 def _scalars(report: FairnessReport) -> dict[str, float]:

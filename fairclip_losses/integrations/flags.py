@@ -1,17 +1,97 @@
-"""The command-line flags that fair training adds to open_clip's own."""
+"""The command-line flags that fair training adds to open_clip's own, and which go together."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from ..data.groups import given_labels
 from ..errors import UsageError, one_line, usage_errors
 from ..presets import PRESETS
-from .events import Callback
-from .fair_options import PARTS, FairOptions, check_options
+from .events import Callback, default_registry
+
+PARTS = ("dbpm", "sinkhorn")
+
+_SEVERAL: dict[str, Any] = {"nargs": "+", "default": ()}
+_FLAGS: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("--fair-loss", {"nargs": "*", "choices": PARTS, "metavar": "PART"},
+     "train with bad pair mining (dbpm), the fairness term (sinkhorn), or, bare, both"),
+    ("--fair-preset", {"choices": sorted(PRESETS)},
+     "consistent set of options: aligned (default), paper, or official (the published code's "
+     "computation, for comparison only)"),
+    ("--fair-attributes", {**_SEVERAL, "metavar": "NAME[=LABEL,...[,*]]"},
+     "protected attributes: columns of the training CSV, or keys of the json member of a "
+     "webdataset sample; with labels after = only these are groups, and any other value is "
+     "refused, or unknown where the labels end in ,*"),
+    ("--fair-weight", {"type": float, "metavar": "LAMBDA"}, "weight of the fairness term"),
+    ("--fair-blur", {"type": float, "metavar": "BLUR"},
+     "length scale of the Sinkhorn divergence; 0 = exact distance"),
+    ("--fair-p", {"type": int, "choices": (1, 2)}, "power of the distance's cost"),
+    ("--fair-score", {"choices": ("loss", "similarity", "official")},
+     "what the fairness term compares between groups"),
+    ("--fair-warmup-epochs", {"type": int, "metavar": "N"},
+     "epochs before the first pairs are flagged"),
+    ("--fair-noisy-sigma", {"type": float, "metavar": "BETA"},
+     "flag pairs whose loss history lies this many std below the mean (inf = never)"),
+    ("--fair-faulty-sigma", {"type": float, "metavar": "BETA"},
+     "flag pairs whose loss history lies this many std above the mean (inf = never)"),
+    ("--fair-queue", {"type": int, "metavar": "K"},
+     "recent scores of each group that widen its distribution beyond the batch"),
+    ("--fair-id-key", {"metavar": "NAME"},
+     "column of unique integer pair ids, or key of the json member (default: the row number, or a "
+     "hash of the sample's key and shard)"),
+    ("--fair-eval-label", {"metavar": "NAME"},
+     "label column of --val-data: evaluate fairness zero-shot after each evaluation"),
+    ("--fair-eval-prompts", {**_SEVERAL, "metavar": "PROMPT"},
+     "one prompt per class of the label, in the order of the sorted classes"),
+    ("--fair-callback", {"action": "append", "default": [], "metavar": "MODULE:NAME"},
+     "a callback of your own (class or instance); may be given several times"),
+    ("--fair-save-pairs", {"action": "store_true"},
+     "write every pair's history after each epoch, not only the flagged ones"),
+    ("--fair-fresh-state", {"nargs": "*", "metavar": "CALLBACK"},
+     "resume with the callbacks' state (the miner's memory) empty, of all or of those named, "
+     "whatever was saved with the checkpoint"),
+)  # fmt: skip
+
+_OPTIONS_OF = {
+    "dbpm": ("fair_warmup_epochs", "fair_noisy_sigma", "fair_faulty_sigma", "fair_save_pairs"),
+    "sinkhorn": ("fair_weight", "fair_blur", "fair_p", "fair_score", "fair_queue"),
+}
+_OPTIONS_OF_BOTH = ("fair_preset", "fair_id_key")
+
+
+@dataclass(frozen=True)
+class FairOptions:
+    """The parsed ``--fair-*`` flags; None is "as the preset says"."""
+
+    fair_loss: tuple[str, ...]
+    fair_preset: str | None
+    fair_attributes: tuple[str, ...]
+    fair_weight: float | None
+    fair_blur: float | None
+    fair_p: int | None
+    fair_score: str | None
+    fair_warmup_epochs: int | None
+    fair_noisy_sigma: float | None
+    fair_faulty_sigma: float | None
+    fair_queue: int | None
+    fair_id_key: str | None
+    fair_eval_label: str | None
+    fair_eval_prompts: tuple[str, ...]
+    fair_callback: tuple[str, ...]
+    fair_save_pairs: bool
+    fair_fresh_state: tuple[str, ...] | None  # () = of all
+    fair_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fair_others_unknown: tuple[str, ...] = ()  # attributes whose labels end in ,*
+
+    @property
+    def active(self) -> bool:
+        """Whether anything at all was asked for beyond upstream's training."""
+        return bool(self.fair_loss or self.fair_callback or self.fair_eval_label is not None)
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -20,144 +100,99 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the flags added; it leaves the host's own flags alone."""
+    """Return the parser of the flags added; it leaves open_clip's own flags alone."""
     parser = _OneLineParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     group = parser.add_argument_group("fair loss (fairclip_losses)")
-    add = group.add_argument
-    add(
-        "--fair-loss",
-        nargs="*",
-        choices=PARTS,
-        default=None,
-        metavar="PART",
-        help="train with bad pair mining (dbpm), the fairness term (sinkhorn), or, bare, both",
-    )
-    add(
-        "--fair-preset",
-        choices=sorted(PRESETS),
-        help="consistent set of options: aligned (default), paper, or official (the published "
-        "code's computation, for comparison only)",
-    )
-    add(
-        "--fair-attributes",
-        nargs="+",
-        default=(),
-        metavar="NAME[=LABEL,...[,*]]",
-        help="protected attributes: columns of the training CSV, or keys of the json member of a "
-        "webdataset sample; with labels after = only these are groups, and any other value is "
-        "refused, or unknown where the labels end in ,*",
-    )
-    add("--fair-weight", type=float, metavar="LAMBDA", help="weight of the fairness term")
-    add(
-        "--fair-blur",
-        type=float,
-        metavar="BLUR",
-        help="length scale of the Sinkhorn divergence; 0 = exact distance",
-    )
-    add("--fair-p", type=int, choices=(1, 2), help="power of the distance's cost")
-    add(
-        "--fair-score",
-        choices=("loss", "similarity", "official"),
-        help="what the fairness term compares between groups",
-    )
-    add(
-        "--fair-warmup-epochs",
-        type=int,
-        metavar="N",
-        help="epochs before the first pairs are flagged",
-    )
-    add(
-        "--fair-noisy-sigma",
-        type=float,
-        metavar="BETA",
-        help="flag pairs whose loss history lies this many std below the mean (inf = never)",
-    )
-    add(
-        "--fair-faulty-sigma",
-        type=float,
-        metavar="BETA",
-        help="flag pairs whose loss history lies this many std above the mean (inf = never)",
-    )
-    add(
-        "--fair-queue",
-        type=int,
-        metavar="K",
-        help="recent scores of each group that widen its distribution beyond the batch",
-    )
-    add(
-        "--fair-id-key",
-        metavar="NAME",
-        help="column of unique integer pair ids, or key of the json member (default: the row "
-        "number, or a hash of the sample's key and shard)",
-    )
-    add(
-        "--fair-eval-label",
-        metavar="NAME",
-        help="label column of --val-data: evaluate fairness zero-shot after each evaluation",
-    )
-    add(
-        "--fair-eval-prompts",
-        nargs="+",
-        default=(),
-        metavar="PROMPT",
-        help="one prompt per class of the label, in the order of the sorted classes",
-    )
-    add(
-        "--fair-callback",
-        action="append",
-        default=[],
-        metavar="MODULE:NAME",
-        help="a callback of your own (class or instance); may be given several times",
-    )
-    add(
-        "--fair-shard-memory",
-        action="store_true",
-        help="spread the miner's memory over the processes (owner = id modulo their number); "
-        "without it each keeps the whole",
-    )
-    add(
-        "--fair-save-pairs",
-        action="store_true",
-        help="write every pair's history after each epoch, not only the flagged ones",
-    )
-    add(
-        "--fair-fresh-state",
-        nargs="*",
-        metavar="CALLBACK",
-        help="resume with the callbacks' state (the miner's memory) empty, of all or of those "
-        "named, whatever was saved with the checkpoint",
-    )
-    return parser  # fmt: skip
+    for flag, kind, text in _FLAGS:
+        group.add_argument(flag, **kind, help=text)
+    return parser
 
 
 def split_flags(argv: Sequence[str]) -> tuple[FairOptions, list[str]]:
-    """Return the fair options and the arguments that are the host's.
+    """Return the fair options and the arguments that are open_clip's.
 
     Raises:
         UsageError: a value that a flag does not take, or flags that contradict each other.
     """
     parsed, rest = build_parser().parse_known_args(list(argv))
-    if parsed.fair_loss is not None:
+    given = vars(parsed).items()
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given}
+    if (parts := values["fair_loss"]) is not None:
         # In one order, each once: a resumed run is compared by it.
-        parsed.fair_loss = [part for part in PARTS if part in (parsed.fair_loss or PARTS)]
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(parsed).items()
-    }
-    values["fair_loss"] = values["fair_loss"] or ()
+        parts = tuple(part for part in PARTS if part in (parts or PARTS))
+    values["fair_loss"] = parts or ()
     named = [item.partition("=") for item in values["fair_attributes"]]
     values["fair_attributes"] = tuple(name for name, _, _ in named)
     with usage_errors():
-        given = {
+        by_name = {
             name: given_labels(labels, f"--fair-attributes {name}={labels}")
             for name, sign, labels in named
             if sign
         }
-    values["fair_labels"] = {name: labels for name, (labels, _) in given.items()}
-    values["fair_others_unknown"] = tuple(name for name, (_, others) in given.items() if others)
+    values["fair_labels"] = {name: labels for name, (labels, _) in by_name.items()}
+    values["fair_others_unknown"] = tuple(name for name, (_, others) in by_name.items() if others)
     options = FairOptions(**values)
-    check_options(options)
+    _check_values(options)
+    _check_parts(options)
+    _check_combination(options)
     return options, rest
+
+
+def _check_values(options: FairOptions) -> None:
+    for name in ("fair_weight", "fair_blur", "fair_noisy_sigma", "fair_faulty_sigma",
+                 "fair_warmup_epochs", "fair_queue"):  # fmt: skip
+        value = getattr(options, name)
+        finite = not name.endswith("sigma")  # an infinite sigma flags no pair
+        if value is not None and not (value >= 0 and (value < math.inf or not finite)):
+            kind = "a finite number" if finite else "a number"
+            raise UsageError(f"{_flag(name)} must be {kind} >= 0, got {value}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_parts(options: FairOptions) -> None:
+    """Refuse an option of a part that does not train: it would be without effect."""
+    owners: dict[str, tuple[str, ...]] = {name: PARTS for name in _OPTIONS_OF_BOTH}
+    owners |= {name: (part,) for part, names in _OPTIONS_OF.items() for name in names}
+    for name, parts in owners.items():
+        value, flag = getattr(options, name), _flag(name)
+        if value is None or value is False or set(parts) & set(options.fair_loss):
+            continue
+        if not options.fair_loss:
+            raise UsageError(f"{flag} has no effect without --fair-loss; add it or drop {flag}")
+        raise UsageError(
+            f"{flag} needs --fair-loss {parts[0]}, whose option it is, got --fair-loss "
+            f"{' '.join(options.fair_loss)}; add {parts[0]} or drop {flag}"
+        )
+    if options.fair_save_pairs and PRESETS[options.fair_preset or "aligned"].mining_unit != "pair":
+        raise UsageError(
+            "--fair-save-pairs needs a history of each pair, and --fair-preset "
+            f"{options.fair_preset} keeps none; drop one of the two"
+        )
+
+
+def _check_combination(options: FairOptions) -> None:
+    keepers = options.fair_loss or options.fair_callback or len(default_registry)
+    if options.fair_fresh_state is not None and not keepers:
+        raise UsageError("--fair-fresh-state has no effect without --fair-loss or --fair-callback")
+    if options.fair_attributes and not options.active:
+        raise UsageError(
+            "--fair-attributes has no effect without --fair-loss, --fair-eval-label or "
+            "--fair-callback; add one"
+        )
+    if "sinkhorn" in options.fair_loss and not options.fair_attributes:
+        raise UsageError(
+            "--fair-loss sinkhorn needs --fair-attributes NAME... (columns of the training CSV, or "
+            "keys of the json member); --fair-loss dbpm goes without"
+        )
+    if len(set(options.fair_attributes)) != len(options.fair_attributes):
+        raise UsageError(f"--fair-attributes names an attribute twice: {options.fair_attributes}")
+    if (options.fair_eval_label is None) != (not options.fair_eval_prompts):
+        raise UsageError("--fair-eval-label and --fair-eval-prompts go together")
+    if options.fair_eval_label is not None and not options.fair_attributes:
+        raise UsageError("--fair-eval-label needs --fair-attributes NAME...")
 
 
 def load_callback(spec: str) -> Callback:

@@ -1,4 +1,4 @@
-"""What a host is given in place of its own objects, so that a run hears of what it does."""
+"""What open_clip is given in place of its own objects, so that a run hears of what it does."""
 
 from __future__ import annotations
 
@@ -10,32 +10,27 @@ from typing import Any
 from torch import nn
 
 from .events import Event
-from .patching import HostCall
-from .runs import Run
+from .patching import Call
+from .run import Run
 
 
 class HookedArgs(argparse.Namespace):
-    """The host's arguments with the run beside them.
+    """open_clip's arguments with the run beside them.
 
-    The run is in a slot, not in ``__dict__``: the host prints and logs ``vars(args)``.
+    The run is in a slot, not in ``__dict__``: open_clip prints and logs ``vars(args)``.
     """
 
     __slots__ = ("run",)
     run: Run
 
 
-def run_of(args: Any) -> Run | None:
-    """Return the run that these arguments belong to, if anything was asked of it."""
-    return args.run if isinstance(args, HookedArgs) else None
-
-
-def of_a_run(hook: Callable[[HostCall, Run], Any]) -> Callable[[HostCall], Any]:
-    """Return a hook of a function that takes the host's ``args``: calls of no run pass through."""
+def of_a_run(hook: Callable[[Call, Run], Any]) -> Callable[[Call], Any]:
+    """Return a hook of a function that takes ``args``: calls of no run pass through."""
 
     @functools.wraps(hook)
-    def called(call: HostCall) -> Any:
-        run = run_of(call["args"])
-        return call.proceed() if run is None else hook(call, run)
+    def called(call: Call) -> Any:
+        args = call["args"]
+        return hook(call, args.run) if isinstance(args, HookedArgs) else call.proceed()
 
     return called
 
@@ -43,8 +38,8 @@ def of_a_run(hook: Callable[[HostCall, Run], Any]) -> Callable[[HostCall], Any]:
 class HookedLoader:
     """The training loader, firing events around every batch; all else is the loader's own.
 
-    Only the host's own pass fires events: a callback that passes over the loader besides gets the
-    batches as the loader makes them.
+    Only the pass of open_clip's training loop fires events: a callback that passes over the loader
+    besides gets the batches as they are. Where these are no pairs, a subclass makes them so.
     """
 
     def __init__(self, loader: Any, run: Run) -> None:
@@ -58,23 +53,31 @@ class HookedLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        if not self._run.pass_due:
+        if not self._run.awaits_pass:
             yield from self._loader
             return
-        self._run.pass_due = False
+        self._run.awaits_pass = False
         state = self._run.state
         accum_freq = getattr(state.args, "accum_freq", 1)
         for index, batch in enumerate(self._loader):
-            state.batch_index, state.batch = index, batch
+            state.batch_index, state.batch = index, self.as_pair(batch)
             if index % accum_freq == 0:
                 state.loss_call = 0
             self._run.fire(Event.BATCH_START)
-            yield state.batch
+            yield self.as_batch(state.batch, batch)
             self._run.fire(Event.BATCH_END)
+
+    def as_pair(self, batch: Any) -> Any:
+        """Return a batch as callbacks see it."""
+        return batch
+
+    def as_batch(self, pair: Any, batch: Any) -> Any:
+        """Return what open_clip gets: what callbacks have left, and the batch it was."""
+        return pair
 
 
 class HookedLoss(nn.Module):
-    """The loss as the host calls it, firing events around every call."""
+    """The loss as open_clip calls it, firing events around every call."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
@@ -85,8 +88,7 @@ class HookedLoss(nn.Module):
         """Call the loss of the run's state with what the callbacks left in ``loss_inputs``."""
         if not self._run.in_epoch:
             raise RuntimeError(
-                "the training loop is no longer hooked: unpatch() was called while a run was under "
-                "way whose main() was taken out of its module before patch()"
+                "the training loop is no longer hooked: unpatch() was called during a run"
             )
         state = self._run.state
         output_dict = inputs.pop("output_dict", False)

@@ -2,56 +2,115 @@
 
 ``open_clip_train.main`` looks five functions up in its own namespace, and is called there by the
 name of ``main``. The patch replaces these names by wrappers that call the originals and fire
-`Event`s around them, and copies none of the host's code. A run for which nothing was asked passes
-through untouched. The hooks for the shape of open_clip 4 are in `open_clip_tasks`.
+`Event`s around them, and copies none of open_clip's code. A run for which nothing was asked passes
+through untouched. The hooks for the shape of open_clip 4 are in `open_clip_v4`.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import difflib
 import importlib
-from collections.abc import Sequence
-from types import ModuleType, TracebackType
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
-from . import open_clip_tasks
-from .command_line import parse_arguments
-from .events import Event
-from .hooked import HookedLoader, HookedLoss, of_a_run, run_of
-from .patching import Hook, HostCall, HostPatch
-from .runs import Run, begin, close_block, open_block
+from ..errors import UsageError
+from .events import Event, default_registry
+from .flags import build_parser, split_flags
+from .hooked import HookedArgs, HookedLoader, HookedLoss, of_a_run
+from .patching import Call, Hook, ModulePatch
+from .run import Run
 
-HOST = "open_clip_train.main"
+PROGRAM = "open_clip_train.main"
 KNOWN_VERSIONS = "open_clip_torch 2.26.1 to 3.3.0"
-_FAILED = -1  # what the host returns where it gives up
-_EVALUATED = ("val", "imagenet-val", "imagenet-v2")  # the host evaluates where it has one of these
+_EVALUATED = ("val", "imagenet-val", "imagenet-v2")  # open_clip evaluates where it has one of these
+
+_mains: list[Call] = []  # calls of main() that go on
+_under_way: list[Run] = []  # at most one: begun where arguments are parsed, and not ended
 
 
-def _main(call: HostCall) -> Any:
-    open_block()
-    status = _FAILED
+def _end_run(ended_well: bool) -> None:
+    """End the run under way, if there is one, and let go of what it holds."""
+    while _under_way:
+        run = _under_way.pop()
+        try:
+            if ended_well and run.state.data is not None:
+                run.end()
+        finally:
+            run.let_go()
+
+
+def _main(call: Call) -> Any:
+    if _mains and _under_way:
+        raise UsageError("a run inside another one: start it in a process of its own")
+    status = -1  # what open_clip returns where it gives up
+    _mains.append(call)
     try:
         status = call.proceed()
     finally:
-        close_block(lambda run: status is None)
+        _mains.pop()
+        _end_run(status is None)
     return status
 
 
-def _parse_args(call: HostCall) -> Any:
+def _parse_args(call: Call) -> Any:
     argv, *others = call.args
-
-    def parse(rest: list[str]) -> Any:
-        return call.original(rest, *others, **call.kwargs)
-
-    args = parse_arguments(parse, argv)
-    run = run_of(args)
-    if run is not None:
-        begin(run)
-        run.fire(Event.ARGS_PARSED)
+    args = parse_arguments(lambda rest: call.original(rest, *others, **call.kwargs), argv)
+    if isinstance(args, HookedArgs):
+        _end_run(False)  # one of a main() that was not hooked, and failed
+        _under_way.append(args.run)
+        args.run.fire(Event.ARGS_PARSED)
     return args
 
 
+def parse_arguments(parse: Callable[[list[str]], argparse.Namespace], argv: Sequence[str]) -> Any:
+    """Return open_clip's own arguments where nothing was asked, `HookedArgs` otherwise."""
+    if any(word in ("-h", "--help") for word in argv):
+        usage = "usage: python -m fairclip_losses.train [open_clip's flags] [--fair-loss ...]\n"
+        print(usage, build_parser().format_help(), "open_clip's own flags, unchanged:\n", sep="\n")
+        return parse(list(argv))
+    options, rest = split_flags(argv)
+    args = _parse_quietly(parse, rest)
+    if not (options.active or len(default_registry)):
+        return args
+    hooked = HookedArgs(**vars(args))
+    if options.active:
+        vars(hooked).update(vars(options))
+    hooked.run = Run(options, hooked)
+    return hooked
+
+
+def _parse_quietly(parse: Callable[[list[str]], Any], argv: list[str]) -> Any:
+    """Call open_clip's parser; what it refuses is its one line, without the pages of usage."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            args = parse(argv)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        message = said.getvalue().strip().rpartition("error: ")[2]
+        raise UsageError(f"{message}{_suggestion(message)}") from None
+    sys.stderr.write(said.getvalue())
+    return args
+
+
+def _suggestion(message: str) -> str:
+    """Return a hint where a flag of ours is misspelt."""
+    ours = [flag for action in build_parser()._actions for flag in action.option_strings]
+    for word in re.findall(r"--fair[\w-]*", message):
+        if close := difflib.get_close_matches(word, ours, n=1):
+            return f" (did you mean {close[0]}?)"
+    return ""
+
+
 @of_a_run
-def _get_data(call: HostCall, run: Run) -> Any:
+def _get_data(call: Call, run: Run) -> Any:
     data = call.proceed()
     run.take_data(data, call["preprocess_fns"], call["tokenizer"], call["epoch"])
     if "train" in data:
@@ -60,7 +119,7 @@ def _get_data(call: HostCall, run: Run) -> Any:
 
 
 @of_a_run
-def _create_loss(call: HostCall, run: Run) -> Any:
+def _create_loss(call: Call, run: Run) -> Any:
     loss = call.proceed()
     run.state.loss = loss
     run.fire(Event.LOSS_READY)
@@ -69,7 +128,7 @@ def _create_loss(call: HostCall, run: Run) -> Any:
 
 
 @of_a_run
-def _train_one_epoch(call: HostCall, run: Run) -> Any:
+def _train_one_epoch(call: Call, run: Run) -> Any:
     state = run.state
     state.model, state.optimizer, state.scaler = call["model"], call["optimizer"], call["scaler"]
     state.tb_writer, state.epoch = call["tb_writer"], call["epoch"]
@@ -78,73 +137,56 @@ def _train_one_epoch(call: HostCall, run: Run) -> Any:
 
 
 @of_a_run
-def _evaluate(call: HostCall, run: Run) -> Any:
+def _evaluate(call: Call, run: Run) -> Any:
     return run.evaluate(call.proceed, call["model"], call["epoch"], call["tb_writer"])
 
 
 _COMMON_HOOKS = (Hook("main", _main), Hook("parse_args", _parse_args))
 _HOOKS = (
     *_COMMON_HOOKS,
-    Hook(
-        "get_data",
-        _get_data,
-        reads=("args", "preprocess_fns", "epoch", "tokenizer"),
-        known=("args", "preprocess_fns", "epoch", "tokenizer"),
-    ),
-    Hook("create_loss", _create_loss, reads=("args",), known=("args",)),
+    Hook("get_data", _get_data, ("args", "preprocess_fns", "epoch", "tokenizer")),
+    Hook("create_loss", _create_loss, ("args",)),
     Hook(
         "train_one_epoch",
         _train_one_epoch,
-        reads=("model", "data", "epoch", "optimizer", "scaler", "args", "tb_writer"),
-        known=("model", "data", "loss", "epoch", "optimizer", "scaler", "scheduler", "dist_model",
-               "args", "tb_writer"),
+        ("model", "data", "epoch", "optimizer", "scaler", "args", "tb_writer"),
     ),
-    Hook(
-        "evaluate",
-        _evaluate,
-        reads=("model", "epoch", "args", "tb_writer"),
-        known=("model", "data", "epoch", "args", "tb_writer", "tokenizer"),
-    ),
-)  # fmt: skip
+    Hook("evaluate", _evaluate, ("model", "epoch", "args", "tb_writer")),
+)
 HOOKS = tuple(hook.name for hook in _HOOKS)
 
 
-def _hooks_of(host: ModuleType) -> HostPatch:
-    """Return the hooks that fit a host's shape: told by what it has, not by its version."""
-    if hasattr(host, "create_task"):
-        hooks = (*_COMMON_HOOKS, *open_clip_tasks.HOOKS)
-        return HostPatch(host, hooks, open_clip_tasks.KNOWN_VERSIONS)
-    return HostPatch(host, _HOOKS, KNOWN_VERSIONS)
+def _patch_of(program: ModuleType) -> ModulePatch:
+    """Return the hooks that fit the program's shape: told by what it has, not by its version."""
+    if hasattr(program, "create_task"):
+        from . import open_clip_v4 as v4
+
+        return ModulePatch(program, (*_COMMON_HOOKS, *v4.HOOKS), v4.KNOWN_VERSIONS)
+    return ModulePatch(program, _HOOKS, KNOWN_VERSIONS)
+
+
+_patches: dict[ModuleType, ModulePatch] = {}
 
 
 class Patch:
     """What `patch` returns: the patch in force, and a context manager that takes it back."""
 
-    def __init__(self, hooks: HostPatch) -> None:
-        self.host = hooks.host
+    def __init__(self, hooks: ModulePatch) -> None:
+        self.program = hooks.module
         self._hooks = hooks
-        hooks.keep(self)
+        self._is_ours = hooks.install()  # False where it was in force before
 
     def __enter__(self) -> Patch:
-        self._hooks.enter()
-        self._hooks.release(self)  # the block holds from here on
-        open_block()
+        self._is_ours = self._hooks.install() or self._is_ours
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         try:
-            # Of a main() that was taken out of its module before the patch; the others have ended.
-            close_block(lambda run: error is None and run.state.data is not None)
+            if not _mains:  # of a main() that was taken out of its module before the patch
+                _end_run(error is None)
         finally:
-            self._hooks.leave()
-
-
-_hosts: dict[ModuleType, HostPatch] = {}
+            if self._is_ours:
+                self._hooks.undo()
 
 
 def patch() -> Patch:
@@ -152,43 +194,32 @@ def patch() -> Patch:
 
     Idempotent, and the same whether ``open_clip_train.main`` is imported before or after. Stays in
     force until `unpatch`; ``with patch(): ...`` takes it back at its end, unless it was in force
-    before or another block, maybe of another thread, is still open. A run whose ``main`` was taken
-    out of its module before the patch hears RUN_END at the end of the block.
+    before. For one thread, and one run at a time. A run whose ``main`` was taken out of its module
+    before the patch hears RUN_END at the end of the block.
 
     Raises:
         ImportError: open_clip_train is not installed, or lacks a function, or a function a
             parameter, that the patch hooks (the message names the path looked for and the versions
             known to work).
     """
-    host = _load_host()
-    return Patch(_hosts.setdefault(host, _hooks_of(host)))
+    try:
+        program = importlib.import_module(PROGRAM)
+    except ImportError as error:
+        install = "pip install 'fairclip_losses[train]'"
+        raise ImportError(
+            f"cannot import {PROGRAM} ({error}); install it with {install}"
+        ) from error
+    return Patch(_patches.setdefault(program, _patch_of(program)))
 
 
 def unpatch() -> None:
-    """Put the host's own functions back; without a patch in force nothing happens.
-
-    What a ``with patch()`` block or a run under way still needs stays hooked until their end.
-    """
-    for hooks in tuple(_hosts.values()):
-        hooks.release()
-
-
-def _load_host() -> ModuleType:
-    try:
-        return importlib.import_module(HOST)
-    except ImportError as error:
-        raise ImportError(
-            f"cannot import {HOST} ({error}); install it with pip install 'fairclip_losses[train]'"
-        ) from error
+    """Put open_clip's own functions back; without a patch in force nothing happens."""
+    for hooks in _patches.values():
+        hooks.undo()
 
 
 def run_training(argv: Sequence[str]) -> int:
-    """Run open_clip's training program with the patch in force; return its exit status.
-
-    Raises:
-        UsageError: flags or data that do not fit, before training.
-        CallbackError: a callback failed.
-    """
+    """Run open_clip's training program with the patch in force; return its exit status."""
     with patch() as patched:
-        status = patched.host.main(list(argv))
+        status = patched.program.main(list(argv))
     return 0 if status is None else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -16,14 +17,12 @@ from ..functional import (
     official_scores,
     pair_logits,
     pair_similarities,
-    reweighting,
+    stack_groups,
+    weighted_mean,
 )
 from ..miners import BadPairMiner
 from ..pair_terms import PairTerms, pair_terms
-from ..validation import check_finite_number
-from .base_loss import CallForm, changed, check_fit
-from .held_visit import HeldVisit, current_scale
-from .local_metadata import LocalMetadata
+from ..validation import check_choice, check_finite_number
 from .sinkhorn_fairness import SinkhornFairnessLoss
 
 if TYPE_CHECKING:
@@ -62,31 +61,29 @@ class FairLoss(nn.Module):
         mining_unit: ``"pair"``, or ``"batch"``: the published code's unit, the batch's mean loss by
             its position in the epoch, for comparison only.
 
-    ``forward`` takes what ``base_loss`` takes, positional or by name, and besides ``pair_ids``
-    (B,) int64 (needed by the miner in training), ``groups`` (needed by the fairness term) and
-    ``record`` (None: record the visit in training mode; False: only read, as for all but the last
-    pass over one accumulated batch, so that every pass sees the same queue). It returns what
-    ``base_loss`` returns; in dict form (``output_dict=True``) the fairness term is the entry
-    ``fairness_loss``, otherwise it is added to the first term. Where miner and fairness are None,
-    or nothing is flagged and the weight is 0, the result equals the base loss bit for bit. Scores
-    that are not finite take no part in the fairness term and are not recorded; the base loss then
-    is what it is without this module.
+    ``forward`` takes what ``base_loss`` takes and besides ``pair_ids`` (B,) int64 (needed by the
+    miner in training), ``groups`` (needed by the fairness term) and ``record`` (None: record the
+    visit in training mode; False: only read, as for all but the last pass over one accumulated
+    batch, so that every pass sees the same queue). It returns what ``base_loss`` returns; in dict
+    form (``output_dict=True``) the fairness term is the entry ``fairness_loss``, otherwise it is
+    added to the first term. Where miner and fairness are None the base loss is called, and the
+    result is its own bit for bit. Otherwise the loss is computed once, from the per-pair terms,
+    and ``base_loss.forward`` is not called; where all weights are 1 and the fairness weight is 0 it
+    equals the base loss to rounding. Scores that are not finite take no part in the fairness term
+    and are not recorded; the total then is not finite, as the base loss would be.
 
     Over several processes (a base loss with ``world_size`` > 1) each process passes its own pairs,
     as many as every other; mining and fairness see the global batch, every process keeps the
-    same memory (or its shard of it, as the miner is built), and gradients averaged over processes
-    are those of one process on that batch where the base loss's are (``gather_with_grad``). What
-    one process refuses all refuse: they agree before they exchange anything else. On an
-    accelerator, where that would wait for the device, they do so at the first call only.
+    same memory, and gradients averaged over processes are those of one process on that batch where
+    the base loss's are (``gather_with_grad``).
 
-    Call `end_epoch` after each epoch, and `follow` once where a gradient scaler may skip steps.
-    `last` holds the last call's `FairLossState`.
+    Call `end_epoch` after each epoch. `last` holds the last call's `FairLossState`.
 
     Raises:
         ValueError: a loss, miner or fairness that is no module, or options out of range; in
-            ``forward`` a base loss whose per-pair terms are not known or do not fit what it
-            returns, missing ids or groups, and what miner and fairness refuse. A batch that is
-            refused is recorded nowhere, so that it can be repaired and passed again.
+            ``forward`` a base loss whose per-pair terms are not known or not (B,), missing ids or
+            groups, and what miner and fairness refuse. A batch that is refused is recorded nowhere,
+            so that it can be repaired and passed again.
 
     Source: Bansal et al. (arXiv:2505.03153).
     """
@@ -120,8 +117,7 @@ class FairLoss(nn.Module):
             ("normalization", normalization, ("batch", "weights")),
             ("mining_unit", mining_unit, ("pair", "batch")),
         ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+            check_choice(name, value, choices)
         self.processes = Processes.of(base_loss)
         if score == "official" and self.processes.world_size > 1:
             raise ValueError(
@@ -136,10 +132,6 @@ class FairLoss(nn.Module):
         self.mining_unit: MiningUnit = mining_unit
         self.register_buffer("batch_position", torch.zeros((), dtype=torch.int64))
         self.last: FairLossState | None = None
-        self._scaler: Any = None
-        self._held: HeldVisit | None = None
-        self._agreed = False
-        self._call_form = CallForm.of(base_loss)
 
     def forward(
         self,
@@ -151,74 +143,45 @@ class FairLoss(nn.Module):
         **model_out: Any,
     ) -> Any:
         """Return the loss in the base loss's own form; see the class."""
-        model_out = self._call_form.by_name(args, model_out)
-        output_dict = model_out.pop("output_dict", output_dict)
+        if args:  # by the names that they have in the base loss
+            bound = inspect.signature(self.base_loss.forward).bind_partial(*args, **model_out)
+            model_out = bound.arguments
+            output_dict = model_out.pop("output_dict", output_dict)
         if self.miner is None and self.fairness is None:
-            return self._call_form.call(self.base_loss, model_out, output_dict)
-        self.settle()
+            form = {"output_dict": True} if output_dict else {}
+            return self.base_loss(**model_out, **form)
         recording = self.training if record is None else record
-        pair_ids, groups = self._metadata(pair_ids, groups, model_out, recording)
-        terms = pair_terms(self.base_loss, model_out)
-        base = self._call_form.call(self.base_loss, model_out, output_dict)
-        check_fit(base, terms, self.processes.world_size > 1)
-        losses = self._of_all_processes(terms.contrastive.detach(), model_out)
-        # The miner checks before the fairness term records, and records after that has checked.
-        visit = self._visit(losses, pair_ids)
-        if visit is not None and isinstance(self.miner, BadPairMiner):
-            self.miner.check(*visit)
-        at_once = recording and self._scaler is None
-        scores = self._scores(terms, model_out) if self.fairness is not None else None
-        fairness = self._fairness(scores, groups, at_once)
-        weights = self._mine(losses, visit, at_once)
-        if recording and not at_once:
-            scored = None if scores is None or groups is None else (scores.detach(), groups)
-            self._held = HeldVisit(visit, scored, self._scaler, current_scale(self._scaler))
-        self.last = FairLossState(
-            losses, weights, self.fairness.last if self.fairness is not None else None
-        )
-        return self._combine(base, terms, weights, fairness)
-
-    def follow(self, scaler: Any) -> None:
-        """Record each visit once its step is over, and not at all where the scaler skips the step.
-
-        The visit waits for the next call, `settle`, `end_epoch` or ``state_dict``; by then the
-        scaler must have been updated. A step counts as skipped where the scaler's scale has fallen.
-
-        Args:
-            scaler: a `torch.amp.GradScaler`, or None to record at once.
-
-        Raises:
-            ValueError: a miner without a method ``remember(losses, ids, kept=...)``.
-        """
-        following = scaler is not None and scaler.is_enabled()
-        waits = self.miner is None or callable(getattr(self.miner, "remember", None))
-        if following and not waits:
+        by_pair = self.miner is not None and self.mining_unit == "pair"
+        if by_pair and pair_ids is None and recording:
+            raise ValueError("the miner needs pair_ids (B,), got None")
+        if self.fairness is not None and groups is None:
             raise ValueError(
-                "to follow a scaler the miner needs a method remember, as BadPairMiner has, got "
-                f"{type(self.miner).__name__}"
+                "the fairness term needs groups (B,), (B, C) or name -> (B,), got None"
             )
-        self.settle()
-        self._scaler = scaler if following else None
-
-    def settle(self) -> None:
-        """Record the visit that waits for its step, if there is one and the step was made."""
-        held, self._held = self._held, None
-        if held is None:
-            return
-        kept = held.kept()
-        if held.visit is not None and self.miner is not None:
-            losses, ids = held.visit
-            self.miner.remember(losses, ids, kept=kept.to(losses.device))
-            if self.mining_unit == "batch":
-                self.batch_position.add_(kept.to(self.batch_position))
-        if held.scored is not None and self.fairness is not None:
-            scores, groups = held.scored
-            kept = kept.to(scores.device)
-            self.fairness.remember(scores, groups, valid=torch.isfinite(scores) & kept)
+        batch = _Batch.of(self.base_loss, self.processes, model_out)
+        pair_ids, groups = batch.gather_metadata(
+            pair_ids if by_pair else None, groups if self.fairness is not None else None
+        )
+        terms = pair_terms(self.base_loss, model_out)
+        losses = batch.gather(terms.contrastive.detach())
+        # A batch that is refused is recorded nowhere: the fairness term checks before the miner
+        # records, and its queue takes the scores after the miner has checked.
+        scores = self._scores(terms, model_out, batch) if self.fairness is not None else None
+        fairness = self._fairness_term(scores, groups)
+        weights = self._weights(losses, pair_ids, recording)
+        if recording and self.fairness is not None and scores is not None and groups is not None:
+            self.fairness.remember(scores.detach(), groups, valid=torch.isfinite(scores))
+        last = self.fairness.last if self.fairness is not None else None
+        self.last = FairLossState(losses, weights, last)
+        shares = normalized_weights(weights, self.normalization)
+        parts = {
+            name: weighted_mean(values, batch.of_same_pairs(shares, values))
+            for name, values in terms.named.items()
+        }
+        return _in_form(parts, fairness, output_dict)
 
     def end_epoch(self) -> EpochSummary | None:
         """Refresh the miner's statistics and flags; return its summary, None without a miner."""
-        self.settle()
         self.batch_position.zero_()
         return None if self.miner is None else self.miner.end_epoch()
 
@@ -229,102 +192,37 @@ class FairLoss(nn.Module):
             f"normalization={self.normalization!r}, mining_unit={self.mining_unit!r}"
         )
 
-    def _metadata(
-        self,
-        pair_ids: Tensor | None,
-        groups: Tensor | Mapping[str, Tensor] | None,
-        model_out: dict[str, Any],
-        recording: bool,
-    ) -> tuple[Tensor | None, Tensor | Mapping[str, Tensor] | None]:
-        """Return the ids and groups of all processes that miner and fairness use.
-
-        What is wrong with them is refused before anything is recorded.
-        """
-        by_pair = self.miner is not None and self.mining_unit == "pair"
-        pair_ids = pair_ids if by_pair else None
-        groups = groups if self.fairness is not None else None
-        missing = None
-        if by_pair and pair_ids is None and recording:
-            missing = "the miner needs pair_ids (B,), got None"
-        elif self.fairness is not None and groups is None:
-            missing = "the fairness term needs groups (B,), (B, C) or name -> (B,), got None"
-        if self.processes.world_size > 1:
-            check = self.miner.check if isinstance(self.miner, BadPairMiner) else None
-            metadata = LocalMetadata.of(model_out, pair_ids, groups, recording, missing, check)
-            if metadata.device.type == "cpu" or not self._agreed:
-                self.processes.agree(metadata.refusal, metadata.layout, metadata.device)
-                self._agreed = True
-            missing = metadata.refusal
-        if missing is not None:
-            raise ValueError(missing)
-        if self.processes.world_size > 1:
-            return metadata.gather(self.processes)
-        return pair_ids, groups
-
-    def _is_local(self, values: Tensor, model_out: dict[str, Any]) -> bool:
-        """Whether values are of this process's pairs alone, not of all processes'."""
-        several = self.processes.world_size > 1
-        return several and values.shape[0] == model_out["image_features"].shape[0]
-
-    def _of_all_processes(self, values: Tensor, model_out: dict[str, Any]) -> Tensor:
-        return self.processes.gather(values) if self._is_local(values, model_out) else values
-
-    def _visit(self, losses: Tensor, pair_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Return the losses and ids that the miner is given, None where it is given none."""
-        if self.miner is None:
-            return None
-        if self.mining_unit == "batch":
-            if losses.device != self.batch_position.device:
-                with torch.inference_mode(False):
-                    self.to(losses.device)
-            # In evaluation the batch recorded last is seen again: there may be none after it.
-            position = self.batch_position if self.training else self.batch_position - 1
-            return losses.mean()[None], position.clamp(min=0).clone()[None]
-        return None if pair_ids is None else (losses, pair_ids)
-
-    def _mine(self, losses: Tensor, visit: tuple[Tensor, Tensor] | None, recording: bool) -> Tensor:
-        """Return the weights of all processes' pairs."""
-        if self.miner is None or visit is None:
+    def _weights(self, losses: Tensor, pair_ids: Tensor | None, recording: bool) -> Tensor:
+        """Return the miner's weights of all processes' pairs, and let it record their losses."""
+        if self.miner is None or (pair_ids is None and self.mining_unit == "pair"):
             return torch.ones_like(losses)
-        weights: Tensor = self.miner(*visit, record=recording)
-        if self.mining_unit == "batch":
-            if recording:
-                self.batch_position.add_(1)
-            weights = weights.expand_as(losses)
-        return weights
+        if self.mining_unit == "pair":
+            weights: Tensor = self.miner(losses, pair_ids, record=recording)
+            return weights
+        if losses.device != self.batch_position.device:
+            with torch.inference_mode(False):
+                self.to(losses.device)
+        # In evaluation the batch recorded last is seen again: there may be none after it.
+        position = self.batch_position if self.training else self.batch_position - 1
+        place = position.clamp(min=0).clone()[None]
+        weights = self.miner(losses.mean()[None], place, record=recording)
+        if recording:
+            self.batch_position.add_(1)
+        return weights.expand_as(losses)
 
-    def _fairness(
-        self,
-        scores: Tensor | None,
-        groups: Tensor | Mapping[str, Tensor] | None,
-        recording: bool,
+    def _fairness_term(
+        self, scores: Tensor | None, groups: Tensor | Mapping[str, Tensor] | None
     ) -> Tensor | None:
         if self.fairness is None or scores is None or groups is None:
             return None
-        term: Tensor = self.fairness(scores, groups, valid=torch.isfinite(scores), record=recording)
+        term: Tensor = self.fairness(scores, groups, valid=torch.isfinite(scores), record=False)
         # Weight 0 leaves no trace: 0 times a term that overflowed would be NaN.
         return self.fairness_weight * term if self.fairness_weight else torch.zeros_like(term)
 
-    def _counts_once(self) -> bool:
-        """Whether the processes' gradients of the base loss average to the global batch's.
-
-        With neither ``local_loss`` nor ``gather_with_grad`` open_clip's average is 1/W of it; the
-        fairness term keeps its proportion to the base loss.
-        """
-        base = self.base_loss
-        return bool(getattr(base, "local_loss", True) or getattr(base, "gather_with_grad", True))
-
-    def _spread(self, values: Tensor, model_out: dict[str, Any]) -> Tensor:
-        """Return the values of all processes' pairs, live; the base loss decides by how much."""
-        if not self._is_local(values, model_out):
-            return values
-        values = self.processes.gather_live(values)
-        return self.processes.averaged(values) if self._counts_once() else values
-
-    def _scores(self, terms: PairTerms, model_out: dict[str, Any]) -> Tensor:
+    def _scores(self, terms: PairTerms, model_out: dict[str, Any], batch: _Batch) -> Tensor:
         """Return the scores of all processes' pairs."""
         if self.score == "loss":
-            return self._spread(terms.contrastive, model_out)
+            return batch.gather_live(terms.contrastive)
         names = ("image_features", "text_features", "logit_scale")
         missing = [name for name in names if name not in model_out]
         if missing:
@@ -336,33 +234,94 @@ class FairLoss(nn.Module):
         bias = model_out.get("logit_bias")
         if self.score == "official":
             return official_scores(pair_logits(image, text, scale, bias))
-        if self.processes.world_size == 1:
-            return pair_similarities(image, text, scale, bias)
         # The scale and the bias are every process's own: their gradient is whole in each.
-        cosines = self._spread(pair_similarities(image, text, 1.0), model_out)
-        scores: Tensor = scale * cosines
+        scores: Tensor = scale * batch.gather_live(pair_similarities(image, text, 1.0))
         return scores if bias is None else scores + bias
 
-    def _weights_of(self, values: Tensor, weights: Tensor) -> Tensor:
-        """Return the weights of the pairs that values are of: all processes' or this one's."""
-        if values.shape == weights.shape:
-            return weights
-        return weights[self.processes.own(values.shape[0])]
 
-    def _combine(
-        self, base: Any, terms: PairTerms, weights: Tensor, fairness: Tensor | None
-    ) -> Any:
-        weights = normalized_weights(weights, self.normalization)
-        changes = {
-            name: reweighting(values, self._weights_of(values, weights))
-            for name, values in terms.named.items()
-        }
-        return changed(base, changes, fairness)
+def _in_form(parts: dict[str, Tensor], fairness: Tensor | None, output_dict: bool) -> Any:
+    """Return the terms as a dict, or as one tensor or a tuple in their order."""
+    if output_dict:
+        return parts if fairness is None else {**parts, "fairness_loss": fairness}
+    first, *rest = parts.values()
+    if fairness is not None:
+        first = first + fairness
+    return (first, *rest) if rest else first
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.settle()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        self._held = None
-        super()._load_from_state_dict(*args, **options)
+class _Batch(NamedTuple):
+    """Which pairs the values of a step are of: this process's, or those of all processes."""
+
+    processes: Processes
+    size: int  # pairs of this process
+    device: torch.device | None
+    # Whether the processes' gradients of the base loss average to the global batch's. With neither
+    # local_loss nor gather_with_grad open_clip's average is 1/W of it; the fairness term keeps its
+    # proportion to the base loss.
+    counts_once: bool
+
+    @classmethod
+    def of(cls, loss: Any, processes: Processes, model_out: Mapping[str, Any]) -> _Batch:
+        if processes.world_size == 1:
+            return cls(processes, 0, None, True)
+        image, text = (model_out.get(f"{side}_features") for side in ("image", "text"))
+        if not isinstance(image, Tensor):
+            raise ValueError(
+                "several processes need image_features in the model's output, "
+                f"got {sorted(model_out)}"
+            )
+        if isinstance(text, Tensor) and image.shape != text.shape:
+            raise ValueError(
+                "image_features and text_features must have one shape, "
+                f"got {tuple(image.shape)} and {tuple(text.shape)}"
+            )
+        whole = getattr(loss, "local_loss", True) or getattr(loss, "gather_with_grad", True)
+        return cls(processes, len(image), image.device, bool(whole))
+
+    def _is_local(self, values: Tensor) -> bool:
+        return self.processes.world_size > 1 and len(values) == self.size
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return the values of all processes' pairs, without gradients."""
+        return self.processes.gather(values) if self._is_local(values) else values
+
+    def gather_live(self, values: Tensor) -> Tensor:
+        """Return the values of all processes' pairs, with the gradients of this one's."""
+        if not self._is_local(values):
+            return values
+        values = self.processes.gather_live(values)
+        return self.processes.averaged(values) if self.counts_once else values
+
+    def of_same_pairs(self, weights: Tensor, values: Tensor) -> Tensor:
+        """Return the weights, of all processes' pairs, of the pairs that values are of."""
+        return weights[self.processes.own(self.size)] if self._is_local(values) else weights
+
+    def gather_metadata(
+        self, pair_ids: Tensor | None, groups: Tensor | Mapping[str, Tensor] | None
+    ) -> tuple[Tensor | None, Tensor | Mapping[str, Tensor] | None]:
+        """Return the ids and groups of all processes' pairs, in one exchange."""
+        if self.processes.world_size == 1 or (pair_ids is None and groups is None):
+            return pair_ids, groups
+        columns = []
+        if pair_ids is not None:
+            columns.append(self._column("pair_ids", pair_ids))
+        if groups is not None:
+            columns.extend(self._column("groups", stack_groups(groups)).unbind(1))
+        gathered = self.processes.gather(torch.stack(columns, 1).to(self.device))
+        if pair_ids is not None:
+            pair_ids, gathered = gathered[:, 0], gathered[:, 1:]
+        if isinstance(groups, Mapping):
+            return pair_ids, dict(zip(groups, gathered.unbind(1), strict=True))
+        return pair_ids, None if groups is None else gathered
+
+    def _column(self, name: str, values: Tensor) -> Tensor:
+        if not isinstance(values, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(values).__name__}")
+        if values.shape[:1] != (self.size,):
+            raise ValueError(
+                f"{name} must have one row for each of the {self.size} pairs of this process, "
+                f"got shape {tuple(values.shape)}"
+            )
+        if values.is_floating_point():
+            raise ValueError(f"{name} must be integers (int64), got {values.dtype}")
+        return values.to(torch.int64)

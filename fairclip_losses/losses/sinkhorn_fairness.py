@@ -8,18 +8,22 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from ..functional import (
-    Detach,
-    FairnessTerms,
-    GroupReduction,
-    group_membership,
-    sinkhorn_fairness,
-    stack_groups,
+from ..functional import Detach, FairnessTerms, GroupReduction, group_membership
+from ..functional.fairness import (
+    DETACHED,
+    REDUCTIONS,
+    check_codes,
+    check_scores,
+    fairness_terms,
 )
-from ..functional.fairness import check_options, check_scores
-from ..ops.checks import should_validate
-from ..ops.prepare import check_cost
-from ..validation import check_finite_number, check_integer, is_number
+from ..ops.options import check_cost
+from ..validation import (
+    check_choice,
+    check_finite_number,
+    check_integer,
+    is_number,
+    should_validate,
+)
 
 
 class SinkhornFairnessLoss(nn.Module):
@@ -77,7 +81,9 @@ class SinkhornFairnessLoss(nn.Module):
         self.p = p
         self.blur = check_finite_number("blur", blur)
         check_cost(p, self.blur)
-        check_options(group_reduction, detach, min_group_size)
+        check_choice("group_reduction", group_reduction, REDUCTIONS)
+        check_choice("detach", detach, DETACHED)
+        check_integer("min_group_size", min_group_size, 1)
         queue_size = check_integer("queue_size", queue_size, 0)
         if queue_size and num_groups is None:
             raise ValueError(
@@ -90,9 +96,9 @@ class SinkhornFairnessLoss(nn.Module):
         self.divide_by_group_sum = divide_by_group_sum
         self.validate = validate
         self.attribute_names, self.num_groups = _name_groups(num_groups)
-        self.attribute_weights = _order_weights(
-            attribute_weights, self.attribute_names, self.num_groups
-        )
+        self.attribute_weights = _checked_weights(attribute_weights)
+        if self.num_groups and (self.attribute_names or not isinstance(attribute_weights, Mapping)):
+            _in_order(self.attribute_weights, self.attribute_names, len(self.num_groups))
         rows = 1 + sum(self.num_groups or ()) if queue_size else 0
         self.register_buffer("queue", torch.full((rows, queue_size), float("nan")))
         self.register_buffer("queue_next", torch.zeros(rows, dtype=torch.int64))
@@ -118,27 +124,24 @@ class SinkhornFairnessLoss(nn.Module):
         Returns:
             (), float64 for float64 scores, else float32.
         """
-        check_scores(scores)
-        names, codes = self._codes(groups)
-        num_groups = self._num_groups(names, codes)
-        codes = codes.to(scores.device, non_blocking=scores.device.type == "cuda")
+        check_scores(scores, valid, self.validate)
+        names, codes, num_groups = self._codes(groups, scores)
         if scores.device != self.queue.device:
             with torch.inference_mode(False):
                 self.to(scores.device)
-        terms = sinkhorn_fairness(
+        terms = fairness_terms(
             scores,
             codes,
             num_groups,
             p=self.p,
             blur=self.blur,
-            attribute_weights=self._weights(names, codes.shape[1]),
+            attribute_weights=_in_order(self.attribute_weights, names, codes.shape[1]),
             group_reduction=self.group_reduction,
             min_group_size=self.min_group_size,
             detach=self.detach,
             divide_by_group_sum=self.divide_by_group_sum,
             valid=valid,
             queue=self.queue if self.queue_size else None,
-            validate=self.validate,
         )
         if self.queue_size and (self.training if record is None else record):
             self._enqueue(scores.detach(), codes, num_groups, valid)
@@ -152,19 +155,10 @@ class SinkhornFairnessLoss(nn.Module):
         *,
         valid: Tensor | None = None,
     ) -> None:
-        """Put scores into the queue that ``forward`` has compared without recording them.
-
-        Args:
-            scores: as for ``forward``.
-            groups: as for ``forward``.
-            valid: as for ``forward``.
-        """
-        if not self.queue_size:
-            return
-        check_scores(scores)
-        names, codes = self._codes(groups)
-        num_groups = self._num_groups(names, codes)
-        self._enqueue(scores.detach(), codes.to(scores.device), num_groups, valid)
+        """Put scores into the queue that ``forward`` has compared without recording them."""
+        if self.queue_size:
+            _, codes, num_groups = self._codes(groups, scores)
+            self._enqueue(scores.detach(), codes, num_groups, valid)
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
@@ -173,41 +167,30 @@ class SinkhornFairnessLoss(nn.Module):
             f"queue_size={self.queue_size}"
         )
 
-    def _codes(self, groups: Tensor | Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor]:
-        if not isinstance(groups, Mapping):
-            return self.attribute_names, stack_groups(groups)
-        if self.attribute_names:
-            if set(groups) != set(self.attribute_names):
+    def _codes(
+        self, groups: Tensor | Mapping[str, Tensor], scores: Tensor
+    ) -> tuple[tuple[str, ...], Tensor, tuple[int, ...]]:
+        """Return the attributes' names, the codes (B, C) beside the scores, the groups' numbers."""
+        names, given = self.attribute_names, self.num_groups
+        if isinstance(groups, Mapping):
+            if names and set(groups) != set(names):
                 raise ValueError(
-                    f"groups must name the attributes {list(self.attribute_names)}, "
-                    f"got {list(groups)}"
+                    f"groups must name the attributes {list(names)}, got {list(groups)}"
                 )
-            groups = {name: groups[name] for name in self.attribute_names}
-        return tuple(groups), stack_groups(groups)
-
-    def _num_groups(self, names: tuple[str, ...], codes: Tensor) -> tuple[int, ...]:
-        given = self.num_groups
+            names = names or tuple(groups)
+            groups = {name: groups[name] for name in names}
+        codes = check_codes(groups, scores)
         if given is not None and codes.shape[1] != len(given):
             raise ValueError(f"expected codes of {len(given)} attributes, got {codes.shape[1]}")
         if codes.numel() == 0:
-            return (1,) * codes.shape[1] if given is None else given
+            return names, codes, given or (1,) * codes.shape[1]
         if given is not None and not should_validate(codes, self.validate):
-            return given
+            return names, codes, given
         low, high = (ends.tolist() for ends in torch.aminmax(codes, dim=0))
-        counts = tuple(max(top + 1, 1) for top in high) if given is None else given
+        counts = given or tuple(max(top + 1, 1) for top in high)
         if min(low) < -1 or any(top >= count for top, count in zip(high, counts, strict=True)):
             _refuse_codes(codes, names, given)
-        return counts
-
-    def _weights(self, names: tuple[str, ...], count: int) -> tuple[float, ...] | None:
-        given = self.attribute_weights
-        # A mapping is still one where no names were known before this batch.
-        if isinstance(given, dict) and set(given) != set(names):
-            raise ValueError(f"attribute_weights names {list(given)}, the groups are {list(names)}")
-        weights = tuple(given[name] for name in names) if isinstance(given, dict) else given
-        if weights is not None and len(weights) != count:
-            raise ValueError(f"attribute_weights has {len(weights)} entries for {count} attributes")
-        return weights
+        return names, codes, counts
 
     def _enqueue(
         self, scores: Tensor, codes: Tensor, num_groups: tuple[int, ...], valid: Tensor | None
@@ -238,14 +221,13 @@ def _refuse_codes(
     if num_groups is not None:
         wrong |= codes >= torch.tensor(num_groups, device=codes.device)
     row, column = (int(index) for index in wrong.nonzero()[0])
-    attribute = repr(names[column]) if names else column
     expected = "must be -1 (unknown) or more"
     if num_groups is not None:
         count = num_groups[column]
         groups = "1 group" if count == 1 else f"{count} groups"
         expected = f"must lie in -1..{count - 1} ({groups}; -1 is unknown)"
     raise ValueError(
-        f"attribute {attribute}: group codes {expected}, "
+        f"attribute {repr(names[column]) if names else column}: group codes {expected}, "
         f"got {int(codes[row, column])} at position {row}"
     )
 
@@ -265,12 +247,9 @@ def _name_groups(
     return names, tuple(int(n) for n in given)
 
 
-def _order_weights(
+def _checked_weights(
     weights: Sequence[float] | Mapping[str, float] | None,
-    names: tuple[str, ...],
-    num_groups: tuple[int, ...] | None,
 ) -> tuple[float, ...] | dict[str, float] | None:
-    """Return the weights in the attributes' order, or as they are while no names are known."""
     if weights is None:
         return None
     if not isinstance(weights, Iterable):
@@ -281,14 +260,19 @@ def _order_weights(
     values = tuple(weights.values()) if isinstance(weights, Mapping) else tuple(weights)
     if any(not is_number(w) or not 0 <= w < float("inf") for w in values):
         raise ValueError(f"attribute_weights must be finite and >= 0, got {weights!r}")
-    if isinstance(weights, Mapping):
-        if not names:
-            return dict(weights)
+    return dict(weights) if isinstance(weights, Mapping) else values
+
+
+def _in_order(
+    weights: tuple[float, ...] | dict[str, float] | None, names: tuple[str, ...], count: int
+) -> tuple[float, ...] | None:
+    """Return the weights in the order of the attributes."""
+    if isinstance(weights, dict):
         if set(weights) != set(names):
-            raise ValueError(f"attribute_weights must name {list(names)}, got {list(weights)}")
-        return tuple(weights[name] for name in names)
-    if num_groups is not None and len(values) != len(num_groups):
-        raise ValueError(
-            f"attribute_weights must have {len(num_groups)} entries, got {len(values)}"
-        )
-    return values
+            raise ValueError(
+                f"attribute_weights names {list(weights)}, the groups are {list(names)}"
+            )
+        weights = tuple(weights[name] for name in names)
+    if weights is not None and len(weights) != count:
+        raise ValueError(f"attribute_weights has {len(weights)} entries for {count} attributes")
+    return weights

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..distributed import Processes
 from ..functional import (
     CLEAN,
     FAULTY,
@@ -20,34 +21,74 @@ from ..functional import (
     bad_pair_weights,
     history_statistics,
     history_z_score,
-    mining_numpy,
     mixture_pair_kinds,
-    visit_weight,
 )
-from ..functional.mining import check_mixture_threshold, check_sigma
-from ..validation import check_choice, check_integer
-from .memory import INT64_MIN, PairMemory, Record
-from .report import EpochSummary, MinerReport
-from .shards import histories_of_all
+from ..functional.mining import flagged_weights
+from ..validation import check_choice, check_integer, check_pair_rows, check_share, check_sigma
+from .pair_memory import PairMemory, Record
 
-__all__ = ["BadPairMiner"]
+__all__ = ["BadPairMiner", "EpochSummary", "MinerReport"]
 
 Detector = Literal["threshold", "mixture"]
 
-_INTEGERS = frozenset(
-    {torch.int64, torch.int32, torch.int16, torch.int8}
-    | {torch.uint8, torch.uint16, torch.uint32}  # uint64 does not fit
-)
+
+@dataclass(frozen=True)
+class EpochSummary:
+    """What :meth:`BadPairMiner.end_epoch` found.
+
+    Attributes:
+        epoch: number of epochs over, this one included.
+        seen: number of pairs with a recorded loss, in all epochs so far.
+        noisy: number of pairs now flagged noisy.
+        faulty: number of pairs now flagged faulty.
+        mean: mean of the pairs' histories; 0 where no pair was seen.
+        std: population standard deviation of the pairs' histories; 0 where no pair was seen.
+    """
+
+    epoch: int
+    seen: int
+    noisy: int
+    faulty: int
+    mean: float
+    std: float
 
 
-class _Visits(NamedTuple):
-    losses: Tensor
-    ids: Tensor
-    slots: Tensor
-    known: Tensor  # whether the memory here has a slot for the id
+@dataclass(frozen=True, eq=False)
+class MinerReport:
+    """The memory of the visited pairs, in ascending order of their ids; every array has shape (N,).
+
+    Attributes:
+        ids: pair ids, int64.
+        visits: number of recorded losses, int64.
+        history: history of the losses up to now, float64.
+        z_score: the history standardised by the mean and deviation of the last ``end_epoch``,
+            float64; 0 where the deviation is 0, NaN before the first ``end_epoch``.
+        kind: ``"clean"``, ``"noisy"`` or ``"faulty"``, as flagged by the last ``end_epoch``.
+        weight: weight of the pair at its last recorded loss, float64.
+    """
+
+    ids: npt.NDArray[np.int64]
+    visits: npt.NDArray[np.int64]
+    history: npt.NDArray[np.float64]
+    z_score: npt.NDArray[np.float64]
+    kind: npt.NDArray[np.str_]
+    weight: npt.NDArray[np.float64]
+
+    def __len__(self) -> int:
+        """Return the number of visited pairs."""
+        return len(self.ids)
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of pairs of each kind; a kind without a pair counts 0."""
+        return {name: int(np.count_nonzero(self.kind == name)) for name in KIND_NAMES}
+
+    def flagged(self) -> MinerReport:
+        """Return the report of the noisy and faulty pairs alone."""
+        keep = self.kind != KIND_NAMES[CLEAN]
+        return MinerReport(**{name: values[keep] for name, values in vars(self).items()})
 
 
-class BadPairMiner(PairMemory):
+class BadPairMiner(nn.Module):
     r"""Weigh down the pairs whose loss history shows that they are bad.
 
     The miner remembers the losses :math:`l_{k,v}` of every pair `k` by its stable id, whatever the
@@ -67,19 +108,17 @@ class BadPairMiner(PairMemory):
                 (miner(losses, ids) * losses).mean().backward()
             miner.end_epoch()
 
-    ``forward`` neither waits for the device nor loops over the samples, and with `num_pairs` given
-    it compiles into one graph. The whole memory is in buffers, so it is saved and resumed by
-    ``state_dict``; on the CPU a resumed run equals the uninterrupted one bit for bit. (On a GPU an
-    id that is twice in a batch may be summed in either order, unless
-    ``torch.use_deterministic_algorithms`` is set.) The memory follows the losses to their device at
-    the first batch; casts such as ``.half()`` move it but never change its precision. It takes 13
-    bytes for each pair, 17 with ``history="linear"``, and 8 more for the id itself where ids are
-    streamed.
+    ``forward`` does not wait for the device, and with `num_pairs` it compiles into one graph. All
+    state is in the buffers of `memory`, so it is saved and resumed by ``state_dict``; on the CPU a
+    resumed run equals the uninterrupted one bit for bit. (On a GPU an id that is twice in a batch
+    may be summed in either order, unless ``torch.use_deterministic_algorithms`` is set.) The memory
+    follows the losses to their device at the first batch; casts such as ``.half()`` never change
+    its precision. It takes 13 bytes for each pair, 17 with ``history="linear"``, and 8 more for the
+    id itself where ids are streamed.
 
-    With ``num_pairs=None`` any int64 is an id. The visits of the running epoch are then kept in a
-    log, which joins the sorted table of pairs at :meth:`end_epoch`, before the state is saved or
-    reported, and whenever it holds more than 65,536 visits and an eighth of the table (only then
-    does ``forward`` wait for the device).
+    With ``num_pairs=None`` any int64 is an id. Visits then wait in a log, which joins the table of
+    pairs at :meth:`end_epoch`, before the state is saved or reported, and when it is full (of the
+    larger of 65,536 visits and an eighth of the table; only then ``forward`` waits for the device).
 
     Args:
         num_pairs: number of pairs, the ids being 0..num_pairs-1; None takes any int64 ids.
@@ -101,14 +140,9 @@ class BadPairMiner(PairMemory):
             (:func:`~fairclip_losses.functional.mixture_pair_kinds`). Noisy pairs are found by
             `noisy_sigma` either way.
         mixture_threshold: least posterior of a faulty pair, in (0, 1].
-        validate: check the values of the ids at once, which waits for the device. None does so for
-            ids that are on the CPU. Without the check an id outside the range weighs 1, is not
+        validate: check the values of the ids at once, which waits for the device; None checks ids
+            that are on the CPU. Without the check an id outside the range weighs 1, is not
             recorded, and makes the next ``end_epoch`` raise.
-        processes: None keeps every pair, so that over several processes each has the whole memory.
-            A `~fairclip_losses.distributed.Processes` keeps the shard of this one of W processes:
-            the pairs whose id is its rank modulo W. All of them then call ``forward`` with the same
-            global batch, ``end_epoch`` and ``report`` together; weights, statistics and flags are
-            those of the whole memory. A state dict is of the shard; see `load_shards`.
 
     Raises:
         ValueError: for an argument outside what is said above.
@@ -132,28 +166,36 @@ class BadPairMiner(PairMemory):
         detector: Detector = "threshold",
         mixture_threshold: float = 0.5,
         validate: bool | None = None,
-        processes: Processes | None = None,
     ) -> None:
-        super().__init__(
-            num_pairs,
-            total_epochs=total_epochs,
-            history=history,
-            renormalize=renormalize,
-            record=record,
-            processes=processes or Processes(),
-        )
+        super().__init__()
+        check_choice("history", history, ("mean", "linear"))
+        check_choice("weighting", weighting, ("relative", "density"))
+        check_choice("record", record, ("raw", "weighted"))
+        check_choice("detector", detector, ("threshold", "mixture"))
         check_sigma("noisy_sigma", noisy_sigma)
         check_sigma("faulty_sigma", faulty_sigma)
-        check_choice("weighting", weighting, ("relative", "density"))
-        check_choice("detector", detector, ("threshold", "mixture"))
-        check_mixture_threshold(mixture_threshold)
+        check_share("mixture_threshold", mixture_threshold)
+        num_pairs = None if num_pairs is None else check_integer("num_pairs", num_pairs, 1)
+        if total_epochs is not None:
+            total_epochs = check_integer("total_epochs", total_epochs, 1)
+        published = history == "linear" and not renormalize
+        if published and total_epochs is None:
+            raise ValueError(
+                "history='linear' with renormalize=False needs total_epochs, got total_epochs=None"
+            )
+        self.num_pairs = num_pairs
+        self.total_epochs = total_epochs
+        self.history: History = history
+        self.renormalize = renormalize
         self.warmup_epochs = check_integer("warmup_epochs", warmup_epochs, 0)
         self.noisy_sigma = noisy_sigma
         self.faulty_sigma = faulty_sigma
         self.weighting: Weighting = weighting
+        self.record: Record = record
         self.detector: Detector = detector
         self.mixture_threshold = mixture_threshold
         self.validate = validate
+        self.memory = PairMemory(num_pairs, history, total_epochs if published else None, record)
 
     def forward(
         self, pair_losses: Tensor, pair_ids: Tensor, *, record: bool | None = None
@@ -177,32 +219,27 @@ class BadPairMiner(PairMemory):
                 `validate`), an id outside 0..num_pairs-1; nothing is recorded then.
         """
         self.check(pair_losses, pair_ids)
-        recording = self.training if record is None else record
-        done = self._visit_numpy(pair_losses, pair_ids, recording)
-        if done is not None:
-            return done
-        visits = self._visits(pair_losses, pair_ids)
-        weights = self._own_weights(visits)
-        if recording:
-            self._remember(visits, weights, None)
-        return self.processes.total(weights)
-
-    def remember(
-        self, pair_losses: Tensor, pair_ids: Tensor, *, kept: Tensor | None = None
-    ) -> None:
-        """Record a visit that ``forward`` has weighed without recording it.
-
-        Args:
-            pair_losses: as for ``forward``.
-            pair_ids: as for ``forward``.
-            kept: () or (B,) bool, the visits to record; None is all. The others leave no trace.
-
-        Raises:
-            ValueError: as ``forward`` does.
-        """
-        self.check(pair_losses, pair_ids)
-        visits = self._visits(pair_losses, pair_ids)
-        self._remember(visits, self._own_weights(visits), kept)
+        memory = self.memory
+        losses = pair_losses.detach()
+        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+        ids = pair_ids.long().to(losses.device, non_blocking=losses.device.type == "cuda")
+        if memory.visits.device != losses.device:
+            with torch.inference_mode(False):
+                memory.to(losses.device)
+        usable = losses.float().abs() < torch.inf
+        in_range = None
+        if self.num_pairs is not None and not self._checks_values(pair_ids):
+            in_range = (ids >= 0) & (ids < self.num_pairs)
+            usable &= in_range
+        rows = memory.rows_of(ids, usable)
+        flagged = memory.kind.index_select(0, rows).bool()  # CLEAN is 0
+        weights = flagged_weights(losses, flagged, memory.mean, memory.std, self.weighting)
+        if self.training if record is None else record:
+            if in_range is not None:
+                memory.count_invalid(ids, ~in_range)
+            recorded = losses if self.record == "raw" else losses * weights
+            memory.add(ids, rows, recorded.float(), usable)
+        return weights
 
     def check(self, pair_losses: Tensor, pair_ids: Tensor) -> None:
         """Refuse what ``forward`` would refuse, and record nothing.
@@ -210,32 +247,22 @@ class BadPairMiner(PairMemory):
         Raises:
             ValueError: as ``forward`` does.
         """
-        for name, value in (("pair_losses", pair_losses), ("pair_ids", pair_ids)):
-            if not isinstance(value, Tensor):
-                raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
-        if not pair_losses.is_floating_point():
-            raise ValueError(f"pair_losses must be floating point, got {pair_losses.dtype}")
-        if pair_ids.dtype not in _INTEGERS:
-            raise ValueError(f"pair_ids must be integers (int64), got {pair_ids.dtype}")
-        if pair_losses.ndim != 1 or pair_ids.ndim != 1 or len(pair_losses) != len(pair_ids):
+        check_pair_rows(pair_losses, pair_ids)
+        if self.num_pairs is None or not len(pair_ids) or not self._checks_values(pair_ids):
+            return
+        least, largest = torch.aminmax(pair_ids)
+        if int(least) < 0 or int(largest) >= self.num_pairs:
+            ids = pair_ids.to(torch.int64)
+            first = int(((ids < 0) | (ids >= self.num_pairs)).nonzero()[0])
             raise ValueError(
-                "pair_losses and pair_ids must both have shape (B,), "
-                f"got {tuple(pair_losses.shape)} and {tuple(pair_ids.shape)}"
+                f"pair_ids must lie in 0..{self.num_pairs - 1}, "
+                f"got {int(ids[first])} at position {first}"
             )
-        if self._checks_values(pair_ids) and len(pair_ids):
-            least, largest = torch.aminmax(pair_ids)
-            if int(least) < 0 or int(largest) > self._last_id():
-                ids = pair_ids.to(torch.int64)
-                first = int(((ids < 0) | (ids > self._last_id())).nonzero()[0])
-                raise ValueError(
-                    f"pair_ids must lie in 0..{self._last_id()}, "
-                    f"got {int(ids[first])} at position {first}"
-                )
 
     def _checks_values(self, ids: Tensor) -> bool:
         check = ids.device.type == "cpu" if self.validate is None else self.validate
         # A compiled graph cannot raise on a value; there the ids are counted, as on a GPU.
-        return check and self.num_pairs is not None and not torch.compiler.is_compiling()
+        return check and not torch.compiler.is_compiling()
 
     def end_epoch(self) -> EpochSummary:
         """End the epoch: refresh the statistics and, after the warm-up, the flags.
@@ -247,164 +274,57 @@ class BadPairMiner(PairMemory):
             ValueError: if ids outside 0..num_pairs-1 came since the last call. They are forgotten
                 and nothing else is changed, so that a second call ends the epoch without them.
         """
-        invalid = int(self.invalid_count)
-        if invalid:
-            largest = int(self.invalid_largest)
-            self.invalid_count.zero_()
-            self.invalid_largest.fill_(INT64_MIN)
-            raise ValueError(
-                f"pair ids must lie in 0..{self._last_id()}, got {invalid} outside that range "
-                f"since the last end_epoch (the largest is {largest})"
-            )
-        self._consolidate()
-        history = self._history()
-        shards = self.processes
-        mean, std = history_statistics(
-            history, total=shards.total if shards.world_size > 1 else None
-        )
-        self.mean.copy_(mean)
-        self.std.copy_(std)
-        self.epoch += 1
-        epoch = int(self.epoch)
-        if epoch >= self.warmup_epochs:
-            if self.detector == "mixture":
-                kinds = mixture_pair_kinds(
-                    history,
-                    mean,
-                    std,
-                    self.noisy_sigma,
-                    self.mixture_threshold,
-                    sample=histories_of_all(history, shards),
-                )
-            else:
-                kinds = bad_pair_kinds(history, mean, std, self.noisy_sigma, self.faulty_sigma)
-            self.kind.copy_(kinds)
-        counted = (self.visits > 0, self.kind == NOISY, self.kind == FAULTY)
-        seen, noisy, faulty = shards.total(torch.stack([each.sum() for each in counted])).tolist()
-        return EpochSummary(
-            epoch=epoch,
-            seen=seen,
-            noisy=noisy,
-            faulty=faulty,
-            mean=float(mean),
-            std=float(std),
-        )
-
-    def report(self, *, to: int | None = None) -> MinerReport:
-        """Return the memory of the visited pairs as NumPy arrays (this waits for the device).
-
-        Args:
-            to: of a memory in shards, the one process that is given the whole, while the others
-                are given their own shard; None gives it to all. All of them must call this.
-        """
-        self._consolidate()
-        slots = self.visits.nonzero().squeeze(1)
-        history = self._history()[slots.to(self._double_device())]
-        kinds = self.kind[slots]
-        weights = bad_pair_weights(
-            self.last_loss[slots], kinds, self.mean, self.std, self.weighting
-        )
-        if int(self.epoch):
-            z_score = history_z_score(
-                history, self.mean.to(history.device), self.std.to(history.device)
-            )
+        memory = self.memory
+        memory.raise_invalid()
+        memory.consolidate()
+        history = memory.histories()
+        mean, std = history_statistics(history)
+        memory.mean.copy_(mean)
+        memory.std.copy_(std)
+        memory.epoch += 1
+        epoch = int(memory.epoch)
+        # The flags are always of these statistics, so that the weights never divide by 0.
+        if epoch < self.warmup_epochs:
+            kinds = torch.zeros_like(memory.kind)
+        elif self.detector == "mixture":
+            bounds = self.noisy_sigma, self.mixture_threshold
+            kinds = mixture_pair_kinds(history, mean, std, *bounds)
         else:
-            z_score = torch.full_like(history, torch.nan)
-        counted = torch.stack([self._ids_of(slots), self.visits[slots].long(), kinds.long()])
-        measured = torch.stack([history, z_score, weights.to(history.device, torch.float64)])
-        if self.processes.world_size > 1:
-            counted = torch.cat(self.processes.gather_uneven(counted.t(), to)).t()
-            measured = torch.cat(self.processes.gather_uneven(measured.t(), to)).t()
-            order = counted[0].argsort()
-            counted, measured = counted[:, order], measured[:, order]
-        ids, visits, kinds = (column.numpy().copy() for column in counted.cpu())
-        history_, z_score_, weight = (column.numpy().copy() for column in measured.cpu())
-        return MinerReport(ids, visits, history_, z_score_, np.array(KIND_NAMES)[kinds], weight)
+            kinds = bad_pair_kinds(history, mean, std, self.noisy_sigma, self.faulty_sigma)
+        memory.kind.copy_(kinds)
+        counted = (memory.visits > 0, memory.kind == NOISY, memory.kind == FAULTY)
+        seen, noisy, faulty = torch.stack([each.sum() for each in counted]).tolist()
+        return EpochSummary(epoch, seen, noisy, faulty, float(mean), float(std))
+
+    def report(self) -> MinerReport:
+        """Return the memory of the visited pairs as NumPy arrays (this waits for the device)."""
+        memory = self.memory
+        memory.consolidate()
+        rows = memory.visits.nonzero().squeeze(1)
+        history = memory.histories()
+        history = history[rows.to(history.device)]
+        kinds = memory.kind[rows]
+        mean, std = memory.mean, memory.std
+        weights = bad_pair_weights(memory.last_loss[rows], kinds, mean, std, self.weighting)
+        z_score = history_z_score(history, mean.to(history.device), std.to(history.device))
+        if not int(memory.epoch):
+            z_score.fill_(torch.nan)
+        return MinerReport(
+            ids=memory.ids_of(rows).cpu().numpy(),
+            visits=memory.visits[rows].cpu().long().numpy(),
+            history=history.cpu().numpy(),
+            z_score=z_score.cpu().numpy(),
+            kind=np.array(KIND_NAMES)[kinds.cpu().numpy()],
+            weight=weights.cpu().double().numpy(),
+        )
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
-        detector = (
-            f"faulty_sigma={self.faulty_sigma}"
-            if self.detector == "threshold"
-            else f"detector='mixture', mixture_threshold={self.mixture_threshold}"
-        )
-        shards = self.processes.world_size
+        faulty = f"faulty_sigma={self.faulty_sigma}"
+        if self.detector == "mixture":
+            faulty = f"detector='mixture', mixture_threshold={self.mixture_threshold}"
         return (
             f"num_pairs={self.num_pairs}, warmup_epochs={self.warmup_epochs}, "
-            f"noisy_sigma={self.noisy_sigma}, {detector}, history={self.history!r}, "
+            f"noisy_sigma={self.noisy_sigma}, {faulty}, history={self.history!r}, "
             f"weighting={self.weighting!r}"
-            + (f", shard {self.processes.rank} of {shards}" if shards > 1 else "")
         )
-
-    def _visit_numpy(self, losses: Tensor, ids: Tensor, recording: bool) -> Tensor | None:
-        """Weigh and record the usual batch on the CPU in NumPy; None where it is not the usual."""
-        losses = losses.detach()
-        if not (
-            self._in_numpy(losses)
-            and (losses.dtype, ids.dtype) == (torch.float32, torch.int64)
-            and self._checks_values(ids)  # and so all are in range
-            and self.record == "raw"
-            and self.visits.device.type == "cpu"
-            and self.processes.world_size == 1
-        ):
-            return None
-        weight = 1.0
-        if self.history == "linear":
-            weight = float(visit_weight(int(self.epoch), "linear"))
-        return mining_numpy.visit(
-            losses, ids, self._buffers, self.weighting, record=recording, visit_weight=weight
-        )
-
-    def _weights(self, losses: Tensor, kinds: Tensor) -> Tensor:
-        if self._in_numpy(losses):
-            mean, std = float(self.mean), float(self.std)
-            return mining_numpy.pair_weights(losses, kinds, mean, std, self.weighting)
-        return bad_pair_weights(losses, kinds, self.mean, self.std, self.weighting)
-
-    def _in_numpy(self, losses: Tensor) -> bool:
-        # Without checks it is computed on the CPU as on an accelerator: reading nothing back.
-        return self.validate is not False and mining_numpy.takes(losses)
-
-    def _visits(self, pair_losses: Tensor, pair_ids: Tensor) -> _Visits:
-        """Find the visits' places in the memory, which moves to their device."""
-        losses = pair_losses.detach()
-        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
-        ids = pair_ids.to(torch.int64)
-        ids = ids.to(losses.device, non_blocking=losses.device.type == "cuda")
-        if self.visits.device != losses.device:
-            with torch.inference_mode(False):
-                self.to(losses.device)
-        return _Visits(losses, ids, *self._locate(ids))
-
-    def _own_weights(self, visits: _Visits) -> Tensor:
-        """Return the weights of the pairs of this shard; those of others are 0, to be summed."""
-        losses, ids, slots, known = visits
-        if self.kind.numel():
-            kinds = self.kind[slots].masked_fill(~known, CLEAN)
-        else:
-            kinds = torch.zeros_like(ids)
-        weights = self._weights(losses, kinds)
-        if self.processes.world_size == 1:
-            return weights
-        return weights.masked_fill(~self.owned(ids), 0.0)
-
-    def _remember(self, visits: _Visits, weights: Tensor, kept: Tensor | None) -> None:
-        losses, ids, slots, known = visits
-        whole = self.processes.world_size == 1
-        stored = (losses if self.record == "raw" else losses * weights).float()
-        if self.num_pairs is None:
-            # A loss that is not finite is left out when the log joins the table.
-            if not whole:
-                stored = stored.masked_fill(~self.owned(ids), torch.nan)
-            if kept is not None:
-                stored = torch.where(kept, stored, torch.nan)
-            self._log(ids, stored)
-            return
-        recorded = known & torch.isfinite(stored)
-        invalid = ~known if whole else ~self._in_range(ids)  # counted in every shard alike
-        if kept is not None:
-            recorded, invalid = recorded & kept, invalid & kept
-        outside = ids.masked_fill(~invalid, INT64_MIN)
-        self.invalid_largest.copy_(torch.cat([self.invalid_largest.view(1), outside]).amax())
-        self.invalid_count += invalid.sum()
-        self._accumulate(slots, stored, recorded)

@@ -1,6 +1,6 @@
 """The Sinkhorn kernel: public entries, exact path on a line, entropic paths, dense reference."""
 
-from .checks import ConvergenceWarning
+from .options import ConvergenceWarning
 from .result import SinkhornResult, sinkhorn_solve
 from .sinkhorn import sinkhorn_divergence
 

@@ -1,99 +1,46 @@
-"""The exact optimal transport cost on a line (blur = 0), batched over rows of weights.
+r"""The exact optimal transport cost on a line (blur = 0), batched over rows of weights.
 
-On a line the optimal coupling is the monotone one whatever the (convex) cost, so the whole problem
-is a sort of the points and a merge of the two cumulative weights. Points are sorted once, however
-many rows of weights are put on them: all groups of all attributes share the sort of their batch.
+On a line the optimal coupling is the monotone one whatever the (convex) cost: a sort of the points
+and a merge of the cumulative weights. Points are sorted once, however many rows of weights are put
+on them, so all groups of all attributes share the sort of their batch.
+
+* p = 1: ``W_1 = \int |A - B| dz`` over the points of both measures, A and B their distribution
+  functions.
+* p = 2: ``W_2^2 / 2 = 1/2 \int_0^1 (Q_a(u) - Q_b(u))^2 du`` over the merged cumulative weights, Q_a
+  and Q_b the quantile functions. All terms are positive: a measure against itself costs 0 exactly.
+
+**Ties.** Points that coincide get one slope of the Kantorovich potential: the gradient in x_i is
+``a_i f'(x_i)``, in y_j ``b_j g'(y_j)``, so the order in which a sort puts them plays no part. The
+slope is the mean of those that the measures' mass at the place takes: for p = 2 the mean of
+``x - Q_b(u)`` over all u that belong to x; for p = 1, where ``g' = -f'``, the mean of
+``-sign(A - B)`` while A - B goes from its value before the place to that behind it.
 
 Everything after the sort runs in float64 where the device has it: cumulative weights of 1/N lose
 digits in float32, and the digits lost are those in which a group differs from its batch.
+Source: Peyre and Cuturi 2019 (arXiv:1803.00567), eq. 2.28-2.37.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from .checks import broadcast_shapes
+from .options import broadcast_shapes, is_readable, refuse_second, working_dtype
 
-# Cumulative weights nearer to each other are the same: in units of the last place of 1.
-_LEVEL = 64
-
-
-class ExactSolution(NamedTuple):
-    """Costs, their gradients in the points, and Kantorovich potentials, in the callers' order."""
-
-    cost: Tensor  # (*,)
-    grad_x: Tensor  # (*, N)
-    grad_y: Tensor | None  # (*, M); None where x and y are one tensor and grad_x holds the sum
-    f: Tensor | None  # (*, N), d cost / d a
-    g: Tensor | None  # (*, M), d cost / d b
-
-
-def working_dtype(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 on the one backend that has no float64 (Apple's mps)."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def solve_exact(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, p: int, same_points: bool, potentials: bool
-) -> ExactSolution:
-    """Solve ``min_P sum_ij P_ij |x_i - y_j|^p / p`` for every row of weights.
-
-    x (*, N) and y (*, M) are points, a (*, N) and b (*, M) weights whose rows sum to one; leading
-    dimensions broadcast. ``same_points`` says that y is x; ``potentials`` asks for f and g too.
-    """
-    line = _in_order(x, y, a, b, same_points)
-    if p == 1 and same_points:
-        solution = _solve_by_distribution_functions(line.x, line.a, line.b, potentials)
-    else:
-        walk = _Walk(line, ties=potentials)
-        cost, grad_x, grad_y = walk.cost_and_slopes(p, same_points)
-        f, g = walk.potentials(p) if potentials else (None, None)
-        solution = ExactSolution(cost, grad_x, grad_y, f, g)
-    return ExactSolution(
-        solution.cost,
-        unsort(solution.grad_x, line.order_x),
-        None if solution.grad_y is None else unsort(solution.grad_y, line.order_y),
-        None if solution.f is None else unsort(solution.f, line.order_x),
-        None if solution.g is None else unsort(solution.g, line.order_y),
-    )
-
-
-def exact_potentials(x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: int) -> tuple[Tensor, Tensor]:
-    """Return f and g of `solve_exact` alone, for points that are not common."""
-    line = _in_order(x, y, a, b, False)
-    f, g = _Walk(line, ties=True).potentials(p)
-    return unsort(f, line.order_x), unsort(g, line.order_y)
-
-
-class _Line(NamedTuple):
-    """Points and weights in order, and the orders that put them so."""
-
-    x: Tensor  # (*, N)
-    y: Tensor  # (*, M)
-    a: Tensor  # (*, N)
-    b: Tensor  # (*, M)
-    order_x: Tensor
-    order_y: Tensor
-
-
-def _in_order(x: Tensor, y: Tensor, a: Tensor, b: Tensor, same_points: bool) -> _Line:
-    dtype = working_dtype(x.device)
-    x_sorted, x_order = x.to(dtype).sort(dim=-1)
-    a_sorted = along(a.to(dtype), x_order)
-    if same_points:
-        y_sorted, y_order = x_sorted, x_order
-    else:
-        y_sorted, y_order = y.to(dtype).sort(dim=-1)
-    return _Line(x_sorted, y_sorted, a_sorted, along(b.to(dtype), y_order), x_order, y_order)
+# Cumulative weights nearer than this are the same: sums of thousands are off by tens of roundings.
+SAME_WEIGHT = 64 * torch.finfo(torch.float64).eps
 
 
 def along(values: Tensor, order: Tensor) -> Tensor:
     """Read ``values`` (*, K) at the places ``order`` (*, N), (*, N); leading dims broadcast."""
     if order.dim() == 1:
         return values.index_select(-1, order)
+    if values.dim() == 1:
+        return values.take(order)
     lead = broadcast_shapes(values.shape[:-1], order.shape[:-1])
     return values.expand(*lead, -1).gather(-1, order.expand(*lead, -1))
 
@@ -106,120 +53,277 @@ def unsort(values: Tensor, order: Tensor) -> Tensor:
     return values.new_empty(shape).scatter_(-1, order.expand(shape), values.expand(shape))
 
 
-def _solve_by_distribution_functions(
-    z: Tensor, a: Tensor, b: Tensor, potentials: bool
-) -> ExactSolution:
-    """p = 1 on common points: ``W_1 = integral |A - B|``, A and B the cumulative weights.
+def exact_cost(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, p: int) -> Tensor:
+    """Return ``min_P sum_ij P_ij |x_i - y_j|^p / p`` for every row of weights, (*,).
 
-    Points that coincide get one slope of the potential, times their own share of ``a - b``: the
-    order in which the sort put them plays no part, so a collapsed batch is not torn apart.
+    Shapes and dtypes are those of `sinkhorn_divergence` with D = 1. Gradients in all four are found
+    in the backward pass, from O(N) that is kept a row.
     """
-    surplus = a - b
-    levels = torch.nn.functional.pad(surplus.cumsum(-1)[..., :-1], (1, 1))  # A - B at the gaps
-    gap = z.diff(dim=-1)
-    excess = levels[..., 1:-1]
-    cost = (excess.abs() * gap).sum(-1)
-    runs = _Runs(z)
-    left, right = along(levels, runs.first), along(levels, runs.after)
-    # (|left| - |right|) / (right - left), -sign(left) where they are the same, and 0 where rounding
-    # alone tells them from 0
-    total = (left.abs() + right.abs()).clamp_(min=_LEVEL * torch.finfo(z.dtype).eps)
-    grad = surplus * (left + right).neg_().div_(total)
-    if not potentials:
-        return ExactSolution(cost, grad, None, None, None)
-    slope = excess.sign() * gap
-    # d W_1 / d a_i: what one more unit of mass at i adds to every gap on its right
-    f = torch.nn.functional.pad(slope.flip(-1).cumsum(-1).flip(-1), (0, 1))
-    return ExactSolution(cost, grad, None, f, -f)
+    cost: Tensor = _ExactCost.apply(x, None if y is x else y, a, b, p)
+    return cost
 
 
-class _Walk:
-    """Any p: equal quantiles are coupled, along the merged cumulative weights from 0 to 1.
+def exact_potentials(x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: int) -> tuple[Tensor, Tensor]:
+    """Return Kantorovich potentials f (*, N) and g (*, M), each up to a constant of its row.
 
-    The merge has N + M steps; step k carries the mass ``du_k`` from point i(k) to point j(k) and
-    ends at the level k, of which level 0 is 0. With ``ties`` rounding does not decide what is one:
-    potentials, but nothing else, depend on that.
+    x (*, N) and y (*, M) are points, a (*, N) and b (*, M) weights. Where cumulative weights of a
+    and b meet, potentials are free within an interval: these are in its middle.
     """
-
-    def __init__(self, line: _Line, *, ties: bool) -> None:
-        x, y, a, b, *_ = line
-        n, m = a.shape[-1], b.shape[-1]
-        lead = broadcast_shapes(x.shape[:-1], y.shape[:-1], a.shape[:-1], b.shape[:-1])
-        steps = torch.arange(n + m + 1, device=x.device)
-        upper_a, upper_b = _upper_levels(a).expand(*lead, n), _upper_levels(b).expand(*lead, m)
-        upper_a, upper_b = upper_a.contiguous(), upper_b.contiguous()
-        # place of each point's upper level in the merge; at ties a's level comes first
-        merged_a = upper_a - _LEVEL * torch.finfo(upper_a.dtype).eps if ties else upper_a
-        place_a = torch.searchsorted(upper_b, merged_a, right=False).add_(steps[1 : n + 1])
-        place_b = torch.searchsorted(merged_a, upper_b, right=True).add_(steps[1 : m + 1])
-        from_a = place_a.new_zeros(*lead, n + m + 1).scatter_(-1, place_a, 1)
-        passed_a = from_a.cumsum(-1)[..., :-1]  # before the step
-        self._at_b = (steps[:-1] - passed_a).clamp_(max=m - 1)
-        self._at_a = passed_a.clamp_(max=n - 1)
-        self._x, self._y = x.expand(*lead, n), y.expand(*lead, m)
-        self._shift = self._x.gather(-1, self._at_a) - self._y.gather(-1, self._at_b)
-        self._line, self._ties = line, ties
-        self._upper_a, self._upper_b, self._place_a, self._place_b = (
-            upper_a, upper_b, place_a, place_b,
-        )  # fmt: skip
-
-    def cost_and_slopes(self, p: int, same_points: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the cost (*,) and its slopes in x and y; of common points the sum and None."""
-        levels = self._shift.new_zeros(*self._shift.shape[:-1], self._shift.shape[-1] + 1)
-        levels.scatter_(-1, self._place_a, self._upper_a)
-        levels.scatter_(-1, self._place_b, self._upper_b)
-        mass = levels.diff(dim=-1)
-        if self._ties:
-            mass = mass.clamp_(min=0.0)  # of ties in the other order
-        cost = (mass * _ground_cost(self._shift, p)).sum(-1)
-        pull = mass * (self._shift.sign() if p == 1 else self._shift)
-        total = torch.nn.functional.pad(pull.cumsum(-1), (1, 0))
-        runs_x = _Runs(self._line.x)
-        runs_y = runs_x if same_points else _Runs(self._line.y)
-        pulled_a, pulled_b = total.gather(-1, self._place_a), total.gather(-1, self._place_b)
-        grad_x = runs_x.share_out(pulled_a, self._upper_a, self._line.a)
-        grad_y = runs_y.share_out(pulled_b, self._upper_b, self._line.b).neg_()
-        return (cost, grad_x + grad_y, None) if same_points else (cost, grad_x, grad_y)
-
-    def potentials(self, p: int) -> tuple[Tensor, Tensor]:
-        """Return Kantorovich potentials, by complementary slackness along the walk.
-
-        ``f_i(k) + g_j(k) = c(x_i(k), y_j(k))``: where the walk leaves i, f changes by what the cost
-        changes against the point of b that it stands on.
-        """
-        ends_a, ends_b = self._place_a - 1, self._place_b - 1  # the last step of each point
-        anchor = self._y.gather(-1, self._at_b.gather(-1, ends_a)[..., :-1])
-        change = _ground_cost(self._x[..., 1:] - anchor, p)
-        change = change - _ground_cost(self._x[..., :-1] - anchor, p)
-        f = torch.nn.functional.pad(change.cumsum(-1), (1, 0))
-        reached = f.gather(-1, self._at_a.gather(-1, ends_b))
-        return f, _ground_cost(self._shift.gather(-1, ends_b), p) - reached
+    _, saved, _ = (_areas if p == 1 else _coupling)(x, y, a, b)
+    return _potentials(p, saved, a, b, x.shape[-1], y.shape[-1])
 
 
-def _upper_levels(weights: Tensor) -> Tensor:
-    """Return the cumulative weights, ending at 1 exactly, which leaves no mass uncoupled."""
-    levels = weights.cumsum(-1)
-    return levels / levels[..., -1:]
+class _ExactCost(torch.autograd.Function):
+    """y None: both measures lie on x, whose gradient is then the sum of both sides'."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor | None, a: Tensor | None, b: Tensor | None, p: int
+    ) -> Tensor:
+        points_x = _settled(x[..., 0], a, b) if y is None else _settled(x[..., 0], a)
+        points_y = None if y is None else _settled(y[..., 0], b)
+        cost, saved, tied = (_areas if p == 1 else _coupling)(points_x, points_y, a, b)
+        has_mass = _has_mass(a, b)
+        if has_mass is not None:
+            cost = cost * has_mass
+        ctx.p, ctx.tied = p, tied
+        ctx.save_for_backward(x, y, a, b, has_mass, *saved)
+        double = x.dtype == torch.float64 or (y is not None and y.dtype == torch.float64)
+        return cost.to(torch.float64 if double else torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, y, a, b, has_mass, *saved = ctx.saved_tensors
+        grads: list[Tensor | None] = [None] * 4
+        with torch.no_grad():
+            if has_mass is not None:
+                grad = grad * has_mass
+            if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+                by_points = _area_gradients if ctx.p == 1 else _coupling_gradients
+                shapes = x.shape[:-1], None if y is None else y.shape[:-1]
+                by_x, by_y = by_points(saved, a, b, grad, shapes, ctx.tied)
+                grads[0] = by_x[..., None].to(x.dtype)
+                if y is not None and by_y is not None:
+                    grads[1] = by_y[..., None].to(y.dtype)
+            if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+                m = (x if y is None else y).shape[-2]
+                f, g = _potentials(ctx.p, saved, a, b, x.shape[-2], m)
+                grads[2:] = _by_weights(a, f, grad), _by_weights(b, g, grad)
+        return (*refuse_second(grads, (x, y, a, b)), None)
 
 
-class _Runs:
-    """The runs of coinciding points on a line, the same for each of a run's points."""
+def _settled(points: Tensor, *weights: Tensor | None) -> Tensor:
+    """Return points (*, N), those to which no row gives weight at the mean of the others.
 
-    def __init__(self, ordered: Tensor) -> None:
-        ladder = ordered.contiguous()
-        self.first = torch.searchsorted(ladder, ladder)  # how many points lie before the run
-        self.after = torch.searchsorted(ladder, ladder, right=True)  # and up to its end
-
-    def share_out(self, pulled: Tensor, levels: Tensor, weights: Tensor) -> Tensor:
-        """Return the pull of each point, (*, n), from the cumulative pulls and weights.
-
-        Within a run it is shared out by weight: a sort may not tell which points go where.
-        """
-        sums = torch.nn.functional.pad(torch.stack([pulled, levels]), (1, 0))
-        pull, mass = along(sums, self.after) - along(sums, self.first)
-        share: Tensor = weights / mass.clamp_(min=torch.finfo(mass.dtype).tiny)
-        return share.mul_(pull)
+    There, NaN or far away, they can neither overflow nor find mass that rounding leaves.
+    """
+    given = [rows for rows in weights if rows is not None]
+    if len(given) < len(weights):
+        return points
+    used = torch.zeros_like(points, dtype=torch.bool)
+    for rows in given:  # counted in float32: a sum of booleans is none
+        there = (rows > 0).to(torch.float32).expand(broadcast_shapes(points.shape, rows.shape))
+        used = used | (there.sum_to_size(points.shape) > 0)
+    total = torch.where(used, points, 0.0).sum(dtype=working_dtype(points.device))
+    return torch.where(used, points, total / used.sum().clamp(min=1))
 
 
-def _ground_cost(shift: Tensor, p: int) -> Tensor:
-    return shift.abs() if p == 1 else 0.5 * shift.square()
+def _scaled(weights: Tensor) -> Tensor:
+    """Return weights of which the sum of a row cannot overflow."""
+    if weights.dtype != working_dtype(weights.device):
+        return weights
+    largest = weights.amax(-1, keepdim=True)
+    return weights / torch.where(largest > 0, largest, 1.0)
+
+
+def _normalised(weights: Tensor | None, points: Tensor) -> Tensor:
+    """Return weights whose rows sum to one, or are zeros."""
+    dtype = working_dtype(points.device)
+    if weights is None:
+        n = points.shape[-1]
+        return torch.full((n,), 1.0 / n, dtype=dtype, device=points.device)
+    weights = _scaled(weights)
+    total = weights.sum(-1, keepdim=True, dtype=dtype)
+    return weights / total.clamp_(min=torch.finfo(dtype).tiny)
+
+
+def _has_mass(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Return which rows have two measures, (*,); None: all."""
+    given = [weights.any(-1) for weights in (a, b) if weights is not None]
+    if not given or (is_readable(given[0]) and all([bool(rows.all()) for rows in given])):
+        return None
+    return given[0] if len(given) == 1 else given[0] & given[1]
+
+
+def _may_tie(*ordered: Tensor) -> bool:
+    """Whether points may coincide. Without ties a gradient takes fewer calls."""
+    if not is_readable(ordered[0]):
+        return True
+    return not all([bool((points[..., 1:] > points[..., :-1]).all()) for points in ordered])
+
+
+def _by_weights(weights: Tensor | None, potential: Tensor, grad: Tensor) -> Tensor | None:
+    """Return the gradient in weights (*, N), which the cost divides by their sum."""
+    if weights is None:
+        return None
+    normalised = _normalised(weights, weights)
+    centred = potential - (normalised * potential).sum(-1, keepdim=True)
+    total = weights.sum(-1, keepdim=True, dtype=normalised.dtype)
+    slopes = centred * grad[..., None] / torch.where(total > 0, total, 1.0)
+    return slopes.sum_to_size(weights.shape).to(weights.dtype)
+
+
+def _areas(
+    x: Tensor, y: Tensor | None, a: Tensor | None, b: Tensor | None
+) -> tuple[Tensor, Sequence[Tensor], bool]:
+    """Return W_1 (*,), what follows for the K points of both measures, and whether any may tie:
+
+    points in order, their order, a - b of each, and A - B before and behind each, (*, K + 1). If y
+    is None they are those of x.
+    """
+    surplus, other = _normalised(a, x), _normalised(b, x if y is None else y)
+    if y is None:
+        points, surplus = x, surplus - other
+    else:
+        points, surplus = _side_by_side(x, y), _side_by_side(surplus, -other)
+    points, order = points.sort(dim=-1)
+    points, surplus = points.to(surplus.dtype), along(surplus, order)
+    excess = pad(surplus.cumsum(-1)[..., :-1], (1, 1))
+    cost = (excess[..., 1:-1].abs() * points.diff(dim=-1)).sum(-1)
+    return cost, (points, order, surplus, excess), _may_tie(points)
+
+
+def _side_by_side(one: Tensor, other: Tensor) -> Tensor:
+    lead = broadcast_shapes(one.shape[:-1], other.shape[:-1])
+    return torch.cat([one.expand(*lead, -1), other.expand(*lead, -1)], -1)
+
+
+def _area_gradients(
+    saved: Sequence[Tensor], a: Tensor | None, b: Tensor | None, grad: Tensor,
+    shapes: tuple[torch.Size, torch.Size | None], tied: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Return the gradients in x and y of W_1 whose own is ``grad``."""
+    points, order, surplus, excess = saved
+    if tied:
+        points = points.contiguous()
+        before = along(excess, torch.searchsorted(points, points))
+        behind = along(excess, torch.searchsorted(points, points, right=True))
+        # (|before| - |behind|) / (behind - before), -sign(before) where they are the same, and 0
+        # where rounding alone tells them from 0
+        most = before.abs() + behind.abs()
+        slopes = surplus * torch.where(most > SAME_WEIGHT, (before + behind) / most, 0.0)
+        found = (slopes * -grad[..., None]).sum_to_size(points.shape)
+    else:
+        area = (excess.abs() * grad[..., None]).sum_to_size(*points.shape[:-1], excess.shape[-1])
+        found = area[..., :-1] - area[..., 1:]
+    found = unsort(found, order)
+    shape_x, shape_y = shapes
+    if shape_y is None:
+        return found, None
+    n = shape_x[-1]
+    return found[..., :n].sum_to_size(shape_x), found[..., n:].sum_to_size(shape_y)
+
+
+def _coupling(
+    x: Tensor, y: Tensor | None, a: Tensor | None, b: Tensor | None
+) -> tuple[Tensor, Sequence[Tensor], bool]:
+    """Return ``W_2^2 / 2`` (*,), what follows for its N + M - 1 steps, and whether any points tie:
+
+    x and y in order, their orders, which y each step is at, and mass times x - y of each. Steps go
+    along the merged cumulative weights; one begins where a point does, the first of both at 0.
+    """
+    dtype = working_dtype(x.device)
+    x, order_x = x.sort(dim=-1)
+    x, order_y = x.to(dtype), order_x
+    if y is not None:
+        y, order_y = y.sort(dim=-1)
+        y = y.to(dtype)
+    n = x.shape[-1]
+    one, other = _between(a, order_x, dtype), _between(b, order_y, dtype)
+    lead = broadcast_shapes(one.shape[:-1], other.shape[:-1])
+    zero = one.new_zeros(1).expand(*lead, 1)
+    begins = torch.cat([zero, one.expand(*lead, -1), other.expand(*lead, -1)], -1)
+    begins, source = begins.sort(dim=-1, stable=True)
+    at_y = (source >= n).cumsum(-1)
+    mass = pad(begins[..., 1:], (0, 1), value=1.0) - begins
+    at_x = torch.arange(at_y.shape[-1], device=x.device) - at_y
+    shift = along(x, at_x) - along(x if y is None else y, at_y)
+    moved = mass * shift
+    cost = (moved * shift).sum(-1).mul_(0.5)
+    tied = _may_tie(x) if y is None else _may_tie(x, y)
+    return cost, (x, x if y is None else y, order_x, order_y, at_x, at_y, moved), tied
+
+
+def _between(weights: Tensor | None, order: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the cumulative weights, of sum one, between the points in order, (*, N - 1)."""
+    if weights is None:
+        n = order.shape[-1]
+        return torch.arange(1, n, dtype=dtype, device=order.device).div_(n)
+    sums = along(_scaled(weights), order).cumsum(-1, dtype=dtype)
+    return sums[..., :-1] / sums[..., -1:].clamp(min=torch.finfo(dtype).tiny)
+
+
+def _coupling_gradients(
+    saved: Sequence[Tensor], a: Tensor | None, b: Tensor | None, grad: Tensor,
+    shapes: tuple[torch.Size, torch.Size | None], tied: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Return the gradients in x and y of ``W_2^2 / 2`` whose own is ``grad``."""
+    x, y, order_x, order_y, at_x, at_y, moved = saved
+    moved = moved * grad[..., None]
+    by_x = _gathered(moved, at_x, x, order_x, a, tied)
+    by_y = _gathered(moved, at_y, y, order_y, b, tied)
+    if shapes[1] is None:
+        return unsort(by_x - by_y, order_x), None
+    return unsort(by_x, order_x), unsort(-by_y, order_y)
+
+
+def _gathered(
+    moved: Tensor, at: Tensor, points: Tensor, order: Tensor, weights: Tensor | None, tied: bool
+) -> Tensor:
+    """Return the sum of what is ``moved`` at each point; those that coincide share by weight."""
+    found = moved.new_zeros(*moved.shape[:-1], points.shape[-1])
+    found.scatter_add_(-1, at.expand(moved.shape), moved)
+    if tied:
+        share = along(_normalised(weights, points), order)
+        share = share.expand(broadcast_shapes(share.shape, points.shape))
+        found = found.sum_to_size(broadcast_shapes(share.shape, points.shape))
+        points = points.contiguous()
+        run = torch.searchsorted(points, points).expand(found.shape)
+        total = torch.zeros_like(found).scatter_add_(-1, run, found)
+        mass = torch.zeros_like(found).scatter_add_(-1, run, share.expand(found.shape))
+        found = share * total.div_(mass.clamp_(min=torch.finfo(mass.dtype).tiny)).gather(-1, run)
+    return found.sum_to_size(points.shape)
+
+
+def _potentials(
+    p: int, saved: Sequence[Tensor], a: Tensor | None, b: Tensor | None, n: int, m: int
+) -> tuple[Tensor, Tensor]:
+    """Return Kantorovich potentials f (*, N) and g (*, M), each up to a constant."""
+    if p == 2:
+        x, y, order_x, order_y, *_ = saved
+        one, other = _between(a, order_x, x.dtype), _between(b, order_y, y.dtype)
+        f, g = _potential(x, one, y, other), _potential(y, other, x, one)
+        return unsort(f, order_x), unsort(g, order_y)
+    # A unit of mass at a point adds to A - B in every gap behind it.
+    points, order, _, excess = saved
+    inner = excess[..., 1:-1]
+    sign = torch.where(inner.abs() > SAME_WEIGHT, inner.sign(), 0.0)
+    rise = (sign * points.diff(dim=-1)).flip(-1).cumsum(-1).flip(-1)
+    f = unsort(pad(rise, (0, 1)), order)
+    return f[..., :n], -f[..., -m:]
+
+
+def _potential(x: Tensor, weight_x: Tensor, y: Tensor, weight_y: Tensor) -> Tensor:
+    """Return f at the points x in order, from the cumulative weights between points: f' = x - Q_b.
+
+    Where that is between two points of y, Q_b is their mean.
+    """
+    lead = broadcast_shapes(weight_x.shape[:-1], weight_y.shape[:-1])
+    weight_y = weight_y.expand(*lead, -1).contiguous()
+    partner: Tensor | float = 0.0
+    for shift in (-SAME_WEIGHT, SAME_WEIGHT):
+        # Absent points at the ends are no partners.
+        level = (weight_x + shift).clamp(SAME_WEIGHT, 1.0 - SAME_WEIGHT).expand(*lead, -1)
+        partner = partner + along(y, torch.searchsorted(weight_y, level.contiguous()))
+    rise = 0.5 * x.diff(dim=-1) * (x[..., 1:] + x[..., :-1] - partner)
+    return pad(rise.cumsum(-1), (1, 0))

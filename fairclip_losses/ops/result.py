@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .entropic import solve_entropic
-from .host import marginal_error_on_host, suits_host_solver
-from .methods.progress import missed
-from .options import Backend, SinkhornOptions
-from .prepare import check_options, check_shapes, prepare
-from .problem import choose_kernel
+from .options import Backend, check_options, check_shapes, prepare
+from .solve import entropic_marginal_error, solve_entropic
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,7 @@ class SinkhornResult:
     g_self: Tensor | None  # (*, M)
     marginal_error: Tensor  # (*,) L1 distance of the plan's marginals from a and b
     converged: Tensor  # (*,) bool, marginal_error and those of the self-terms <= tol
-    iterations: int  # rounds taken between a and b
+    iterations: int  # taken between a and b
 
 
 def sinkhorn_solve(
@@ -60,8 +55,8 @@ def sinkhorn_solve(
     ``marginal_error`` is measured on all points, also where fewer stood for them in the solution.
     It does not fall below the rounding of the potentials, some ``1e-16 (diameter / blur)^p``. It
     may also stay above ``tol`` where clusters lie many blurs apart and their masses agree to less
-    than that: hardly any plan then couples the levels of their potentials, and neither the cost nor
-    its gradient in the points depends on them.
+    than that: then hardly any coupling ties their potentials to each other, and neither the cost
+    nor its gradient in the points depends on that.
 
     Raises:
         ValueError: as `sinkhorn_divergence`; blur = 0; no points.
@@ -83,13 +78,13 @@ def sinkhorn_solve(
             problem.x, other, problem.a, problem.b, options, [False, False, True, True]
         )
         f, g = solved.f, solved.g
-        error = _marginal_error(problem.x, other, problem.a, problem.b, f, g, options)
+        error = entropic_marginal_error(problem.x, other, problem.a, problem.b, f, g, options)
         converged = error <= options.tol
         for points, weights, own in (
             (problem.x, problem.a, solved.f_self), (other, problem.b, solved.g_self),
         ):  # fmt: skip
             if own is not None:  # both marginals of a measure's plan with itself are the same
-                twice = _marginal_error(points, points, weights, weights, own, own, options)
+                twice = entropic_marginal_error(points, points, weights, weights, own, own, options)
                 converged = converged & (0.5 * twice <= options.tol)
         return SinkhornResult(
             cost=problem.of_measures(solved.cost),
@@ -100,18 +95,5 @@ def sinkhorn_solve(
             g_self=solved.g_self,
             marginal_error=error,
             converged=converged,
-            iterations=solved.rounds,
+            iterations=solved.iterations,
         )
-
-
-def _marginal_error(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, options: SinkhornOptions
-) -> Tensor:
-    """Return the L1 error of the plan's marginals on all points, whatever stood for them."""
-    on_host = suits_host_solver(x, y, options) and not torch.compiler.is_compiling()
-    if options.p == 2 and on_host:
-        return marginal_error_on_host(x, y, a, b, f, g, options.epsilon)
-    kernel = choose_kernel(x, y, options, math.prod(f.shape[:-1]))
-    error = missed(a, f, kernel.softmin(options.epsilon, b.log(), g), options.epsilon)
-    back = kernel.transposed.softmin(options.epsilon, a.log(), f)
-    return error + missed(b, g, back, options.epsilon)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .compiled import solve_compiled
-from .entropic import solve_entropic
-from .exact import solve_exact
-from .host import solve_exact_on_host, suits_host, suits_host_solver, to_tensor
-from .options import Backend, SinkhornOptions
-from .prepare import check_options, check_shapes, prepare
+from .exact import exact_cost
+from .options import (
+    Backend,
+    SinkhornOptions,
+    check_options,
+    check_shapes,
+    check_values,
+    prepare,
+    refuse_second,
+)
+from .solve import solve_entropic
 
 
 def sinkhorn_divergence(
@@ -66,32 +69,19 @@ def sinkhorn_divergence(
         p: 1 or 2, the power of the cost.
         blur: length scale of the regularisation, >= 0.
         debias: subtract the two self-terms, so that S(a, a) = 0 (blur > 0 only).
-        scaling: factor in (0, 1) by which the length scale shrinks in annealing (D > 1); Newton's
-            method shrinks epsilon by it where it watches its convergence.
-        iterations: a fixed number of rounds of the solver; for D > 1 those of the annealing from
+        scaling: factor in (0, 1) by which the length scale shrinks in eps-scaling (D > 1).
+        iterations: a fixed number of iterations of the solver; for D > 1 those of eps-scaling from
             the diameter by ``scaling``, the last at the target: other packages' schedule. None:
-            until the L1 error of the marginals is below ``tol``, at most ``max_iterations`` at the
-            target (and at most 200 of Newton's, 40 of those in NumPy, 100 of prefix sums); on an
-            accelerator, where such a test would wait for the device, a fixed number of its own.
-        tol: see ``iterations``. Newton's last step goes far below it, and for D > 1 rounds go on
-            while what they still change is not far below it. For p = 2 on a line it also
-            bounds by how much the fewer points that stand for all raise the marginals' L1 error.
-        max_iterations: see ``iterations``.
-        backend: what holds the kernel when blur > 0. ``"dense"``: all costs; accelerated alternate
-            updates, and up to 512 points (1,024 on a line) Newton's method: after 100 of them, at
-            once where nobody may look at the convergence, and on a line. ``"streamed"``: costs a
-            block at a time and alternate updates; ``"triton"``: a fused kernel of the GPU, for any
-            D; ``"prefix"``: prefix sums, O(N) a round, for p = 1 on a line. ``"auto"``: on the CPU,
-            on a line,
-            Newton's method in NumPy (one operator under torch.compile). For p = 1 at O(N) a round
-            (that is also ``"prefix"`` there; but more than 64 rows of at most 96 points of their
-            own are dense); for p = 2 at O(N) once and then the cost of the points that stand for
-            all, about ``5 * diameter / blur`` at most, each with those that it is coupled with.
-            Elsewhere, on a line, dense as far as Newton's method goes and all rows have at most
-            2^21 costs (p = 1) or 2^23 (p = 2), or each 96^2 or 512^2; above, prefix sums for p = 1.
-            Else, on a GPU,
-            triton, where the package is there; without it dense up to 512 x 512 costs (D > 1) and
-            streamed above.
+            until the L1 error of the marginals is below ``tol``; on an accelerator, where such a
+            test would wait for the device, a fixed number of its own.
+        tol: see ``iterations``. For p = 2 on a line it also bounds by how much the fewer points
+            that stand for all raise the marginals' L1 error.
+        max_iterations: the most iterations (of Newton's method at most 200, on a line 40).
+        backend: how the kernel is held when blur > 0. ``"auto"`` is right but for experiments: on a
+            line Newton's method or prefix sums, in space costs in memory up to 512 x 512, above
+            that tiles on the CPU and a fused kernel on a GPU. ``"dense"``: all costs in memory;
+            ``"streamed"``: in tiles, O(N) memory; ``"triton"``: the fused kernel of the GPU;
+            ``"prefix"``: prefix sums, p = 1 on a line.
         validate: look at the values for NaN, infinities and negative weights. None looks on the
             CPU only, since on an accelerator it waits for the device.
 
@@ -110,8 +100,8 @@ def sinkhorn_divergence(
             NaN or infinite points, negative or non-finite weights.
 
     Warns:
-        ConvergenceWarning: ``max_iterations`` rounds did not reach ``tol``, between the measures or
-            from one of them to itself, where that is watched.
+        ConvergenceWarning: ``max_iterations`` did not reach ``tol``, between the measures or from
+            one of them to itself, where that is tested: on the CPU, without ``iterations``.
 
     Sources: Cuturi 2013 (arXiv:1306.0895); Feydy et al. 2019 (arXiv:1810.08278), eq. 3 for the
     divergence; Peyre and Cuturi 2019 (arXiv:1803.00567), eq. 2.28-2.30 for the line.
@@ -122,18 +112,29 @@ def sinkhorn_divergence(
     check_shapes(x, y, a, b, options)
     if any(0 in tensor.shape for tensor in (x, y, a, b) if tensor is not None):
         return _no_measure(x, y, a, b)
-    if options.blur == 0 and suits_host(x, y, a, b):
-        cost = _HostDivergence.apply(x, None if y is x else y, a, b, p, validate is not False)
-        assert isinstance(cost, Tensor)
-        return cost
+    if options.blur > 0 and torch.compiler.is_compiling():
+        return _outside_of_graphs(x, y, a, b, options, validate)
+    return _divergence(x, y, a, b, options, validate)
+
+
+def _divergence(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, options: SinkhornOptions,
+    validate: bool | None,
+) -> Tensor:  # fmt: skip
     with torch.autocast(x.device.type, enabled=False):
+        if options.blur == 0:
+            x, y = check_values(x, y, a, b, validate)
+            return exact_cost(x, y, a, b, options.p)
         problem = prepare(x, y, a, b, validate)
-        cost = _Divergence.apply(
-            problem.x, problem.y, problem.a, problem.b, options, problem.result == torch.float32,
-            *(_graph_of(entry) for entry in (problem.x, problem.y, problem.a, problem.b)),
-        )  # fmt: skip
+        inputs = problem.x, problem.y, problem.a, problem.b
+        cost = _Divergence.apply(*inputs, options, *(_graph_of(entry) for entry in inputs))
         assert isinstance(cost, Tensor)
         return problem.of_measures(cost).to(problem.result)
+
+
+# torch.compile breaks its graph here: what iterates is no gain as a graph of thousands of nodes.
+# `torch.compiler.disable` would import the compiler with this module.
+_outside_of_graphs = torch._disable_dynamo(_divergence)  # type: ignore[attr-defined]
 
 
 def _no_measure(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
@@ -148,59 +149,8 @@ def _graph_of(entry: Tensor | None) -> Tensor | None:
     return None if entry is None else entry.flatten()[:0].clone()
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """Identity on a gradient that refuses to be differentiated, instead of passing as constant."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, source: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        raise RuntimeError(
-            "sinkhorn_divergence is once differentiable: its envelope gradient has no derivative"
-        )
-
-
-def _refuse_second(grads: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> list[Any]:
-    """Guard the gradients found under ``create_graph=True``."""
-    if not torch.is_grad_enabled():
-        return list(grads)
-    return [
-        None if grad is None else _OnceDifferentiable.apply(grad, source)
-        for grad, source in zip(grads, sources, strict=True)
-    ]
-
-
-class _HostDivergence(torch.autograd.Function):
-    """The exact cost on the CPU, in NumPy; y None: both measures lie on x."""
-
-    @staticmethod
-    @np.errstate(over="ignore", invalid="ignore")
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor | None, a: Tensor | None, b: Tensor | None, p: int,
-        validate: bool,
-    ) -> Tensor:  # fmt: skip
-        solution = solve_exact_on_host(x, x if y is None else y, a, b, p=p, validate=validate)
-        ctx.gradients = solution.gradients
-        ctx.save_for_backward(x, y)
-        double = x.dtype == torch.float64 or (y is not None and y.dtype == torch.float64)
-        return to_tensor(solution.cost, torch.float64 if double else torch.float32)
-
-    @staticmethod
-    @np.errstate(over="ignore", invalid="ignore")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        points = ctx.saved_tensors
-        found = ctx.gradients(grad.detach().numpy())
-        grads = [
-            to_tensor(slope[..., None], source.dtype) if needed else None
-            for slope, source, needed in zip(found, points, ctx.needs_input_grad, strict=False)
-        ]
-        return (*_refuse_second(grads, points), None, None, None, None)
-
-
 class _Divergence(torch.autograd.Function):
-    """The cost of either path; its derivatives are found in forward, O(N) a row is kept.
+    """The entropic cost; its derivatives are found in forward, O(N) a row is kept.
 
     y None: both measures lie on x, whose gradient is then the sum of both sides'.
     """
@@ -208,28 +158,12 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, options: SinkhornOptions,
-        single: bool, *graphs: Tensor | None,
+        *graphs: Tensor | None,
     ) -> Tensor:  # fmt: skip
         wants_x, wants_y, *wants_weights = ctx.needs_input_grad[:4]
-        if options.blur == 0:
-            solution = solve_exact(
-                x[..., 0], x[..., 0] if y is None else y[..., 0], a, b, p=options.p,
-                same_points=y is None, potentials=any(wants_weights),
-            )  # fmt: skip
-            cost = solution.cost
-            slopes = [
-                None if slope is None else slope[..., None]
-                for slope in (solution.grad_x, solution.grad_y)
-            ] + [solution.f, solution.g]
-        else:
-            wanted = (wants_x, wants_x if y is None else wants_y, *wants_weights)
-            other = x if y is None else y
-            if torch.compiler.is_compiling() and suits_host_solver(x, other, options):
-                cost, found = solve_compiled(x, other, a, b, options, any(wants_weights))
-                slopes = [s if want else None for s, want in zip(found, wanted, strict=True)]
-            else:
-                entropic = solve_entropic(x, other, a, b, options, wanted, single)
-                cost, slopes = entropic.cost, list(entropic.slopes)
+        wanted = (wants_x, wants_x if y is None else wants_y, *wants_weights)
+        entropic = solve_entropic(x, x if y is None else y, a, b, options, wanted)
+        cost, slopes = entropic.cost, list(entropic.slopes)
         if y is None and slopes[0] is not None and slopes[1] is not None:
             slopes[:2] = [slopes[0] + slopes[1], None]
         ctx.shapes = [None if entry is None else entry.shape for entry in (x, y, a, b)]
@@ -246,4 +180,4 @@ class _Divergence(torch.autograd.Function):
                     continue
                 scale = grad[..., None, None] if k < 2 else grad[..., None]
                 grads[k] = (slope.to(grad.dtype) * scale).sum_to_size(shape)
-        return (*_refuse_second(grads, graphs), *[None] * 6)
+        return (*refuse_second(grads, graphs), *[None] * 5)

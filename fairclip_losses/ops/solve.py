@@ -1,47 +1,268 @@
-"""The potentials of one entropic problem: where to start and which method to go on with."""
+"""Which kernel and which solver; the divergence and its envelope gradients, put together."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
 from torch import Tensor
 
+from .dense import DenseKernel, fits_newton, newton
 from .exact import exact_potentials
-from .kernels.dense import DenseKernel
-from .kernels.kinds import Kernel
-from .kernels.line import LaplaceLine
-from .methods.diffusion import diffusion_rounds
-from .methods.newton import answer, fits_newton, newton_pair
-from .methods.space import solve_in_space
-from .options import SinkhornOptions
+from .gauss_line import Measure, solve_between, solve_within
+from .gauss_line import marginal_error as gauss_marginal_error
+from .laplace_line import LaplaceLineSolver
+from .line import LaplaceLine, diffusion_loop
+from .line_newton import Array, Between, Within, join_rows
+from .options import (
+    Backend,
+    EntropicSolution,
+    Kernel,
+    SinkhornOptions,
+    broadcast_shapes,
+    runs_triton,
+    warn_unconverged,
+)
+from .sinkhorn_loop import LeadIn, Potentials, marginal_error, sinkhorn_loop, symmetric_loop
+from .streamed import StreamedKernel
+
+Shape = tuple[int, ...]
+# On a line, by p: costs of one row up to which they are kept in memory for Newton's method, and of
+# all rows. For p = 1 prefix sums follow sooner, though not as surely.
+_MAX_COSTS_OF_A_ROW = {1: 96**2, 2: 512**2}
+_MAX_COSTS_OF_ALL_ROWS = {1: 2**21, 2: 2**23}
+# Alternating updates that go before Newton's method in space: most problems need fewer.
+_ITERATIONS_BEFORE_NEWTON = 100
 
 
-def _exact_potential(x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: int) -> Tensor:
-    """Return a Kantorovich potential of b, in the middle of what the ties of the plan leave free.
+class _Side(NamedTuple):
+    """One side of a solved problem: its potential, and the other side as a kernel sees it."""
 
-    Where a level of one measure meets one of the other's, the walk along the plan picks an extreme
-    potential, and the opposite one once the measures are exchanged.
+    potential: Tensor  # (*, N)
+    kernel: Kernel  # from these points to the other side's
+    log_weights: Tensor  # (*, M) of the other side
+    other: Tensor  # (*, M) potential of the other side
+
+
+def solve_entropic(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, wanted: Sequence[bool]
+) -> EntropicSolution:
+    """Solve for points x (*, N, D), y (*, M, D) and weights a (*, N), b (*, M) of sum one.
+
+    ``wanted`` says which of the gradients in x, y, a and b to find. By the envelope theorem x_i
+    moves by ``a_i (gradient towards b - gradient towards a itself)``, and the derivative in a is f
+    less that of a itself, up to a constant that normalising the weights removes.
     """
-    _, one = exact_potentials(x[..., 0], y[..., 0], a, b, p)
-    other, _ = exact_potentials(y[..., 0], x[..., 0], b, a, p)
-    weights = b.to(one.dtype)
-    level = (weights * (one - other)).sum(-1, keepdim=True)
-    return 0.5 * (one + other + level)
+    if solves_on_cpu(x, y, options):
+        return solve_on_cpu(x, y, a, b, options, wanted[2] or wanted[3])
+    log_a, log_b = a.log(), b.log()
+    kernel = choose_kernel(x, y, a, b, options)
+    f, g, iterations, _ = _solve_between(kernel, log_a, log_b, options)
+    transport_cost = cost = (a * f).sum(-1) + (b * g).sum(-1)
+    sides = [_Side(f, kernel, log_b, g), _Side(g, kernel.transposed, log_a, f)]
+    selves: list[_Side | None] = [None, None]
+    if options.debias:
+        for k, (points, weights, logs) in enumerate(((x, a, log_a), (y, b, log_b))):
+            kernel = choose_kernel(points, points, weights, weights, options)
+            f_self, self_cost = symmetric_loop(kernel, logs, options, _lead_in(kernel, options))
+            cost = cost - 0.5 * self_cost
+            selves[k] = _Side(f_self, kernel, logs, f_self)
+    slopes = [
+        _points_slope(weights, side, own, options.epsilon) if want else None
+        for want, weights, side, own in zip(wanted, (a, b), sides, selves, strict=False)
+    ] + [
+        side.potential - (0.0 if own is None else own.potential) if want else None
+        for want, side, own in zip(wanted[2:], sides, selves, strict=True)
+    ]
+    own_f, own_g = (None if own is None else own.potential for own in selves)
+    return EntropicSolution(
+        cost, (slopes[0], slopes[1], slopes[2], slopes[3]), transport_cost, f, g, own_f, own_g,
+        iterations,
+    )  # fmt: skip
 
 
-def solve_pair(
-    kernel: Kernel, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
-) -> tuple[Tensor, Tensor, int]:
-    """Return the potentials f and g of ``OT_eps(a, b)`` and the rounds taken.
+def entropic_marginal_error(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, options: SinkhornOptions
+) -> Tensor:
+    """Return the L1 error (*,) of both marginals, on all points, whatever stood for them."""
+    epsilon = options.epsilon
+    if options.p == 2 and solves_on_cpu(x, y, options):
+        return marginal_error_on_cpu(x, y, a, b, f, g, epsilon)
+    kernel = choose_kernel(x, y, a, b, options)
+    error = marginal_error(a, f, kernel.softmin(epsilon, b.log(), g), epsilon)
+    back = kernel.transposed.softmin(epsilon, a.log(), f)
+    return error + marginal_error(b, g, back, epsilon)
 
-    The last update of one of them is a plain one, so ``<a, f> + <b, g>`` is a value of the dual and
-    the error is of 2nd order in that of the potentials.
+
+def choose_kernel(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions
+) -> DenseKernel | Kernel:
+    """Return the kernel of ``options.backend``."""
+    backend = options.backend
+    if backend == "auto":
+        lead = broadcast_shapes(x.shape[:-2], y.shape[:-2], a.shape[:-1], b.shape[:-1])
+        backend = _automatic_backend(x, y, options.p, math.prod(lead))
+    if backend == "prefix":
+        return LaplaceLine(x, y)
+    if backend == "triton":
+        from .triton_softmin import TritonKernel  # here, since Triton is not everywhere
+
+        return TritonKernel(x, y, options.p)
+    return (DenseKernel if backend == "dense" else StreamedKernel)(x, y, options.p)
+
+
+def _automatic_backend(x: Tensor, y: Tensor, p: int, rows: int) -> Backend:
+    n, m = x.shape[-2], y.shape[-2]
+    fused = x.is_cuda and runs_triton(x)
+    if x.shape[-1] == 1:
+        few = n * m <= _MAX_COSTS_OF_A_ROW[p] or rows * n * m <= _MAX_COSTS_OF_ALL_ROWS[p]
+        if few and fits_newton(x, y):
+            return "dense"
+        if p == 1:
+            return "prefix"
+    elif not fused and DenseKernel.fits(n, m):
+        return "dense"
+    return "triton" if fused else "streamed"
+
+
+def _solve_between(
+    kernel: DenseKernel | Kernel, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
+) -> Potentials:
+    """Solve ``OT_eps(a, b)``.
+
+    The last update of one potential is a plain one, so ``<a, f> + <b, g>`` is a value of the dual:
+    its error is of 2nd order in that of the potentials.
     """
     x, y = kernel.x, kernel.y
-    if x.shape[-1] > 1:
-        assert not isinstance(kernel, LaplaceLine)
-        return solve_in_space(kernel, log_a, log_b, options)
-    g = _exact_potential(x, y, log_a.exp(), log_b.exp(), options.p).to(x.dtype)
-    if not (isinstance(kernel, DenseKernel) and fits_newton(kernel.x, kernel.y)):
-        return diffusion_rounds(kernel, g, log_a, log_b, options)
-    f = kernel.softmin(options.epsilon, log_b, g)
-    f, taken = newton_pair(kernel, f, log_a, log_b, options)
-    return *answer(kernel, f, log_a, log_b, options, taken), taken
+    dense = kernel if isinstance(kernel, DenseKernel) and fits_newton(x, y) else None
+    if x.shape[-1] == 1:
+        _, g = exact_potentials(x[..., 0], y[..., 0], log_a.exp(), log_b.exp(), options.p)
+        g = g.to(x.dtype)
+        if dense is None:
+            return diffusion_loop(kernel, log_a, log_b, options, g)
+        return newton(dense, log_a, log_b, options, g)
+    watched, taken = options.is_watched(x), 0
+    if dense is None or watched or options.iterations is not None:
+        most = options.max_iterations
+        if dense is not None:
+            most = min(most, _ITERATIONS_BEFORE_NEWTON)
+        found = sinkhorn_loop(kernel, log_a, log_b, options, most, _lead_in(kernel, options))
+        error, taken = found.marginal_error, found.iterations
+        if dense is None or error is None or error <= options.tol:
+            if error is not None and not error <= options.tol:
+                warn_unconverged(error, options, taken)
+            return found
+    return newton(dense, log_a, log_b, options, None, taken)
+
+
+def _lead_in(kernel: Kernel, options: SinkhornOptions) -> LeadIn | None:
+    if not isinstance(kernel, StreamedKernel) or not options.can_read(kernel.x):
+        return None
+    return kernel.in_float32(options.epsilon)
+
+
+def _points_slope(weights: Tensor, side: _Side, own: _Side | None, epsilon: float) -> Tensor:
+    gradient = side.kernel.gradient(epsilon, side.log_weights, side.other)
+    if own is not None:
+        gradient = gradient - own.kernel.gradient(epsilon, own.log_weights, own.other)
+    return gradient.mul_(weights[..., None])
+
+
+def solves_on_cpu(x: Tensor, y: Tensor, options: SinkhornOptions) -> bool:
+    """Whether `solve_on_cpu` takes the problem."""
+    return x.shape[-1] == 1 and options.backend in ("auto", "prefix") and x.is_cpu
+
+
+def solve_on_cpu(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, potentials: bool
+) -> EntropicSolution:
+    """Solve for points x (*, N, 1), y (*, M, 1) and weights a (*, N), b (*, M) of sum one.
+
+    Without ``potentials`` these are 0 where there is no weight, and no gradient in the weights is
+    returned.
+    """
+    lead_a = broadcast_shapes(x.shape[:-2], a.shape[:-1])
+    lead_b = broadcast_shapes(y.shape[:-2], b.shape[:-1])
+    lead = broadcast_shapes(lead_a, lead_b)
+    own = None
+    if options.p == 2:
+        one, other = _measures(x, a, lead_a), _measures(y, b, lead_b)
+        pairs = zip(_expand(one, lead_a, lead), _expand(other, lead_b, lead), strict=True)
+        between = join_rows([solve_between(*pair, options, potentials) for pair in pairs])
+        if options.debias:  # a measure that rows share is solved against itself once
+            within = [[solve_within(row, options, potentials) for row in s] for s in (one, other)]
+            own = join_rows(within[0]), join_rows(within[1])
+    elif x.shape[:-2].numel() == y.shape[:-2].numel() == 1:
+        (points,) = _rows(x[..., 0], ())
+        line = LaplaceLineSolver(points, points if y is x else _rows(y[..., 0], ())[0], options)
+        rows_a = _rows(a, lead_a if math.prod(lead_a) == 1 else lead)
+        between = line.between(rows_a, _rows(b, lead))
+        if options.debias:
+            own = line.within(_rows(a, lead_a), _rows(b, lead_b))
+    else:
+        lead_a = lead_b = lead
+        rows = [_rows(part, lead) for part in (x[..., 0], y[..., 0], a, b)]
+        lines = [
+            LaplaceLineSolver(one, other, options) for one, other in zip(*rows[:2], strict=True)
+        ]
+        weighted = [(line, u[None], v[None]) for line, u, v in zip(lines, *rows[2:], strict=True)]
+        between = join_rows([line.between(u, v) for line, u, v in weighted])
+        if options.debias:
+            both = [line.within(u, v) for line, u, v in weighted]
+            own = join_rows([pair[0] for pair in both]), join_rows([pair[1] for pair in both])
+    return _assemble(a, b, (lead_a, lead_b, lead), between, own, potentials)
+
+
+def _assemble(
+    a: Tensor, b: Tensor, leads: tuple[Shape, Shape, Shape], between: Between,
+    own: tuple[Within, Within] | None, potentials: bool,
+) -> EntropicSolution:  # fmt: skip
+    """Put the divergence together; ``leads`` are the rows of a, of b and of both."""
+
+    def tensors(values: Sequence[Array], lead: Shape) -> list[Tensor]:
+        return [torch.from_numpy(part).view((*lead, *part.shape[1:])) for part in values]
+
+    cost, f, g, grad_x, grad_y = tensors(between[:5], leads[2])
+    transport_cost, in_a, in_b, f_self, g_self = cost, f, g, None, None
+    if own is not None:
+        cost_a, f_self, self_x = tensors(own[0], leads[0])
+        cost_b, g_self, self_y = tensors(own[1], leads[1])
+        cost = cost - 0.5 * cost_a - 0.5 * cost_b
+        in_a, in_b, grad_x, grad_y = f - f_self, g - g_self, grad_x - self_x, grad_y - self_y
+    in_points = (a * grad_x)[..., None], (b * grad_y)[..., None]
+    slopes = (*in_points, *((in_a, in_b) if potentials else (None, None)))
+    return EntropicSolution(cost, slopes, transport_cost, f, g, f_self, g_self, between.iterations)
+
+
+def marginal_error_on_cpu(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, epsilon: float
+) -> Tensor:
+    """Return the L1 error (*,) of both marginals on all points, for p = 2 and potentials (*, N)."""
+    lead = f.shape[:-1]
+    sides = _measures(x, a, lead), _measures(y, b, lead)
+    rows = zip(*sides, _rows(f, lead), _rows(g, lead), strict=True)
+    error = [gauss_marginal_error(*row, epsilon) for row in rows]
+    return torch.tensor(error, dtype=torch.float64).view(lead)
+
+
+def _rows(values: Tensor, lead: Shape) -> Array:
+    """Return values (*, N) of the rows to which they broadcast, (R, N)."""
+    n = values.shape[-1]
+    if values.numel() == n:
+        values = values.reshape(n)
+    return values.detach().expand(*lead, n).reshape(-1, n).numpy()
+
+
+def _measures(points: Tensor, weights: Tensor, lead: Shape) -> list[Measure]:
+    """Return the measure of each row: points (*, N, 1), weights (*, N)."""
+    rows = zip(_rows(points[..., 0], lead), _rows(weights, lead), strict=True)
+    return [Measure(*row) for row in rows]
+
+
+def _expand(measures: list[Measure], own: Shape, lead: Shape) -> list[Measure]:
+    """Return the measure of each of the rows to which they broadcast."""
+    which = np.broadcast_to(np.arange(len(measures)).reshape(own), lead).reshape(-1)
+    return [measures[k] for k in which]

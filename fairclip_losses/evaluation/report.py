@@ -1,0 +1,316 @@
+"""The fairness report: every group metric of one set of predictions, with bootstrap intervals.
+
+y_true, scores, groups -> fairness_report -> FairnessReport -> to_dict, to_rows, table
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..data.groups import CodeBook, IntArray
+from ..validation import check_integer
+from . import group_metrics as metrics
+from .group_metrics import FloatArray
+
+# Weights of one block of resamples: 32 MB, and as much for every temporary made of them.
+BLOCK_SIZE = 2**22
+
+Row = dict[str, str | int | float | None]
+# By name: the group codes (N,) and the groups' labels.
+Attributes = Mapping[str, tuple[IntArray, tuple[str, ...]]]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric's value on the sample and its bootstrap interval; NaN where there is none."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "  n/a"
+        if math.isnan(self.low):
+            return f"{self.value:.3f}"
+        return f"{self.value:.3f}  [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group of an attribute: its label, its number of samples, its AUC and accuracy."""
+
+    label: str
+    count: int
+    auc: Estimate
+    accuracy: Estimate
+
+
+@dataclass(frozen=True)
+class AttributeReport:
+    """One protected attribute: its groups, how many samples have none, and the gaps between them.
+
+    `auc_std_disparity` and `auc_range_disparity` are the two between-group disparities of the AUC.
+    """
+
+    groups: tuple[GroupReport, ...]
+    unknown: int
+    es_auc: Estimate
+    es_accuracy: Estimate
+    demographic_parity_difference: Estimate
+    equalized_odds_difference: Estimate
+    auc_std_disparity: Estimate
+    auc_range_disparity: Estimate
+
+
+_LEVELS = {"auc": "AUC", "accuracy": "accuracy"}
+_GAPS = {
+    "es_auc": "ES-AUC",
+    "es_accuracy": "ES-accuracy",
+    "demographic_parity_difference": "demographic parity diff.",
+    "equalized_odds_difference": "equalized odds diff.",
+    "auc_std_disparity": "AUC disparity (std)",
+    "auc_range_disparity": "AUC disparity (range)",
+}
+
+
+@dataclass(frozen=True)
+class FairnessReport:
+    """Overall metrics, and one `AttributeReport` for each protected attribute by name.
+
+    `num_samples` and `num_classes` say what was measured, `threshold` where a binary score counts
+    as positive (None with more classes, where the largest score decides); `num_bootstrap`,
+    `confidence` and `seed` how the intervals were drawn.
+    """
+
+    num_samples: int
+    num_classes: int
+    threshold: float | None
+    num_bootstrap: int
+    confidence: float
+    seed: int
+    auc: Estimate
+    accuracy: Estimate
+    attributes: Mapping[str, AttributeReport]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested dicts and lists as JSON takes them; NaN becomes None."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+    def to_rows(self) -> list[Row]:
+        """Return one flat row per number: attribute, group, metric, value, low, high, count.
+
+        `attribute` and `group` are "" where the number is of all samples, or of all groups; `count`
+        is the number of samples behind it. NaN becomes None.
+        """
+        header = ("attribute", "group", "metric", "value", "low", "high", "count")
+        return [
+            dict(zip(header, (*names, *_plain(astuple(estimate)), count), strict=True))
+            for *names, estimate, count in self._numbers()
+        ]
+
+    def table(self) -> str:
+        """Return a text table for people, without a final line end."""
+        task = "binary" if self.num_classes == 2 else f"{self.num_classes} classes, one-vs-rest"
+        head = f"{self.num_samples} samples, {task}"
+        if self.num_bootstrap:
+            head += f"; [{100 * self.confidence:g} % interval, {self.num_bootstrap} resamples]"
+        lines: list[tuple[str, str, str]] = []
+        section = ""
+        for attribute, group, metric, estimate, count in self._numbers():
+            if attribute != section:
+                unknown = self.attributes[attribute].unknown
+                lines += [("", "", ""), (attribute, f"{unknown} unknown" if unknown else "", "")]
+                section = attribute
+            title = _GAPS.get(metric) or _LEVELS[metric]
+            name = f"{title}, {group}" if group else title
+            indent = "  " if attribute else ""
+            lines.append((indent + name, str(estimate), f"n={count}" if group else ""))
+        widths = [max(len(line[column]) for line in lines) for column in range(2)]
+        body = [
+            f"{name:<{widths[0]}}  {value:<{widths[1]}}  {note}".rstrip()
+            for name, value, note in lines
+        ]
+        return "\n".join([head, "", *body])
+
+    def _numbers(self) -> Iterator[tuple[str, str, str, Estimate, int]]:
+        """Yield attribute, group, metric, estimate and count of every number, in reading order."""
+        for metric in _LEVELS:
+            yield "", "", metric, getattr(self, metric), self.num_samples
+        for name, attribute in self.attributes.items():
+            known = self.num_samples - attribute.unknown
+            for metric in _GAPS:
+                yield name, "", metric, getattr(attribute, metric), known
+            for metric in _LEVELS:
+                for group in attribute.groups:
+                    yield name, group.label, metric, getattr(group, metric), group.count
+
+
+def fairness_report(
+    y_true: npt.ArrayLike,
+    scores: npt.ArrayLike,
+    groups: Mapping[str, npt.ArrayLike],
+    *,
+    labels: CodeBook | Mapping[str, Sequence[str]] | None = None,
+    threshold: float = 0.5,
+    n_bootstrap: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> FairnessReport:
+    """All metrics of this package for one set of predictions, with bootstrap intervals.
+
+    The predicted class is ``scores >= threshold`` with two classes, the largest score with more. An
+    interval is the percentile interval over ``n_bootstrap`` resamples of the N samples with
+    replacement; a resample in which a metric does not exist is left out of that metric's interval.
+    A gap between groups is never negative and resampling adds noise to it, so the intervals of the
+    gaps lie high: with small groups the value itself can fall below its interval.
+
+    Args:
+        y_true: class codes (N,).
+        scores: probabilities of class 1, (N,); or of every class, (N, K). Of (N, 2), which is
+            binary too, column 1 counts.
+        groups: attribute name -> group codes (N,), -1 for unknown: left out of that attribute's
+            numbers, kept in the overall ones.
+        labels: attribute name -> name of each group, with samples or without; None: the codes.
+        threshold: from which score on a binary sample is predicted positive.
+        n_bootstrap: number of resamples; 0 for no intervals (NaN).
+        confidence: coverage of the intervals, between 0 and 1.
+        seed: of the resampling; the same seed gives the same intervals.
+
+    Returns:
+        A `FairnessReport`. A group that has samples of one class only has AUC NaN, with a
+        UserWarning, and is left out of the equity-scaled AUC and the disparities; a group without
+        positives (negatives) is left out of the true (false) positive rates' gap.
+
+    Raises:
+        ValueError: lengths that differ, no samples, scores that are not finite, groups that are no
+            mapping, class or group codes out of range, an attribute without labels, or a setting
+            out of range.
+    """
+    y, s, num_classes = metrics.check_samples(y_true, scores)
+    s = s[:, 1] if s.ndim == 2 and num_classes == 2 else s
+    check_integer("n_bootstrap", n_bootstrap, 0)
+    if not 0 < confidence < 1:
+        raise ValueError(f"expected a confidence between 0 and 1, got {confidence}")
+    if not np.isfinite(threshold):
+        raise ValueError(f"expected a finite threshold, got {threshold}")
+    attributes = _check_attributes(groups, labels, len(y))
+    predicted = metrics.decide(s, threshold)
+    blocks = [
+        _all_metrics(weights, y, s, predicted, num_classes, attributes)
+        for weights in _resamples(len(y), n_bootstrap, seed)
+    ]
+    values = np.hstack([blocks[0][:, :1], *(block[:, 1:] for block in blocks)])
+    estimates = (_estimate(row[0], row[1:], (1 - confidence) / 2) for row in values)
+    auc, accuracy = itertools.islice(estimates, 2)
+    reports = {}
+    for name, (codes, names) in attributes.items():
+        counts = np.bincount(codes[codes >= 0], minlength=len(names)).tolist()
+        gaps, aucs, accuracies = (
+            list(itertools.islice(estimates, size)) for size in (len(_GAPS), len(names), len(names))
+        )
+        members = tuple(map(GroupReport, names, counts, aucs, accuracies))
+        reports[name] = AttributeReport(members, int((codes < 0).sum()), *gaps)
+    report = FairnessReport(
+        num_samples=len(y),
+        num_classes=num_classes,
+        threshold=threshold if num_classes == 2 else None,
+        num_bootstrap=n_bootstrap,
+        confidence=confidence,
+        seed=seed,
+        auc=auc,
+        accuracy=accuracy,
+        attributes=reports,
+    )
+    for name, group, metric, estimate, count in report._numbers():
+        if metric == "auc" and count and math.isnan(estimate.value):
+            holds = f"attribute {name!r}: group {group!r} holds one" if name else "one"
+            which = "its" if name else "the"
+            warnings.warn(f"{holds} class only: {which} AUC is NaN", UserWarning, stacklevel=2)
+    return report
+
+
+def _check_attributes(
+    groups: Mapping[str, npt.ArrayLike],
+    labels: CodeBook | Mapping[str, Sequence[str]] | None,
+    size: int,
+) -> Attributes:
+    if not isinstance(groups, Mapping):
+        raise ValueError(
+            "expected groups as a mapping, attribute name -> codes (N,), "
+            f"got {type(groups).__name__}"
+        )
+    named = labels.labels if isinstance(labels, CodeBook) else labels
+    attributes = {}
+    for name, values in groups.items():
+        if named is not None and name not in named:
+            raise ValueError(f"expected labels for attribute {name!r}, got {sorted(named)}")
+        try:
+            number = None if named is None else len(named[name])
+            codes, number = metrics.check_groups(values, size, number)
+        except ValueError as error:
+            raise ValueError(f"attribute {name!r}: {error}") from error
+        attributes[name] = codes, tuple(map(str, range(number)) if named is None else named[name])
+    return attributes
+
+
+def _all_metrics(
+    weights: FloatArray,
+    y: IntArray,
+    scores: FloatArray,
+    predicted: IntArray,
+    num_classes: int,
+    attributes: Attributes,
+) -> FloatArray:
+    """Compute each number for every row of the weights: (numbers, R), in the reports' order."""
+    auc = metrics.macro_auc(weights, y, scores)
+    right = (weights * (y == predicted)).sum(axis=1) / weights.sum(axis=1)
+    numbers = [auc, right]
+    for codes, labels in attributes.values():
+        aucs = metrics.group_macro_auc(weights, y, scores, codes, len(labels))
+        rates = metrics.group_rates(weights, y, predicted, codes, len(labels), num_classes)
+        es_auc, std, spread = metrics.group_spread(auc, aucs)
+        es_accuracy, _, _ = metrics.group_spread(right, rates.accuracy)
+        parity = metrics.mean_gap(metrics.gap(rates.selection))
+        odds = metrics.mean_gap(metrics.odds_gap(rates.true_positive, rates.false_positive))
+        numbers += [es_auc, es_accuracy, parity, odds, std, spread, *aucs.T, *rates.accuracy.T]
+    return np.stack(numbers)
+
+
+def _estimate(sample: float, resamples: FloatArray, tail: float) -> Estimate:
+    """Return a number with the quantiles of its resamples that exist."""
+    resamples = resamples[~np.isnan(resamples)]
+    if np.isnan(sample) or not len(resamples):
+        return Estimate(float(sample), np.nan, np.nan)
+    low, high = np.quantile(resamples, [tail, 1 - tail])
+    return Estimate(float(sample), float(low), float(high))
+
+
+def _resamples(size: int, number: int, seed: int) -> Iterator[FloatArray]:
+    """Yield weight blocks: the sample itself (ones) in row 0, bootstrap counts in the others."""
+    generator = np.random.default_rng(seed)
+    rows = max(1, BLOCK_SIZE // size)
+    for start in range(0, max(number, 1), rows):
+        block = min(rows, number - start)
+        draws = generator.integers(size, size=(block, size)) + size * np.arange(block)[:, None]
+        counts = np.bincount(draws.ravel(), minlength=block * size).reshape(block, size)
+        yield np.concatenate([np.ones((1, size)), counts])
+
+
+def _plain(value: Any) -> Any:
+    """Turn tuples into lists and NaN into None, all the way down."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value

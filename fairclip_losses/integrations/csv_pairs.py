@@ -1,0 +1,255 @@
+"""Where training pairs come from, and the pairs in rows: CSV files and synthetic data sets."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..data import CodeBook, Table, encode_attributes, pair_ids, read_table
+from ..data.groups import IntArray
+from ..errors import UsageError, usage_errors
+from ..miners import MinerReport
+from .flags import FairOptions
+from .pair_reports import FlagRates, attribute_column, count_flagged, flag_rates
+
+PREFIX = "fair_"  # of the keys that ids and groups have in a batch that is a dict
+
+
+class PairBatch(NamedTuple):
+    """What travels beside a batch of B pairs, on the CPU."""
+
+    ids: Tensor  # (B,) int64
+    groups: Tensor  # (B, C) int64 group codes, -1 unknown
+
+
+class PairSource(ABC):
+    """A source of training pairs that knows each pair's id and groups.
+
+    The data are checked when it is made, before open_clip builds its model. Its methods are called
+    in the order in which they stand here.
+    """
+
+    codebook: CodeBook  # what the group codes mean, the same in every process
+    num_pairs: int | None = None  # where ids are 0..num_pairs-1; None for any int64 ids
+
+    @abstractmethod
+    def attach(self, loader: Any) -> None:
+        """Make open_clip's training loader carry ids and groups beside its pairs."""
+
+    @abstractmethod
+    def take(self, batch: Sequence[Any]) -> tuple[tuple[Any, ...], PairBatch]:
+        """Return the batch as open_clip expects it, and what its last item, our own, says."""
+
+    @abstractmethod
+    def end_epoch(self, epoch: int, report: MinerReport | None, everything: bool) -> FlagRates:
+        """End an epoch (from 0), in every process; return the flag rates where there is a report.
+
+        The miner's report is None but in the first process. ``everything``: prepare `describe` for
+        all pairs, not only for the flagged ones.
+        """
+
+    @abstractmethod
+    def describe(self, ids: IntArray) -> dict[str, Sequence[object]]:
+        """Return by column name what is known of each pair; in the first process."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """Return what the ids depend on: two runs with the same text name the same pairs alike."""
+
+
+def is_table(path: str | None, args: Any) -> bool:
+    """Whether open_clip will read a data path as a CSV or TSV file."""
+    by_name = args.dataset_type == "auto" and str(path).endswith((".csv", ".tsv"))
+    return bool(path) and (args.dataset_type == "csv" or by_name)
+
+
+def read_pairs(path: str, args: Any) -> Table:
+    """Read a table of pairs; a UsageError says what of it open_clip could not read either."""
+    names = (args.csv_img_key, args.csv_caption_key)
+    with usage_errors():
+        table = read_table(path, args.csv_separator)
+        try:
+            images, _ = (table.column(name) for name in names)
+        except ValueError as error:
+            only = next(iter(table.columns))
+            hint = "; is it --csv-separator , ?" if len(table.columns) == 1 and "," in only else ""
+            raise ValueError(f"{error} (see --csv-img-key, --csv-caption-key){hint}") from None
+        for name in names:
+            if table.padded.get(name) == 0:
+                raise ValueError(
+                    f"{path}: the name of column {name!r} has white space around it, which is a "
+                    "part of it for open_clip; take it off"
+                )
+        if row := table.padded.get(names[0]):
+            raise ValueError(
+                f"{path}: row {row}: white space around the image file {images[row - 1]!r}, which "
+                "is a part of its name for open_clip; take it off"
+            )
+        for row, image in enumerate(images, start=1):
+            if not os.path.isfile(image):
+                raise ValueError(f"{path}: row {row}: no image file {image!r}")
+    return table
+
+
+def read_groups(table: Table, options: FairOptions) -> tuple[IntArray, CodeBook]:
+    """Return the codes (N, C) of ``--fair-attributes``, by the labels given or those there are."""
+    labels: dict[str, tuple[str, ...]] = {}
+    codes = [np.empty((len(table), 0), dtype=np.int64)]  # bad pair mining alone goes without
+    with usage_errors():
+        for name in options.fair_attributes:
+            given = options.fair_labels.get(name)
+            known = None if given is None else CodeBook({name: given})
+            others = options.fair_others_unknown
+            column, book = encode_attributes(table, [name], known, others_unknown=others)
+            codes.append(column)
+            labels |= book.labels
+    return np.hstack(codes), CodeBook(labels)
+
+
+class IndexedDataset(Dataset[Any]):
+    """A dataset of pairs, tuples or dicts, that gives each sample's row number beside it."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self.inner[index]
+        if isinstance(sample, Mapping):
+            return {**sample, f"{PREFIX}row": index}
+        return (*sample, index)
+
+
+@dataclass
+class RowSource(PairSource):
+    """Pairs that are rows: the dataset gives the row number, all else is looked up by it."""
+
+    where: str
+    ids: Tensor  # (N,)
+    codes: Tensor  # (N, C)
+    codebook: CodeBook
+    columns: Mapping[str, Sequence[str]]  # what `describe` returns, of all rows
+    name: str  # what `identity` returns
+    num_pairs: int | None = None
+
+    def check_one_step(self, args: Any) -> RowSource:
+        """Refuse fewer rows than one optimizer step takes: open_clip would train on nothing."""
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if len(self.ids) < args.batch_size * args.accum_freq * processes:
+            raise UsageError(
+                f"{self.where} holds {len(self.ids)} pairs, fewer than one step takes "
+                f"(--batch-size {args.batch_size} x --accum-freq {args.accum_freq} x "
+                f"{processes} process{'es' * (processes > 1)})"
+            )
+        return self
+
+    def attach(self, loader: Any) -> None:
+        """Make the loader's dataset give row numbers."""
+        if len(loader.dataset) != len(self.ids):
+            raise UsageError(
+                f"{self.where}: read {len(self.ids)} rows, but open_clip reads "
+                f"{len(loader.dataset)}; is it quoted or separated in an unusual way?"
+            )
+        # DataLoader refuses a new dataset after construction, because its samplers know the old
+        # one's length; the wrapper has the same length and the same samples.
+        vars(loader)["dataset"] = IndexedDataset(loader.dataset)
+
+    def take(self, batch: Sequence[Any]) -> tuple[tuple[Any, ...], PairBatch]:
+        """Take the row numbers off the batch."""
+        *pair, rows = batch
+        return tuple(pair), PairBatch(self.ids[rows], self.codes[rows])
+
+    def end_epoch(self, epoch: int, report: MinerReport | None, everything: bool) -> FlagRates:
+        """Return the flag rates of all pairs seen so far that are rows."""
+        if report is None:
+            return {}
+        rows = self._rows_of(report.ids)
+        flagged = report.kind[rows >= 0] != "clean"
+        codes = self.codes.numpy()[rows[rows >= 0]]
+        return flag_rates(count_flagged(flagged, codes, self.codebook), self.codebook)
+
+    def describe(self, ids: IntArray) -> dict[str, Sequence[object]]:
+        """Return the cells of the rows; nothing for a lost pair."""
+        rows = self._rows_of(ids)
+        return {
+            name: [of_row[row] if row >= 0 else "" for row in rows]
+            for name, of_row in self.columns.items()
+        }
+
+    def identity(self) -> str:
+        """Return what the source was made with."""
+        return self.name
+
+    def _rows_of(self, ids: IntArray) -> IntArray:
+        """Return the row of each id, -1 where it is not here: a resumed run may have lost it."""
+        known = self.ids.numpy()
+        order = np.argsort(known, kind="stable")
+        rows = order[np.searchsorted(known, ids, sorter=order).clip(max=len(known) - 1)]
+        return np.where(known[rows] == ids, rows, -1)
+
+
+def table_source(args: Any, options: FairOptions) -> PairSource:
+    """Return the rows of the training CSV, which is read once more than open_clip reads it.
+
+    Ids are the row numbers, which name pairs as long as the rows are the same, or the column
+    ``--fair-id-key``; groups the columns ``--fair-attributes``.
+    """
+    table, id_key = read_pairs(args.train_data, args), options.fair_id_key
+    codes, book = read_groups(table, options)
+    with usage_errors():
+        ids = torch.from_numpy(pair_ids(table, id_key))
+    names = {"file": args.csv_img_key, "caption": args.csv_caption_key}
+    digest = hashlib.sha256()
+    for column in names.values():
+        digest.update("\n".join(table.column(column)).encode())
+    rows = f"{len(table)} rows {digest.hexdigest()[:12]}"
+    names |= {attribute_column(name): name for name in book.labels}
+    columns = {name: table.column(column) for name, column in names.items()}
+    naming = (rows, len(ids)) if id_key is None else ("named by their ids", None)
+    source = RowSource(args.train_data, ids, torch.from_numpy(codes), book, columns, *naming)
+    return source.check_one_step(args)
+
+
+def synthetic_source(args: Any, options: FairOptions) -> PairSource:
+    """Return open_clip's synthetic data set, in which all pairs are alike: for measuring speed.
+
+    Ids are row numbers. There are no attributes to read; where labels are given with
+    ``--fair-attributes`` they are dealt out to the rows in turn.
+    """
+    count = args.train_num_samples
+    if not count or count < 1:
+        raise UsageError(
+            f"--dataset-type synthetic needs --train-num-samples of 1 or more, got {count}"
+        )
+    bare = [name for name in options.fair_attributes if name not in options.fair_labels]
+    if bare:
+        raise UsageError(
+            f"--fair-attributes {bare[0]}: synthetic pairs have no attributes; give labels to "
+            f"be dealt out to them ({bare[0]}=a,b), or use --fair-loss dbpm alone"
+        )
+    if options.fair_id_key is not None:
+        raise UsageError(
+            f"--fair-id-key {options.fair_id_key}: synthetic pairs have no keys; drop the flag"
+        )
+    labels = dict(options.fair_labels)
+    ids = torch.arange(count)
+    codes = [ids % len(of_one) for of_one in labels.values()]
+    by_row = torch.stack(codes, dim=1) if codes else ids.new_empty(count, 0)
+    columns = {
+        attribute_column(name): [of_one[row % len(of_one)] for row in range(count)]
+        for name, of_one in labels.items()
+    }
+    where, name = "the synthetic data set", f"{count} synthetic pairs"
+    source = RowSource(where, ids, by_row, CodeBook(labels), columns, name, count)
+    return source.check_one_step(args)

@@ -1,0 +1,170 @@
+"""One training run as its callbacks see it: registry, state, saving and resuming.
+
+The patch begins a `Run` where open_clip parses its arguments, gives open_clip the objects of
+`hooked` in place of its own, and calls the run's methods around open_clip's steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from ..errors import UsageError, usage_errors
+from .checkpoints import SavedStates, StateFolder, is_due, read_states
+from .events import Callback, CallbackRegistry, Event, TrainState, default_registry
+from .flags import FairOptions, load_callback
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """One training run under way: its registry, its state and its saved states."""
+
+    def __init__(self, options: FairOptions, args: argparse.Namespace) -> None:
+        callbacks: list[Callback] = [*default_registry]
+        callbacks += [load_callback(spec) for spec in options.fair_callback]
+        if options.fair_eval_label is not None:
+            from .fair_evaluation import FairEvaluationCallback
+
+            callbacks.append(FairEvaluationCallback(options))
+        if options.fair_loss:
+            from .fair_training import FairTrainingCallback
+
+            callbacks.append(FairTrainingCallback(options))
+        with usage_errors():
+            self.registry = CallbackRegistry(callbacks)
+        resume = getattr(args, "resume", None)
+        if options.fair_fresh_state is not None and not resume:
+            raise UsageError("--fair-fresh-state has no effect without --resume; add it or drop it")
+        self.fresh = _fresh_names(options.fair_fresh_state, self.registry.stateful)
+        if self.registry.stateful and resume == "latest" and getattr(args, "remote_sync", None):
+            raise UsageError(
+                "--resume latest with --remote-sync takes the last of all files of the remote "
+                "folder, which may be one of ours; name the checkpoint: --resume URL"
+            )
+        self.state = TrainState(args=args)
+        self.in_epoch = False
+        self.awaits_pass = False  # the training loop is about to pass over its loader
+        self._unsaved: int | None = None  # the epoch completed last, until its state is written
+        self._to_be_latest: int | None = None
+
+    def fire(self, event: Event) -> None:
+        """Deliver an event of this run to its callbacks."""
+        self.registry.fire(event, self.state)
+
+    def take_data(self, data: Any, preprocess: Any, tokenizer: Any, epoch: int) -> None:
+        """Note the data that open_clip has made for a run from this epoch on, and say so."""
+        state = self.state
+        state.data, state.preprocess, state.tokenizer = data, preprocess, tokenizer
+        state.start_epoch = state.epoch = epoch
+        self.fire(Event.DATA_READY)
+
+    @contextlib.contextmanager
+    def epoch(self, *, evaluated: bool) -> Iterator[None]:
+        """Fire the events around the training of one epoch.
+
+        ``state.epoch`` and ``state.model`` are set. ``evaluated``: open_clip will evaluate before
+        it saves its checkpoint, so what callbacks learn then is saved as well.
+        """
+        self._tidy()  # open_clip has saved its checkpoint of the epoch before
+        self.state.batch_index = -1
+        self.fire(Event.EPOCH_START)
+        self.in_epoch = self.awaits_pass = True
+        try:
+            yield
+        finally:
+            self.in_epoch = self.awaits_pass = False
+        self.fire(Event.EPOCH_END)
+        self._unsaved = self.state.epoch + 1
+        if not evaluated:
+            self._save()
+
+    def evaluate(self, inner: Callable[[], Any], model: Any, epoch: int, tb_writer: Any) -> Any:
+        """Fire the events around an evaluation of open_clip's; return its metrics."""
+        state = self.state
+        state.model, state.epoch, state.tb_writer = model, epoch, tb_writer
+        self.fire(Event.EVAL_START)
+        state.metrics = inner()
+        self.fire(Event.EVAL_END)
+        self._save()
+        return state.metrics
+
+    def end(self) -> None:
+        """Tell the callbacks that the run has come to a good end."""
+        self._tidy()
+        self.fire(Event.RUN_END)
+
+    def let_go(self) -> None:
+        """Hold nothing of open_clip's any longer, however the run has ended.
+
+        The arguments, the loader and the loss hold the run, and its state holds them: the data and
+        their workers would stay until the garbage collector comes by.
+        """
+        self.state = TrainState()
+
+    def restore(self) -> None:
+        """Give the callbacks what was saved with the checkpoint that open_clip has resumed."""
+        epoch = self.state.start_epoch
+        if epoch > 0 and self.fresh:
+            log.warning("Resuming with a fresh state of %s", ", ".join(sorted(self.fresh)))
+        wanted = [name for name in self.registry.stateful if name not in self.fresh]
+        if epoch == 0 or not wanted:
+            return
+        with _way_on():
+            saved = read_states(str(self.state.args.resume), epoch)
+            self.registry.load_state_dict(saved.callbacks, self.fresh)
+        for name in saved.callbacks.keys() - self.registry.stateful.keys():
+            log.warning("The saved state of %s is left: no such callback in this run", name)
+        log.info("Resumed the state of epoch %d of %s", epoch, ", ".join(wanted))
+
+    def _save(self) -> None:
+        """Write the callbacks' state just before open_clip saves its checkpoint, if it will."""
+        completed, self._unsaved = self._unsaved, None
+        args = self.state.args
+        if completed is None or not self.registry.stateful or not is_due(args, completed):
+            return
+        states = self.registry.state_dict()  # in every process: they may gather
+        if args.save_logs:  # in the first process alone
+            self._folder.write(SavedStates(completed, states))
+            if args.save_most_recent:
+                self._to_be_latest = completed  # once open_clip has saved it
+
+    def _tidy(self) -> None:
+        """Remove states whose checkpoint open_clip has removed, after it has saved the last."""
+        if self.registry.stateful and getattr(self.state.args, "save_logs", False):
+            if self._to_be_latest is not None:
+                self._folder.latest, self._to_be_latest = self._to_be_latest, None
+            self._folder.tidy()
+
+    @functools.cached_property
+    def _folder(self) -> StateFolder:
+        return StateFolder.of_run(self.state.args, self.state.start_epoch)
+
+
+@contextlib.contextmanager
+def _way_on() -> Iterator[None]:
+    """Say how to go on without the saved state."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(
+            f"{error}; add --fair-fresh-state to go on with fresh states, or --fair-fresh-state "
+            "NAME to start only that callback afresh"
+        ) from error
+
+
+def _fresh_names(asked: Collection[str] | None, stateful: Collection[str]) -> set[str]:
+    """Return the callbacks that start afresh by ``--fair-fresh-state [NAME...]``; bare = all."""
+    if asked is not None and not stateful:
+        raise UsageError("--fair-fresh-state has no effect: no callback keeps state in this run")
+    unknown = sorted(set(asked or ()) - set(stateful))
+    if unknown:
+        raise UsageError(
+            f"--fair-fresh-state: no callback {', '.join(unknown)} keeps state in this run "
+            f"(those that do: {', '.join(stateful)})"
+        )
+    return set() if asked is None else set(asked) or set(stateful)

@@ -1,1 +1,0 @@
-"""Exact transport on a line: one sort, no iteration."""

@@ -1,1 +1,0 @@
-"""Entropic transport on a line for p = 1: the kernel is that of a Markov process."""

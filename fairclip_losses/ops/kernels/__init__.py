@@ -1,1 +1,0 @@
-"""Gibbs kernels between clouds: soft minimum and pull, each way to hold the costs."""

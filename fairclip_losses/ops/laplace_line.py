@@ -1,0 +1,279 @@
+"""Entropic transport on a line for p = 1 on the CPU: O(N) an iteration.
+
+The Gibbs kernel ``exp(-|z_i - z_j| / eps)`` is the covariance of a Markov process: its inverse T is
+tridiagonal, with known factors ``L D L^T``, ``-exp(-gap)`` beside the ones of L and
+``1 / (1 - exp(-2 gap))`` in D, gaps in units of epsilon. A product is a solution by these: two sums
+that run along the line and fade by ``exp(-gap)`` from point to point, all terms positive. Newton's
+equations are banded for the same reason. All rows share the sorted points z (K,) of both measures.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.linalg.lapack import dgbsv, dgttrs, dpttrs
+
+from .line_newton import (
+    CUMULATIVE_WEIGHT_TOL,
+    MAX_EXPONENT,
+    Array,
+    Between,
+    DualState,
+    Within,
+    heavy_ball_within,
+    join_rows,
+    log_weights,
+    newton_between,
+)
+from .options import SinkhornOptions
+
+# Longest line, in units of epsilon, on which what is left of the largest term is a number.
+MAX_LENGTH_EPS = 600.0
+# Least product in that scale: on lines so long that the scale has no digits left there is less.
+MIN_PRODUCT = 1e-300
+# Shortest gap, in units of epsilon, so that D is a number; and in Newton's equations, where entries
+# of neighbours that are larger than the others' by more lose these.
+MIN_GAP_EPS, MIN_NEWTON_GAP_EPS = 1e-280, 1e-7
+# Distance of the nodes on which Newton's equations are solved, in units of epsilon: their unknowns
+# are products with the kernel, straight in between to 1e-3, and the next iteration takes the error.
+NODE_DISTANCE_EPS = 0.1
+# Largest log of an entry beside the diagonal: a larger one is of a potential far from any optimum.
+MAX_LOG_COUPLING = 30.0
+# Least damping. Without any all rows sum to 0, and where the coupling between clusters is less than
+# rounding, each cluster's do: steps that change nothing would be any number.
+MIN_DAMPING = 1e-10
+# Least density of the start: where it is 0 and nothing crosses, the slope is 0.
+MIN_DENSITY = 1e-290
+# Weights of the rows that are solved at once: their arrays stay in the processor's cache.
+BLOCK = 2**16
+# Fewest points of a line: LAPACK's wrappers take no fewer.
+MIN_POINTS = 3
+
+
+class LaplaceLineSolver:
+    """Solves p = 1 for points x (N,) and y (M,)."""
+
+    def __init__(self, x: Array, y: Array, options: SinkhornOptions) -> None:
+        self.options = options
+        points = x if y is x else np.concatenate([x, y])
+        z, places = np.unique(points, return_inverse=True)
+        self._x, self._y = places[: x.size], places[-y.size :]
+        if z.size < MIN_POINTS:
+            z = np.concatenate([z, np.repeat(z[-1:], MIN_POINTS)])
+        self._kernel = LaplaceKernel(z, options.epsilon)
+
+    def between(self, a: Array, b: Array) -> Between:
+        """Solve ``OT_eps(a, b)`` for weights a (1 or R, N) and b (R, M)."""
+        a, b = self._spread(a, self._x), self._spread(b, self._y)
+        blocks = self._blocks(b)
+        return join_rows([self._between(a if len(a) == 1 else a[k], b[k]) for k in blocks])
+
+    def within(self, a: Array, b: Array) -> tuple[Within, Within]:
+        """Solve ``OT_eps(a, a)`` and ``OT_eps(b, b)`` for weights (R, N) and (S, M)."""
+        both = np.concatenate([self._spread(a, self._x), self._spread(b, self._y)])
+        cost, f, grad = join_rows([self._within(both[k]) for k in self._blocks(both)])
+        one, other = np.s_[: len(a)], np.s_[len(a) :]
+        return (
+            Within(cost[one], f[one, self._x], grad[one, self._x]),
+            Within(cost[other], f[other, self._y], grad[other, self._y]),
+        )
+
+    def _between(self, a: Array, b: Array) -> Between:
+        kernel, epsilon = self._kernel, self.options.epsilon
+        best, iterations = newton_between(
+            kernel, a, b, closed_form_start(kernel, a, b), self.options
+        )
+        f, g = best.f_next, best.g
+        cost = (a * f).sum(-1) + (b * g).sum(-1)
+        grad_x = kernel.mean_sign(log_weights(b) + g / epsilon)[:, self._x]
+        grad_y = kernel.mean_sign(log_weights(a) + f / epsilon)[:, self._y]
+        return Between(cost, f[:, self._x], g[:, self._y], grad_x, grad_y, iterations)
+
+    def _within(self, a: Array) -> Within:
+        """Solve for weights a (R, K) of all points of the line."""
+        f, f_next = heavy_ball_within(self._kernel, a, self.options)
+        grad = self._kernel.mean_sign(log_weights(a) + f / self.options.epsilon)
+        return Within((a * (f + f_next)).sum(-1), f_next, grad)
+
+    def _blocks(self, weights: Array) -> list[slice]:
+        size = max(BLOCK // weights.shape[-1], 1)
+        return [slice(k, k + size) for k in range(0, len(weights), size)]
+
+    def _spread(self, weights: Array, places: Array) -> Array:
+        """Put weights (R, N) of the points at these places on the line: (R, K)."""
+        size = self._kernel.z.size
+        return np.stack([np.bincount(places, row, size) for row in weights])
+
+
+class LaplaceKernel:
+    """The kernel on sorted points z (K,), as a `LineKernel`."""
+
+    def __init__(self, z: Array, epsilon: float) -> None:
+        self.z, self.epsilon, self.t = z, epsilon, (z - z[0]) / epsilon
+        self.gap = np.maximum(np.diff(z) / epsilon, MIN_GAP_EPS)
+        self._fade = np.append(np.exp(-self.gap), 0.0)
+        self._below = -self._fade[:-1]
+        self._diagonal = np.append(-1.0 / np.expm1(-2.0 * self.gap), 1.0)
+        self._is_long = self.t[-1] > MAX_LENGTH_EPS
+        # nodes of Newton's equations: one in each cell, and both ends of longer gaps
+        is_node = np.diff(np.floor(self.t / NODE_DISTANCE_EPS), prepend=-1.0) > 0
+        is_node[:-1] |= np.diff(self.t) > NODE_DISTANCE_EPS
+        is_node[-1] = True
+        self._nodes = np.flatnonzero(is_node)
+        self._node = np.cumsum(is_node) - 1  # of each point: the last one up to it
+        gap = np.maximum(np.diff(self.t[self._nodes]), MIN_NEWTON_GAP_EPS)
+        self._part = (self.t - self.t[self._nodes][self._node]) / np.append(gap, 1.0)[self._node]
+        # log of less the entries of T between neighbours
+        self._log_coupling = -gap - np.log(-np.expm1(-2.0 * gap))
+
+    @property
+    def transposed(self) -> LaplaceKernel:
+        """The kernel itself: both sides have all points."""
+        return self
+
+    def log_product(self, exponent: Array) -> Array:
+        """``log sum_j exp(exponent_j - |z_i - z_j| / eps)``, (R, K)."""
+        scale, weight = self._scaled(exponent)
+        product = self._product(scale, weight)
+        np.log(np.maximum(product, MIN_PRODUCT, out=product), out=product)
+        product += scale
+        return product
+
+    def mean_sign(self, exponent: Array) -> Array:
+        """``sum_j P(j | i) sign(z_i - z_j)``, the cost's gradient in z_i per unit of its mass."""
+        scale, weight = self._scaled(exponent)
+        rise, fall = self._fading(scale)
+        left = _solve_factors(-rise, np.ones(self.z.size), np.zeros_like(fall), weight.copy())
+        # twice what lies to the left and the point itself, less all and the point itself
+        twice = 2.0 * left - weight
+        whole = self._product(scale, weight)
+        return (twice - whole) / np.maximum(whole, MIN_PRODUCT)
+
+    def steps(self, a: Array, b: Array, at: DualState, damping: Array) -> Array:
+        """Solve Newton's equations.
+
+        The unknowns are means over the coupling P, ``q = P^T d / b`` of a's step d and
+        ``h = P q / (P 1)`` of those. Both are products with the kernel, of inverse T:
+
+            e^(g/eps) T (e^(-g/eps) q) = a e^((f+g)/eps) d,   d = a / (P 1) - 1 + h,
+            e^(f_next/eps) T (e^(-f_next/eps) h) = b e^((f_next+g)/eps) q.
+
+        Where q, d and h are 1 the left sides are the weights on the right: the rows of T so scaled
+        sum to these. That gives the diagonal, and no entry depends on more than the differences
+        of the potentials between neighbours. The damping takes its part from the h in d.
+        """
+        f, g, f_next = at.f / self.epsilon, at.g / self.epsilon, at.f_next / self.epsilon
+        step: Array = np.expm1(np.minimum(f_next - f, MAX_EXPONENT))
+        mass_a = a * np.exp(np.minimum(f + g, MAX_EXPONENT))
+        mass_b = b * np.exp(np.minimum(f_next + g, MAX_EXPONENT))
+        # The unknowns are (q_1, h_1, q_2, h_2, ...): two bands on either side of the diagonal.
+        # LAPACK reads the bands of a column together: entry (i, j) is the (i - j + 4)th of j.
+        size = self._nodes.size
+        bands = np.zeros((len(f), size, 2, 7))
+        right = np.zeros((len(f), size, 2))
+        right[..., 0] = self._gather(mass_a * step)
+        mass_a, mass_b = self._gather(mass_a), self._gather(mass_b)
+        for unknown, potential, mass in ((0, g, mass_a), (1, f_next, mass_b)):
+            change = np.diff(potential[:, self._nodes])
+            after = np.exp(np.minimum(self._log_coupling - change, MAX_LOG_COUPLING))
+            before = np.exp(np.minimum(self._log_coupling + change, MAX_LOG_COUPLING))
+            of_unknown = bands[:, :, unknown]
+            of_unknown[..., 4] = mass
+            of_unknown[:, :-1, 4] += after
+            of_unknown[:, 1:, 4] += before
+            of_unknown[:, 1:, 2] = -after
+            of_unknown[:, :-1, 6] = -before
+        bands[:, :, 0, 5] = -mass_b
+        bands[:, :, 1, 3] = (np.maximum(damping, MIN_DAMPING) - 1.0) * mass_a
+        for own_bands, own_right in zip(bands, right, strict=True):
+            own_right[:] = dgbsv(
+                2, 2, own_bands.reshape(-1, 7).T, own_right.reshape(-1, 1),
+                overwrite_ab=True, overwrite_b=True,
+            )[2].reshape(-1, 2)  # fmt: skip
+        step += self._interpolate(right[..., 1])
+        step -= (a * step).sum(-1, keepdims=True)
+        step[~np.isfinite(step)] = 0.0
+        return step
+
+    def _gather(self, masses: Array) -> Array:
+        """Divide masses (R, K) between the nodes on either side: (R, J)."""
+        after = masses * self._part
+        gathered: Array = np.add.reduceat(masses - after, self._nodes, -1)
+        gathered[:, 1:] += np.add.reduceat(after, self._nodes, -1)[:, :-1]
+        return gathered
+
+    def _interpolate(self, values: Array) -> Array:
+        """Read values (R, J) of the nodes at all points: (R, K)."""
+        change = np.diff(values, append=0.0)
+        at_points: Array = values[:, self._node] + self._part * change[:, self._node]
+        return at_points
+
+    def _scaled(self, exponent: Array) -> tuple[Array, Array]:
+        """Return what the logs of the products are near to, and the weights in that scale.
+
+        A number a row; on long lines one a point, the log of what the largest term is there.
+        """
+        if self._is_long:
+            left = np.maximum.accumulate(exponent + self.t, -1) - self.t
+            right = np.maximum.accumulate((exponent - self.t)[:, ::-1], -1)[:, ::-1] + self.t
+            scale = np.maximum(left, right)
+        else:
+            scale = exponent.max(-1, keepdims=True)
+        return scale, np.exp(exponent - scale)
+
+    def _product(self, scale: Array, weight: Array) -> Array:
+        """Multiply scaled weights, which are overwritten, with the scaled kernel."""
+        if not self._is_long:
+            solved: Array = dpttrs(self._diagonal, self._below, weight.T, overwrite_b=True)[0]
+            return solved.T
+        rise, fall = self._fading(scale)
+        return _solve_factors(-rise, self._diagonal, -fall * self._diagonal, weight)
+
+    def _fading(self, scale: Array) -> tuple[Array, Array]:
+        """Return by how much scaled sums fade to the next point, from the left and the right."""
+        if not self._is_long:
+            return self._fade, self._fade
+        change = np.diff(scale)
+        rise, fall = np.zeros_like(scale), np.zeros_like(scale)
+        np.exp(-change - self.gap, out=rise[:, :-1])
+        np.exp(change - self.gap, out=fall[:, :-1])
+        return rise, fall
+
+
+def _solve_factors(below: Array, diagonal: Array, above: Array, right: Array) -> Array:
+    """Solve with the factors ``L U``: ones and ``below``, ``diagonal`` and ``above``.
+
+    ``below`` and ``above`` are (K,) and shared by all rows, or (R, K). The k-th lies between
+    unknowns k and k + 1, the last is 0, so that all rows are one long system.
+    """
+    columns = right.T
+    if below.ndim > 1:
+        diagonal = np.broadcast_to(diagonal, right.shape).reshape(-1)
+        below, above, columns = below.reshape(-1), above.reshape(-1), right.reshape(-1, 1)
+    size = len(columns)
+    solved: Array = dgttrs(
+        below[:-1], diagonal, above[:-1], np.zeros(size - 2),
+        np.arange(1, size + 1, dtype=np.int32), columns, overwrite_b=True,
+    )[0]  # fmt: skip
+    return solved.T.reshape(right.shape)
+
+
+def closed_form_start(kernel: LaplaceKernel, a: Array, b: Array) -> Array:
+    """Return f (R, K) that the coupling has where all about a point is level.
+
+    Mass must cross from one side of a point to the other, the difference of the cumulative weights
+    there. Where both measures have the density n, an entropic coupling of slope s = f' in [-1, 1]
+    moves ``-2 n eps s / (1 - s^2)`` across; that determines s, and
+    ``f + g = eps log((1 - s^2) / 2 n eps)``.
+    """
+    # the kernel integrates to 2 eps: this is n eps, at the points and between them
+    density = 0.25 * np.exp(np.maximum(kernel.log_product(log_weights(a + b)), -600.0))
+    between = np.minimum(density[:, 1:], density[:, :-1]) * np.exp(-0.5 * kernel.gap) + MIN_DENSITY
+    crossing = np.cumsum(a - b, -1)
+    crossing[np.abs(crossing) < CUMULATIVE_WEIGHT_TOL] = 0.0
+    slope = crossing[:, :-1] / (between + np.hypot(between, crossing[:, :-1]))
+    f = np.zeros_like(density)
+    f[:, 1:] = -np.cumsum(slope * kernel.gap, -1)
+    at_points = 0.5 * crossing
+    at_points[:, 1:] += 0.5 * crossing[:, :-1]
+    f -= 0.5 * np.log(density + np.hypot(density, at_points))
+    return kernel.epsilon * f

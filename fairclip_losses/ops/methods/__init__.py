@@ -1,1 +1,0 @@
-"""Ways to the potentials, by the two operators of a kernel."""
