@@ -16,9 +16,9 @@ from ..functional.fairness import (
     check_scores,
     fairness_terms,
 )
-from ..ops.options import check_cost
 from ..validation import (
     check_choice,
+    check_cost,
     check_finite_number,
     check_integer,
     is_number,

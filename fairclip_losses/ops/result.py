@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .options import Backend, check_options, check_shapes, prepare
+from .options import Backend, SinkhornOptions, prepare
 from .solve import entropic_marginal_error, solve_entropic
 
 
@@ -61,10 +61,10 @@ def sinkhorn_solve(
     Raises:
         ValueError: as `sinkhorn_divergence`; blur = 0; no points.
     """
-    options = check_options(
+    options = SinkhornOptions(
         p, blur, debias, scaling, iterations, tol, max_iterations, backend, validate
     )
-    check_shapes(x, y, a, b, options)
+    options.check(x, y, a, b)
     if options.blur == 0:
         raise ValueError("sinkhorn_solve needs blur > 0; use sinkhorn_divergence for blur = 0")
     if any(0 in tensor.shape for tensor in (x, y, a, b) if tensor is not None):

@@ -7,16 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exact import exact_cost
-from .options import (
-    Backend,
-    SinkhornOptions,
-    check_options,
-    check_shapes,
-    check_values,
-    prepare,
-    refuse_second,
-)
+from ..validation import check_measure_values
+from .exact import exact_cost, refuse_second
+from .options import Backend, SinkhornOptions, prepare
 from .solve import solve_entropic
 
 
@@ -106,35 +99,39 @@ def sinkhorn_divergence(
     Sources: Cuturi 2013 (arXiv:1306.0895); Feydy et al. 2019 (arXiv:1810.08278), eq. 3 for the
     divergence; Peyre and Cuturi 2019 (arXiv:1803.00567), eq. 2.28-2.30 for the line.
     """
-    options = check_options(
+    options = SinkhornOptions(
         p, blur, debias, scaling, iterations, tol, max_iterations, backend, validate
     )
-    check_shapes(x, y, a, b, options)
+    options.check(x, y, a, b)
+    return divergence(x, y, a, b, options)
+
+
+def divergence(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, options: SinkhornOptions
+) -> Tensor:
+    """Return what `sinkhorn_divergence` does, of tensors that have been checked."""
     if any(0 in tensor.shape for tensor in (x, y, a, b) if tensor is not None):
         return _no_measure(x, y, a, b)
-    if options.blur > 0 and torch.compiler.is_compiling():
-        return _outside_of_graphs(x, y, a, b, options, validate)
-    return _divergence(x, y, a, b, options, validate)
-
-
-def _divergence(
-    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, options: SinkhornOptions,
-    validate: bool | None,
-) -> Tensor:  # fmt: skip
     with torch.autocast(x.device.type, enabled=False):
         if options.blur == 0:
-            x, y = check_values(x, y, a, b, validate)
+            x, y = check_measure_values(x, y, a, b, options.validate)
             return exact_cost(x, y, a, b, options.p)
-        problem = prepare(x, y, a, b, validate)
-        inputs = problem.x, problem.y, problem.a, problem.b
-        cost = _Divergence.apply(*inputs, options, *(_graph_of(entry) for entry in inputs))
-        assert isinstance(cost, Tensor)
-        return problem.of_measures(cost).to(problem.result)
+        entropic = _outside_of_graphs if torch.compiler.is_compiling() else _entropic_cost
+        return entropic(x, y, a, b, options)
+
+
+def _entropic_cost(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, options: SinkhornOptions
+) -> Tensor:
+    problem = prepare(x, y, a, b, options.validate)
+    inputs = problem.x, problem.y, problem.a, problem.b
+    cost: Tensor = _Divergence.apply(*inputs, options, *(_graph_of(entry) for entry in inputs))
+    return problem.of_measures(cost).to(problem.result)
 
 
 # torch.compile breaks its graph here: what iterates is no gain as a graph of thousands of nodes.
 # `torch.compiler.disable` would import the compiler with this module.
-_outside_of_graphs = torch._disable_dynamo(_divergence)  # type: ignore[attr-defined]
+_outside_of_graphs = torch._disable_dynamo(_entropic_cost)  # type: ignore[attr-defined]
 
 
 def _no_measure(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..validation import broadcast_shapes, is_readable
 from .dense import DenseKernel, fits_newton, newton
 from .exact import exact_potentials
 from .gauss_line import Measure, solve_between, solve_within
@@ -22,7 +23,6 @@ from .options import (
     EntropicSolution,
     Kernel,
     SinkhornOptions,
-    broadcast_shapes,
     runs_triton,
     warn_unconverged,
 )
@@ -34,6 +34,8 @@ Shape = tuple[int, ...]
 # all rows. For p = 1 prefix sums follow sooner, though not as surely.
 _MAX_COSTS_OF_A_ROW = {1: 96**2, 2: 512**2}
 _MAX_COSTS_OF_ALL_ROWS = {1: 2**21, 2: 2**23}
+# Rows with points of their own that are solved one after the other where they have so few points.
+_MAX_ROWS_OF_FEW, _FEW_POINTS = 64, 96
 # Alternating updates that go before Newton's method in space: most problems need fewer.
 _ITERATIONS_BEFORE_NEWTON = 100
 
@@ -159,7 +161,7 @@ def _solve_between(
 
 
 def _lead_in(kernel: Kernel, options: SinkhornOptions) -> LeadIn | None:
-    if not isinstance(kernel, StreamedKernel) or not options.can_read(kernel.x):
+    if not isinstance(kernel, StreamedKernel) or not is_readable(kernel.x):
         return None
     return kernel.in_float32(options.epsilon)
 
@@ -172,8 +174,14 @@ def _points_slope(weights: Tensor, side: _Side, own: _Side | None, epsilon: floa
 
 
 def solves_on_cpu(x: Tensor, y: Tensor, options: SinkhornOptions) -> bool:
-    """Whether `solve_on_cpu` takes the problem."""
-    return x.shape[-1] == 1 and options.backend in ("auto", "prefix") and x.is_cpu
+    """Whether `solve_on_cpu` takes the problem: a line, but not many rows of few own points.
+
+    Those (p = 1) are faster, and as sure, all at once with their costs in memory.
+    """
+    if x.shape[-1] > 1 or not x.is_cpu or options.backend not in ("auto", "prefix"):
+        return False
+    rows = max(x.shape[:-2].numel(), y.shape[:-2].numel())
+    return options.p == 2 or rows <= _MAX_ROWS_OF_FEW or max(x.shape[-2], y.shape[-2]) > _FEW_POINTS
 
 
 def solve_on_cpu(
