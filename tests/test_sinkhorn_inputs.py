@@ -215,7 +215,7 @@ def test_integers_are_refused():
     ("n", "dimension", "blur", "options"),
     [
         (200, 1, 0.0, {}), (200, 1, 0.1, {}), (1100, 1, 0.1, {"iterations": 5}),
-        (30, 2, 0.1, {}), (200, 2, 0.1, {"iterations": 5}),
+        (30, 2, 0.1, {"scaling": 0.05}), (200, 2, 0.1, {"iterations": 5}),
         (30, 20, 0.3, {"iterations": 5, "backend": "streamed"}),
     ],
 )  # fmt: skip
