@@ -125,27 +125,11 @@ class Kernel(Protocol):
         """``sum_j P(j | i) grad_x c(x_i, y_j)``, (*, N, D): in each point, per unit of mass."""
 
 
-Slopes = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-class EntropicSolution(NamedTuple):
-    """A solved divergence; all of it is in the working precision and carries no gradient."""
-
-    cost: Tensor  # (*,) the divergence
-    slopes: Slopes  # its derivatives a row in x, y, a and b; None where not wanted
-    transport_cost: Tensor  # (*,) OT_eps(a, b)
-    f: Tensor  # (*, N) potentials between a and b
-    g: Tensor  # (*, M)
-    f_self: Tensor | None  # (*, N) potential of OT_eps(a, a), None without debiasing
-    g_self: Tensor | None  # (*, M)
-    iterations: int  # taken between a and b
-
-
 class Prepared(NamedTuple):
     """A problem in the working precision."""
 
     x: Tensor  # (*, N, D)
-    y: Tensor | None  # (*, M, D), None: the same tensor as x
+    y: Tensor  # (*, M, D), x itself where both are one tensor
     a: Tensor  # (*, N)
     b: Tensor  # (*, M)
     has_mass: Tensor | None  # (*,) whether both measures have any; None: all have
@@ -198,11 +182,13 @@ def prepare(
         torch.where(rows.any(-1, keepdim=True), rows, 1.0 / rows.shape[-1])
         for rows in (normalised(a, x[..., 0]), normalised(b, y[..., 0]))
     )
-    x, y = settled(x, a, b) if same_points else settled(x, a), settled(y, b)
-    mean = x.detach().mean(list(range(x.dim() - 1)), dtype=working_dtype(x.device))
+    settled_x = settled(x, a, b) if same_points else settled(x, a)
+    everything = list(range(x.dim() - 1))
+    mean = settled_x.detach().mean(everything, dtype=working_dtype(x.device))
+    centred = settled_x - mean
     return Prepared(
-        x - mean,
-        None if same_points else y - mean,
+        centred,
+        centred if same_points else settled(y, b) - mean,
         weights_a,
         weights_b,
         has_mass(a, b),

@@ -125,7 +125,9 @@ def _entropic_cost(
 ) -> Tensor:
     problem = prepare(x, y, a, b, options.validate)
     inputs = problem.x, problem.y, problem.a, problem.b
-    cost: Tensor = _Divergence.apply(*inputs, options, *(_graph_of(entry) for entry in inputs))
+    # empty parts of the inputs: what a gradient depends on, without the memory
+    graphs = [entry.flatten()[:0].clone() for entry in inputs]
+    cost: Tensor = _Divergence.apply(*inputs, options, *graphs)
     return problem.of_measures(cost).to(problem.result)
 
 
@@ -141,31 +143,18 @@ def _no_measure(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Ten
     return zeros.to(torch.float64 if zeros.dtype == torch.float64 else torch.float32)
 
 
-def _graph_of(entry: Tensor | None) -> Tensor | None:
-    """Return an empty part of an input: what a gradient depends on, without the memory."""
-    return None if entry is None else entry.flatten()[:0].clone()
-
-
 class _Divergence(torch.autograd.Function):
-    """The entropic cost; its derivatives are found in forward, O(N) a row is kept.
-
-    y None: both measures lie on x, whose gradient is then the sum of both sides'.
-    """
+    """The entropic cost; its derivatives are found in forward, O(N) a row is kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, options: SinkhornOptions,
-        *graphs: Tensor | None,
+        ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions,
+        *graphs: Tensor,
     ) -> Tensor:  # fmt: skip
-        wants_x, wants_y, *wants_weights = ctx.needs_input_grad[:4]
-        wanted = (wants_x, wants_x if y is None else wants_y, *wants_weights)
-        entropic = solve_entropic(x, x if y is None else y, a, b, options, wanted)
-        cost, slopes = entropic.cost, list(entropic.slopes)
-        if y is None and slopes[0] is not None and slopes[1] is not None:
-            slopes[:2] = [slopes[0] + slopes[1], None]
-        ctx.shapes = [None if entry is None else entry.shape for entry in (x, y, a, b)]
+        solved, slopes = solve_entropic(x, y, a, b, options, ctx.needs_input_grad[:4])
+        ctx.shapes = [entry.shape for entry in (x, y, a, b)]
         ctx.save_for_backward(*graphs, *slopes)
-        return cost.to(x.dtype)
+        return solved.cost
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -173,8 +162,7 @@ class _Divergence(torch.autograd.Function):
         grads: list[Tensor | None] = [None, None, None, None]
         with torch.no_grad():
             for k, (shape, slope) in enumerate(zip(ctx.shapes, slopes, strict=True)):
-                if slope is None or not ctx.needs_input_grad[k]:
-                    continue
-                scale = grad[..., None, None] if k < 2 else grad[..., None]
-                grads[k] = (slope.to(grad.dtype) * scale).sum_to_size(shape)
+                if slope is not None and ctx.needs_input_grad[k]:
+                    scale = grad[..., None, None] if k < 2 else grad[..., None]
+                    grads[k] = (slope * scale).sum_to_size(shape)
         return (*refuse_second(grads, graphs), *[None] * 5)
