@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fairclip_losses.ops import sinkhorn_divergence
-from fairclip_losses.ops.options import SinkhornOptions
 
 POWERS = (1, 2)
 BLURS = (0.0, 0.02, 0.1, 2.0)
@@ -58,10 +57,11 @@ def one_thread():
 @contextmanager
 def as_on_an_accelerator():
     """Take an accelerator's way on the CPU: torch's solvers, fixed numbers of iterations."""
-    with (
-        mock.patch("fairclip_losses.ops.solve.solves_on_cpu", lambda *_: False),
-        mock.patch.object(SinkhornOptions, "can_read", staticmethod(lambda _: False)),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("fairclip_losses.ops.solve.solves_on_cpu", lambda *_: False))
+        for name in ("exact", "options", "sinkhorn_loop", "solve"):
+            unreadable = mock.patch(f"fairclip_losses.ops.{name}.is_readable", lambda *_: False)
+            stack.enter_context(unreadable)
         yield
 
 

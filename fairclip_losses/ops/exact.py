@@ -29,10 +29,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .options import broadcast_shapes, is_readable, refuse_second, working_dtype
+from ..validation import broadcast_shapes, is_readable
 
 # Cumulative weights nearer than this are the same: sums of thousands are off by tens of roundings.
 SAME_WEIGHT = 64 * torch.finfo(torch.float64).eps
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on the one backend that has no float64 (Apple's mps)."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def along(values: Tensor, order: Tensor) -> Tensor:
@@ -80,24 +85,24 @@ class _ExactCost(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor | None, a: Tensor | None, b: Tensor | None, p: int
     ) -> Tensor:
-        points_x = _settled(x[..., 0], a, b) if y is None else _settled(x[..., 0], a)
-        points_y = None if y is None else _settled(y[..., 0], b)
+        points_x = (settled(x, a, b) if y is None else settled(x, a))[..., 0]
+        points_y = None if y is None else settled(y, b)[..., 0]
         cost, saved, tied = (_areas if p == 1 else _coupling)(points_x, points_y, a, b)
-        has_mass = _has_mass(a, b)
-        if has_mass is not None:
-            cost = cost * has_mass
+        measured = has_mass(a, b)
+        if measured is not None:
+            cost = cost * measured
         ctx.p, ctx.tied = p, tied
-        ctx.save_for_backward(x, y, a, b, has_mass, *saved)
+        ctx.save_for_backward(x, y, a, b, measured, *saved)
         double = x.dtype == torch.float64 or (y is not None and y.dtype == torch.float64)
         return cost.to(torch.float64 if double else torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, y, a, b, has_mass, *saved = ctx.saved_tensors
+        x, y, a, b, measured, *saved = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * 4
         with torch.no_grad():
-            if has_mass is not None:
-                grad = grad * has_mass
+            if measured is not None:
+                grad = grad * measured
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
                 by_points = _area_gradients if ctx.p == 1 else _coupling_gradients
                 shapes = x.shape[:-1], None if y is None else y.shape[:-1]
@@ -112,31 +117,36 @@ class _ExactCost(torch.autograd.Function):
         return (*refuse_second(grads, (x, y, a, b)), None)
 
 
-def _settled(points: Tensor, *weights: Tensor | None) -> Tensor:
-    """Return points (*, N), those to which no row gives weight at the mean of the others.
+def settled(points: Tensor, *weights: Tensor | None) -> Tensor:
+    """Return points (*, N, D), those to which no row gives weight at the mean of the others.
 
     There, NaN or far away, they can neither overflow nor find mass that rounding leaves.
     """
     given = [rows for rows in weights if rows is not None]
     if len(given) < len(weights):
         return points
-    used = torch.zeros_like(points, dtype=torch.bool)
+    shape = points.shape[:-1]
+    used = torch.zeros(shape, dtype=torch.bool, device=points.device)
     for rows in given:  # counted in float32: a sum of booleans is none
-        there = (rows > 0).to(torch.float32).expand(broadcast_shapes(points.shape, rows.shape))
-        used = used | (there.sum_to_size(points.shape) > 0)
-    total = torch.where(used, points, 0.0).sum(dtype=working_dtype(points.device))
-    return torch.where(used, points, total / used.sum().clamp(min=1))
+        present = (rows > 0).to(torch.float32).expand(broadcast_shapes(shape, rows.shape))
+        used = used | (present.sum_to_size(shape) > 0)
+    used = used[..., None]
+    everything = list(range(len(shape)))
+    total = torch.where(used, points.detach(), 0.0).sum(
+        everything, dtype=working_dtype(points.device)
+    )
+    return torch.where(used, points, (total / used.sum().clamp(min=1)).to(points.dtype))
 
 
 def _scaled(weights: Tensor) -> Tensor:
     """Return weights of which the sum of a row cannot overflow."""
     if weights.dtype != working_dtype(weights.device):
         return weights
-    largest = weights.amax(-1, keepdim=True)
+    largest = weights.detach().amax(-1, keepdim=True)
     return weights / torch.where(largest > 0, largest, 1.0)
 
 
-def _normalised(weights: Tensor | None, points: Tensor) -> Tensor:
+def normalised(weights: Tensor | None, points: Tensor) -> Tensor:
     """Return weights whose rows sum to one, or are zeros."""
     dtype = working_dtype(points.device)
     if weights is None:
@@ -147,7 +157,7 @@ def _normalised(weights: Tensor | None, points: Tensor) -> Tensor:
     return weights / total.clamp_(min=torch.finfo(dtype).tiny)
 
 
-def _has_mass(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def has_mass(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """Return which rows have two measures, (*,); None: all."""
     given = [weights.any(-1) for weights in (a, b) if weights is not None]
     if not given or (is_readable(given[0]) and all([bool(rows.all()) for rows in given])):
@@ -166,9 +176,9 @@ def _by_weights(weights: Tensor | None, potential: Tensor, grad: Tensor) -> Tens
     """Return the gradient in weights (*, N), which the cost divides by their sum."""
     if weights is None:
         return None
-    normalised = _normalised(weights, weights)
-    centred = potential - (normalised * potential).sum(-1, keepdim=True)
-    total = weights.sum(-1, keepdim=True, dtype=normalised.dtype)
+    mean = (normalised(weights, weights) * potential).sum(-1, keepdim=True)
+    centred = potential - mean
+    total = weights.sum(-1, keepdim=True, dtype=mean.dtype)
     slopes = centred * grad[..., None] / torch.where(total > 0, total, 1.0)
     return slopes.sum_to_size(weights.shape).to(weights.dtype)
 
@@ -181,7 +191,7 @@ def _areas(
     points in order, their order, a - b of each, and A - B before and behind each, (*, K + 1). If y
     is None they are those of x.
     """
-    surplus, other = _normalised(a, x), _normalised(b, x if y is None else y)
+    surplus, other = normalised(a, x), normalised(b, x if y is None else y)
     if y is None:
         points, surplus = x, surplus - other
     else:
@@ -284,7 +294,7 @@ def _gathered(
     found = moved.new_zeros(*moved.shape[:-1], points.shape[-1])
     found.scatter_add_(-1, at.expand(moved.shape), moved)
     if tied:
-        share = along(_normalised(weights, points), order)
+        share = along(normalised(weights, points), order)
         share = share.expand(broadcast_shapes(share.shape, points.shape))
         found = found.sum_to_size(broadcast_shapes(share.shape, points.shape))
         points = points.contiguous()
@@ -327,3 +337,27 @@ def _potential(x: Tensor, weight_x: Tensor, y: Tensor, weight_y: Tensor) -> Tens
         partner = partner + along(y, torch.searchsorted(weight_y, level.contiguous()))
     rise = 0.5 * x.diff(dim=-1) * (x[..., 1:] + x[..., :-1] - partner)
     return pad(rise.cumsum(-1), (1, 0))
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Identity on a gradient that refuses to be differentiated, instead of passing as constant."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, source: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "sinkhorn_divergence is once differentiable: its envelope gradient has no derivative"
+        )
+
+
+def refuse_second(grads: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> list[Any]:
+    """Guard the gradients found under ``create_graph=True``."""
+    if not torch.is_grad_enabled():
+        return list(grads)
+    return [
+        None if grad is None else _OnceDifferentiable.apply(grad, source)
+        for grad, source in zip(grads, sources, strict=True)
+    ]

@@ -17,8 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..validation import broadcast_shapes
 from .exact import along, unsort
-from .options import Kernel, SinkhornOptions, broadcast_shapes, warn_unconverged
+from .options import Kernel, SinkhornOptions, warn_unconverged
 from .sinkhorn_loop import Potentials, marginal_error
 
 # Most iterations, and how many where nothing may be read back from the device.

@@ -7,27 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .options import Backend, check_options, check_shapes, prepare
-from .solve import entropic_marginal_error, solve_entropic
+from .options import Backend, SinkhornOptions, prepare
+from .solve import Solution, entropic_marginal_error, solve_entropic
 
 
 @dataclass(frozen=True)
-class SinkhornResult:
-    """A solved Sinkhorn divergence; nothing in it carries a gradient.
+class SinkhornResult(Solution):
+    """A solved Sinkhorn divergence with what proves it; nothing in it carries a gradient.
 
     Potentials belong to ``OT_eps(a, b)``: ``OT_eps = <a, f> + <b, g>`` and the optimal plan is
     ``a_i b_j exp((f_i + g_j - C_ij) / epsilon)``. They are defined up to a constant.
     """
 
-    cost: Tensor  # (*,) the divergence
-    transport_cost: Tensor  # (*,) OT_eps(a, b), not debiased
-    f: Tensor  # (*, N)
-    g: Tensor  # (*, M)
-    f_self: Tensor | None  # (*, N) potential of OT_eps(a, a), None without debiasing
-    g_self: Tensor | None  # (*, M)
     marginal_error: Tensor  # (*,) L1 distance of the plan's marginals from a and b
     converged: Tensor  # (*,) bool, marginal_error and those of the self-terms <= tol
-    iterations: int  # taken between a and b
 
 
 def sinkhorn_solve(
@@ -61,10 +54,10 @@ def sinkhorn_solve(
     Raises:
         ValueError: as `sinkhorn_divergence`; blur = 0; no points.
     """
-    options = check_options(
+    options = SinkhornOptions(
         p, blur, debias, scaling, iterations, tol, max_iterations, backend, validate
     )
-    check_shapes(x, y, a, b, options)
+    options.check(x, y, a, b)
     if options.blur == 0:
         raise ValueError("sinkhorn_solve needs blur > 0; use sinkhorn_divergence for blur = 0")
     if any(0 in tensor.shape for tensor in (x, y, a, b) if tensor is not None):
@@ -73,27 +66,15 @@ def sinkhorn_solve(
         )
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         problem = prepare(x, y, a, b, validate)
-        other = problem.x if problem.y is None else problem.y
-        solved = solve_entropic(
-            problem.x, other, problem.a, problem.b, options, [False, False, True, True]
-        )
-        f, g = solved.f, solved.g
-        error = entropic_marginal_error(problem.x, other, problem.a, problem.b, f, g, options)
+        x, y, a, b = problem.x, problem.y, problem.a, problem.b
+        solved, _ = solve_entropic(x, y, a, b, options, [False, False, True, True])
+        error = entropic_marginal_error(x, y, a, b, solved.f, solved.g, options)
         converged = error <= options.tol
-        for points, weights, own in (
-            (problem.x, problem.a, solved.f_self), (other, problem.b, solved.g_self),
-        ):  # fmt: skip
+        for points, weights, own in ((x, a, solved.f_self), (y, b, solved.g_self)):
             if own is not None:  # both marginals of a measure's plan with itself are the same
                 twice = entropic_marginal_error(points, points, weights, weights, own, own, options)
                 converged = converged & (0.5 * twice <= options.tol)
-        return SinkhornResult(
-            cost=problem.of_measures(solved.cost),
-            transport_cost=problem.of_measures(solved.transport_cost),
-            f=f,
-            g=g,
-            f_self=solved.f_self,
-            g_self=solved.g_self,
-            marginal_error=error,
-            converged=converged,
-            iterations=solved.iterations,
-        )
+        costs = {
+            name: problem.of_measures(getattr(solved, name)) for name in ("cost", "transport_cost")
+        }
+        return SinkhornResult(**vars(solved) | costs, marginal_error=error, converged=converged)

@@ -7,16 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exact import exact_cost
-from .options import (
-    Backend,
-    SinkhornOptions,
-    check_options,
-    check_shapes,
-    check_values,
-    prepare,
-    refuse_second,
-)
+from ..validation import check_measure_values
+from .exact import exact_cost, refuse_second
+from .options import Backend, SinkhornOptions, prepare
 from .solve import solve_entropic
 
 
@@ -106,35 +99,41 @@ def sinkhorn_divergence(
     Sources: Cuturi 2013 (arXiv:1306.0895); Feydy et al. 2019 (arXiv:1810.08278), eq. 3 for the
     divergence; Peyre and Cuturi 2019 (arXiv:1803.00567), eq. 2.28-2.30 for the line.
     """
-    options = check_options(
+    options = SinkhornOptions(
         p, blur, debias, scaling, iterations, tol, max_iterations, backend, validate
     )
-    check_shapes(x, y, a, b, options)
+    options.check(x, y, a, b)
+    return divergence(x, y, a, b, options)
+
+
+def divergence(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, options: SinkhornOptions
+) -> Tensor:
+    """Return what `sinkhorn_divergence` does, of tensors that have been checked."""
     if any(0 in tensor.shape for tensor in (x, y, a, b) if tensor is not None):
         return _no_measure(x, y, a, b)
-    if options.blur > 0 and torch.compiler.is_compiling():
-        return _outside_of_graphs(x, y, a, b, options, validate)
-    return _divergence(x, y, a, b, options, validate)
-
-
-def _divergence(
-    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, options: SinkhornOptions,
-    validate: bool | None,
-) -> Tensor:  # fmt: skip
     with torch.autocast(x.device.type, enabled=False):
         if options.blur == 0:
-            x, y = check_values(x, y, a, b, validate)
+            x, y = check_measure_values(x, y, a, b, options.validate)
             return exact_cost(x, y, a, b, options.p)
-        problem = prepare(x, y, a, b, validate)
-        inputs = problem.x, problem.y, problem.a, problem.b
-        cost = _Divergence.apply(*inputs, options, *(_graph_of(entry) for entry in inputs))
-        assert isinstance(cost, Tensor)
-        return problem.of_measures(cost).to(problem.result)
+        entropic = _outside_of_graphs if torch.compiler.is_compiling() else _entropic_cost
+        return entropic(x, y, a, b, options)
+
+
+def _entropic_cost(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, options: SinkhornOptions
+) -> Tensor:
+    problem = prepare(x, y, a, b, options.validate)
+    inputs = problem.x, problem.y, problem.a, problem.b
+    # empty parts of the inputs: what a gradient depends on, without the memory
+    graphs = [entry.flatten()[:0].clone() for entry in inputs]
+    cost: Tensor = _Divergence.apply(*inputs, options, *graphs)
+    return problem.of_measures(cost).to(problem.result)
 
 
 # torch.compile breaks its graph here: what iterates is no gain as a graph of thousands of nodes.
 # `torch.compiler.disable` would import the compiler with this module.
-_outside_of_graphs = torch._disable_dynamo(_divergence)  # type: ignore[attr-defined]
+_outside_of_graphs = torch._disable_dynamo(_entropic_cost)  # type: ignore[attr-defined]
 
 
 def _no_measure(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
@@ -144,31 +143,18 @@ def _no_measure(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Ten
     return zeros.to(torch.float64 if zeros.dtype == torch.float64 else torch.float32)
 
 
-def _graph_of(entry: Tensor | None) -> Tensor | None:
-    """Return an empty part of an input: what a gradient depends on, without the memory."""
-    return None if entry is None else entry.flatten()[:0].clone()
-
-
 class _Divergence(torch.autograd.Function):
-    """The entropic cost; its derivatives are found in forward, O(N) a row is kept.
-
-    y None: both measures lie on x, whose gradient is then the sum of both sides'.
-    """
+    """The entropic cost; its derivatives are found in forward, O(N) a row is kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, options: SinkhornOptions,
-        *graphs: Tensor | None,
+        ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions,
+        *graphs: Tensor,
     ) -> Tensor:  # fmt: skip
-        wants_x, wants_y, *wants_weights = ctx.needs_input_grad[:4]
-        wanted = (wants_x, wants_x if y is None else wants_y, *wants_weights)
-        entropic = solve_entropic(x, x if y is None else y, a, b, options, wanted)
-        cost, slopes = entropic.cost, list(entropic.slopes)
-        if y is None and slopes[0] is not None and slopes[1] is not None:
-            slopes[:2] = [slopes[0] + slopes[1], None]
-        ctx.shapes = [None if entry is None else entry.shape for entry in (x, y, a, b)]
+        solved, slopes = solve_entropic(x, y, a, b, options, ctx.needs_input_grad[:4])
+        ctx.shapes = [entry.shape for entry in (x, y, a, b)]
         ctx.save_for_backward(*graphs, *slopes)
-        return cost.to(x.dtype)
+        return solved.cost
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -176,8 +162,7 @@ class _Divergence(torch.autograd.Function):
         grads: list[Tensor | None] = [None, None, None, None]
         with torch.no_grad():
             for k, (shape, slope) in enumerate(zip(ctx.shapes, slopes, strict=True)):
-                if slope is None or not ctx.needs_input_grad[k]:
-                    continue
-                scale = grad[..., None, None] if k < 2 else grad[..., None]
-                grads[k] = (slope.to(grad.dtype) * scale).sum_to_size(shape)
+                if slope is not None and ctx.needs_input_grad[k]:
+                    scale = grad[..., None, None] if k < 2 else grad[..., None]
+                    grads[k] = (slope * scale).sum_to_size(shape)
         return (*refuse_second(grads, graphs), *[None] * 5)

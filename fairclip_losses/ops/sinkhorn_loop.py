@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..validation import is_readable
 from .options import Kernel, SinkhornOptions, warn_unconverged
 
 # Where nobody may look at the convergence, on accelerators: iterations at the target; the ratio of
@@ -95,7 +96,7 @@ def _complete(
     kernel: Kernel, log_a: Tensor, log_b: Tensor, f: Tensor, g: Tensor, options: SinkhornOptions
 ) -> Tensor:
     """Return the c-transform of f, which is g but where b is 0."""
-    if options.can_read(f) and bool((log_b > -torch.inf).all()):
+    if is_readable(f) and bool((log_b > -torch.inf).all()):
         return g
     return kernel.transposed.softmin(options.epsilon, log_a, f)
 
@@ -109,7 +110,7 @@ def epsilon_schedule(
     """
     low = torch.minimum(x.amin(-2), y.amin(-2))
     diameter = torch.linalg.vector_norm(torch.maximum(x.amax(-2), y.amax(-2)) - low, dim=-1).amax()
-    readable = options.can_read(x)
+    readable = is_readable(x)
     ratio = float(diameter) / options.blur if readable else _FIXED_RANGE
     scales = [scaling**k for k in range(math.ceil(math.log(max(ratio, 1.0)) / -math.log(scaling)))]
     if readable:
@@ -225,7 +226,7 @@ def symmetric_loop(
     and f'' that keep the solution ``(f + 8 f' + 8 f'') / 17`` is the best: it contracts by
     ``max |1 - 8 q + 8 q^2| / 17 = 1 / 17``, at any epsilon, so no eps-scaling is needed.
     """
-    a, tested = log_a.exp(), options.can_read(kernel.x)
+    a, tested = log_a.exp(), is_readable(kernel.x)
     most = options.iterations or (options.max_iterations if tested else _FIXED_SELF_ITERATIONS)
     f, taken, error = torch.zeros_like(log_a), 0, 0.0
     for each, led_tol in [*([] if lead_in is None else [lead_in]), (kernel, 0.0)]:

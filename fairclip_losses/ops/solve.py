@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..validation import broadcast_shapes, is_readable
 from .dense import DenseKernel, fits_newton, newton
 from .exact import exact_potentials
 from .gauss_cells import Measure
@@ -18,15 +19,7 @@ from .gauss_line import solve_between, solve_within
 from .laplace_line import LaplaceLineSolver
 from .line import LaplaceLine, diffusion_loop
 from .line_newton import Array, Between, Within, join_rows
-from .options import (
-    Backend,
-    EntropicSolution,
-    Kernel,
-    SinkhornOptions,
-    broadcast_shapes,
-    runs_triton,
-    warn_unconverged,
-)
+from .options import Backend, Kernel, SinkhornOptions, runs_triton, warn_unconverged
 from .sinkhorn_loop import LeadIn, Potentials, marginal_error, sinkhorn_loop, symmetric_loop
 from .streamed import StreamedKernel
 
@@ -35,22 +28,32 @@ Shape = tuple[int, ...]
 # all rows. For p = 1 prefix sums follow sooner, though not as surely.
 _MAX_COSTS_OF_A_ROW = {1: 96**2, 2: 512**2}
 _MAX_COSTS_OF_ALL_ROWS = {1: 2**21, 2: 2**23}
+# Rows with points of their own that are solved one after the other where they have so few points.
+_MAX_ROWS_OF_FEW, _FEW_POINTS = 64, 96
 # Alternating updates that go before Newton's method in space: most problems need fewer.
 _ITERATIONS_BEFORE_NEWTON = 100
 
 
-class _Side(NamedTuple):
-    """One side of a solved problem: its potential, and the other side as a kernel sees it."""
+@dataclass(frozen=True)
+class Solution:
+    """A solved divergence, in the working precision."""
 
-    potential: Tensor  # (*, N)
-    kernel: Kernel  # from these points to the other side's
-    log_weights: Tensor  # (*, M) of the other side
-    other: Tensor  # (*, M) potential of the other side
+    cost: Tensor  # (*,) the divergence
+    transport_cost: Tensor  # (*,) OT_eps(a, b), not debiased
+    f: Tensor  # (*, N) potentials between a and b
+    g: Tensor  # (*, M)
+    f_self: Tensor | None  # (*, N) potential of OT_eps(a, a), None without debiasing
+    g_self: Tensor | None  # (*, M)
+    iterations: int  # taken between a and b
+
+
+# Derivatives of a row's divergence in x, y, a and b; None where not wanted.
+Slopes = Sequence[Tensor | None]
 
 
 def solve_entropic(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, wanted: Sequence[bool]
-) -> EntropicSolution:
+) -> tuple[Solution, Slopes]:
     """Solve for points x (*, N, D), y (*, M, D) and weights a (*, N), b (*, M) of sum one.
 
     ``wanted`` says which of the gradients in x, y, a and b to find. By the envelope theorem x_i
@@ -59,30 +62,26 @@ def solve_entropic(
     """
     if solves_on_cpu(x, y, options):
         return solve_on_cpu(x, y, a, b, options, wanted[2] or wanted[3])
-    log_a, log_b = a.log(), b.log()
-    kernel = choose_kernel(x, y, a, b, options)
-    f, g, iterations, _ = _solve_between(kernel, log_a, log_b, options)
+    log_a, log_b, epsilon = a.log(), b.log(), options.epsilon
+    between = choose_kernel(x, y, a, b, options)
+    f, g, iterations, _ = _solve_between(between, log_a, log_b, options)
     transport_cost = cost = (a * f).sum(-1) + (b * g).sum(-1)
-    sides = [_Side(f, kernel, log_b, g), _Side(g, kernel.transposed, log_a, f)]
-    selves: list[_Side | None] = [None, None]
-    if options.debias:
-        for k, (points, weights, logs) in enumerate(((x, a, log_a), (y, b, log_b))):
+    slopes: list[Tensor | None] = [None] * 4
+    selves: list[Tensor | None] = [None] * 2
+    for k, (kernel, points, weights, logs, in_weights, other_logs, other) in enumerate(
+        ((between, x, a, log_a, f, log_b, g), (between.transposed, y, b, log_b, g, log_a, f))
+    ):
+        in_points = kernel.gradient(epsilon, other_logs, other) if wanted[k] else None
+        if options.debias:
             kernel = choose_kernel(points, points, weights, weights, options)
-            f_self, self_cost = symmetric_loop(kernel, logs, options, _lead_in(kernel, options))
-            cost = cost - 0.5 * self_cost
-            selves[k] = _Side(f_self, kernel, logs, f_self)
-    slopes = [
-        _points_slope(weights, side, own, options.epsilon) if want else None
-        for want, weights, side, own in zip(wanted, (a, b), sides, selves, strict=False)
-    ] + [
-        side.potential - (0.0 if own is None else own.potential) if want else None
-        for want, side, own in zip(wanted[2:], sides, selves, strict=True)
-    ]
-    own_f, own_g = (None if own is None else own.potential for own in selves)
-    return EntropicSolution(
-        cost, (slopes[0], slopes[1], slopes[2], slopes[3]), transport_cost, f, g, own_f, own_g,
-        iterations,
-    )  # fmt: skip
+            own, own_cost = symmetric_loop(kernel, logs, options, _lead_in(kernel, options))
+            cost, in_weights, selves[k] = cost - 0.5 * own_cost, in_weights - own, own
+            if in_points is not None:
+                in_points = in_points - kernel.gradient(epsilon, logs, own)
+        slopes[k] = None if in_points is None else in_points.mul_(weights[..., None])
+        slopes[k + 2] = in_weights if wanted[k + 2] else None
+    own_f, own_g = selves
+    return Solution(cost, transport_cost, f, g, own_f, own_g, iterations), slopes
 
 
 def entropic_marginal_error(
@@ -160,26 +159,25 @@ def _solve_between(
 
 
 def _lead_in(kernel: Kernel, options: SinkhornOptions) -> LeadIn | None:
-    if not isinstance(kernel, StreamedKernel) or not options.can_read(kernel.x):
+    if not isinstance(kernel, StreamedKernel) or not is_readable(kernel.x):
         return None
     return kernel.in_float32(options.epsilon)
 
 
-def _points_slope(weights: Tensor, side: _Side, own: _Side | None, epsilon: float) -> Tensor:
-    gradient = side.kernel.gradient(epsilon, side.log_weights, side.other)
-    if own is not None:
-        gradient = gradient - own.kernel.gradient(epsilon, own.log_weights, own.other)
-    return gradient.mul_(weights[..., None])
-
-
 def solves_on_cpu(x: Tensor, y: Tensor, options: SinkhornOptions) -> bool:
-    """Whether `solve_on_cpu` takes the problem."""
-    return x.shape[-1] == 1 and options.backend in ("auto", "prefix") and x.is_cpu
+    """Whether `solve_on_cpu` takes the problem: a line, but not many rows of few own points.
+
+    Those (p = 1) are faster, and as sure, all at once with their costs in memory.
+    """
+    if x.shape[-1] > 1 or not x.is_cpu or options.backend not in ("auto", "prefix"):
+        return False
+    rows = max(x.shape[:-2].numel(), y.shape[:-2].numel())
+    return options.p == 2 or rows <= _MAX_ROWS_OF_FEW or max(x.shape[-2], y.shape[-2]) > _FEW_POINTS
 
 
 def solve_on_cpu(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, potentials: bool
-) -> EntropicSolution:
+) -> tuple[Solution, Slopes]:
     """Solve for points x (*, N, 1), y (*, M, 1) and weights a (*, N), b (*, M) of sum one.
 
     Without ``potentials`` these are 0 where there is no weight, and no gradient in the weights is
@@ -220,7 +218,7 @@ def solve_on_cpu(
 def _assemble(
     a: Tensor, b: Tensor, leads: tuple[Shape, Shape, Shape], between: Between,
     own: tuple[Within, Within] | None, potentials: bool,
-) -> EntropicSolution:  # fmt: skip
+) -> tuple[Solution, Slopes]:  # fmt: skip
     """Put the divergence together; ``leads`` are the rows of a, of b and of both."""
 
     def tensors(values: Sequence[Array], lead: Shape) -> list[Tensor]:
@@ -234,8 +232,8 @@ def _assemble(
         cost = cost - 0.5 * cost_a - 0.5 * cost_b
         in_a, in_b, grad_x, grad_y = f - f_self, g - g_self, grad_x - self_x, grad_y - self_y
     in_points = (a * grad_x)[..., None], (b * grad_y)[..., None]
-    slopes = (*in_points, *((in_a, in_b) if potentials else (None, None)))
-    return EntropicSolution(cost, slopes, transport_cost, f, g, f_self, g_self, between.iterations)
+    slopes = [*in_points, *((in_a, in_b) if potentials else (None, None))]
+    return Solution(cost, transport_cost, f, g, f_self, g_self, between.iterations), slopes
 
 
 def marginal_error_on_cpu(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .options import broadcast_shapes
+from ..validation import broadcast_shapes
 
 # Entries of a tile: 1 MiB in float64, so that a tile and its distances fit into a cache of 2 MiB;
 # more on accelerators, where a launch takes as long as a pass over megabytes.

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .options import broadcast_shapes
+from ..validation import broadcast_shapes
 
 # Rows and columns of a tile, of programs without and with a gradient, and coordinates of one's
 # gradient: rows x columns x coordinates must stay in registers.
