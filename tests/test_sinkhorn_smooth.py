@@ -58,15 +58,11 @@ def marginal_errors(x, b, f, g, blur) -> np.ndarray:
     """Sum up the plans of all points, a (uniform) to each row of b, entry by entry."""
     points, weights = x[:, 0].numpy(), (b / b.sum(1, keepdim=True)).numpy()
     cost = 0.5 * (points[:, None] - points) ** 2
-    found = []
-    for row, one, other in zip(weights, f.numpy(), g.numpy(), strict=True):
-        there = row > 0
-        exponent = (one[:, None] + other[there] - cost[:, there]) / blur**2
-        plan = np.exp(exponent) * row[there] / len(points)
-        found.append(
-            np.abs(plan.sum(1) - 1 / len(points)).sum() + np.abs(plan.sum(0) - row[there]).sum()
-        )
-    return np.array(found)
+    exponent = (f.numpy()[:, :, None] + g.numpy()[:, None] - cost) / blur**2
+    mass = weights[:, None] / len(points)
+    plan = np.exp(np.where(mass > 0, exponent, 0.0)) * mass
+    error = np.abs(plan.sum(2) - 1 / len(points)).sum(1)
+    return error + np.abs(plan.sum(1) - weights).sum(1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -300,7 +296,7 @@ def test_a_light_point_far_away_pulls_as_on_all_costs():
         sinkhorn_divergence(points, y, None, b, blur=0.01, **options).backward()
         return points.grad
 
-    torch.testing.assert_close(slope(), slope(backend="dense", tol=1e-11), rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(slope(), slope(backend="dense", tol=1e-8), rtol=1e-6, atol=1e-10)
 
 
 @pytest.mark.parametrize("p", [1, 2])

@@ -140,8 +140,7 @@ class _Side:
         length[np.diff(self._edges) <= NODES] = 0.0
         k = length * np.maximum.reduceat(sd, self._starts) / self._epsilon
         self._parts = np.ceil(np.maximum(k / self._max_length, 1.0))
-        pole = np.pi / np.maximum(k, 1e-6)
-        part = (pole + np.sqrt(pole * pole + 1.0)) ** (-2.0 * NODES)
+        part = np.exp(-2.0 * NODES * np.arcsinh(np.pi / np.maximum(k, 1e-6)))
         return float((part * np.add.reduceat(self.weights, self._starts)).sum())
 
     def refine(self) -> None:
