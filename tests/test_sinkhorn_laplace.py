@@ -78,29 +78,17 @@ def test_clusters_that_hardly_couple_do_not_stall(share):
     assert result.converged.all() and result.iterations < 15
 
 
-@pytest.mark.parametrize("share", [3e-4, 1e-3, 3e-3])
-def test_a_tight_cluster_among_lonely_points_does_not_stall(share):
-    """Nine scores of ten within some blurs, the others many blurs from each other."""
-    draw = torch.Generator().manual_seed(3)
-    near, far = torch.rand(256, generator=draw) < 0.9, 2 * torch.rand(256, generator=draw) - 1
-    scores = torch.where(near, 1e-3 * torch.randn(256, generator=draw), far).double()[:, None]
-    groups = (torch.arange(256) % 4 == torch.arange(4)[:, None]).double()
-    blur = share * float(scores.max() - scores.min())
-    result = sinkhorn_solve(scores, scores, None, groups, p=1, blur=blur)
-    assert result.converged.all() and result.iterations < 25
-    (_, slopes), (_, expected) = both_backends(scores, groups, blur)
-    assert (slopes - expected).norm() < 2e-7 * expected.norm()
-
-
-def both_backends(scores, groups, blur):
-    """Return the costs and their gradient as found by default and on all costs."""
+def is_that_of_all_costs(scores, groups, blur):
+    """Hold costs and gradient to Newton's method on all costs."""
     found = []
     for options in ({}, {"backend": "dense", "tol": 1e-11}):
         x = scores.clone().requires_grad_()
         value = sinkhorn_divergence(x, x, None, groups, p=1, blur=blur, **options)
         value.sum().backward()
         found.append((value.detach(), x.grad))
-    return found
+    (value, slopes), (expected, expected_slopes) = found
+    torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-13)
+    assert (slopes - expected_slopes).norm() < 1e-7 * expected_slopes.norm()
 
 
 @pytest.mark.parametrize("blur", [0.02, 0.3, 5.0])
@@ -110,6 +98,16 @@ def test_many_points_within_a_blur_reach_the_optimum(blur, clustered):
     scores = torch.randn(400, 1, generator=torch.Generator().manual_seed(0)).double()
     scores = torch.where(scores > 1.0, scores, 0.01 * scores) if clustered else scores
     groups = (torch.arange(400) % 3 == torch.arange(3)[:, None]).double()
-    (value, slopes), (expected, expected_slopes) = both_backends(scores, groups, blur)
-    torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-13)
-    assert (slopes - expected_slopes).norm() < 1e-7 * expected_slopes.norm()
+    is_that_of_all_costs(scores, groups, blur)
+
+
+@pytest.mark.parametrize("share", [3e-4, 1e-3, 3e-3])
+def test_a_tight_cluster_among_lonely_points_does_not_stall(share):
+    """Nine scores of ten within some blurs, the others many blurs from each other."""
+    draw = torch.Generator().manual_seed(3)
+    near, far = torch.rand(256, generator=draw) < 0.9, 2 * torch.rand(256, generator=draw) - 1
+    scores = torch.where(near, 1e-3 * torch.randn(256, generator=draw), far).double()[:, None]
+    groups = (torch.arange(256) % 4 == torch.arange(4)[:, None]).double()
+    blur = share * float(scores.max() - scores.min())
+    is_that_of_all_costs(scores, groups, blur)
+    assert sinkhorn_solve(scores, scores, None, groups, p=1, blur=blur).iterations < 25

@@ -140,8 +140,7 @@ class _Side:
         length[np.diff(self._edges) <= NODES] = 0.0
         k = length * np.maximum.reduceat(sd, self._starts) / self._epsilon
         self._parts = np.ceil(np.maximum(k / self._max_length, 1.0))
-        pole = np.pi / np.maximum(k, 1e-6)
-        part = (pole + np.sqrt(pole * pole + 1.0)) ** (-2.0 * NODES)
+        part = np.exp(-2.0 * NODES * np.arcsinh(np.pi / np.maximum(k, 1e-6)))
         return float((part * np.add.reduceat(self.weights, self._starts)).sum())
 
     def refine(self) -> None:
@@ -205,7 +204,13 @@ def _optimal_coupling(x: Array, y: Array, a: Array, b: Array) -> tuple[Array, Ar
 
 
 def _kernel(one: _Side, other: _Side, epsilon: float, crossings: Array | None) -> GaussKernel:
-    """Return the kernel between nodes, its costs reduced where the crossings are given."""
+    """Return the kernel between nodes, its costs reduced where the crossings are given.
+
+    They are what the optimal coupling's potentials leave. Along x the rest falls while the
+    crossings lie below y and rises beyond, by the gap of x times the distance from y: summed away
+    from its zero it is exact to its last digits, where a difference of costs and potentials is
+    lost in their rounding at a small blur.
+    """
     x, y, logs = one.nodes, other.nodes, [np.log(one.weights), np.log(other.weights)]
     farthest = max(y[-1] - x[0], x[-1] - y[0])
     is_rounded = farthest**2 > MAX_ROUNDED_COST_EPS * epsilon
@@ -213,21 +218,11 @@ def _kernel(one: _Side, other: _Side, epsilon: float, crossings: Array | None) -
         return BandKernel(x, y, logs, epsilon)
     if crossings is None:
         return GaussKernel((x[:, None] - y) ** 2 * (0.5 / epsilon), logs)
-    return GaussKernel(_reduced_costs(x, y, crossings, epsilon), logs)
-
-
-def _reduced_costs(x: Array, y: Array, crossings: Array, epsilon: float) -> Array:
-    """Return what the optimal coupling's potentials leave of the costs (N, M), over epsilon.
-
-    Along x the rest falls while the crossings lie below y and rises beyond, by the gap of x times
-    the distance from y: summed away from its zero it is exact to its last digits, where a
-    difference of costs and potentials is lost in their rounding at a small blur.
-    """
     change = (crossings[:, None] - y) * (np.diff(x) / epsilon)[:, None]
     rest = np.zeros((x.size, y.size))
     np.add.accumulate(np.maximum(change, 0.0), 0, out=rest[1:])
     rest[:-1] += np.add.accumulate(np.maximum(-change, 0.0)[::-1], 0)[::-1]
-    return rest
+    return GaussKernel(rest, logs)
 
 
 class GaussKernel:
@@ -298,12 +293,11 @@ class GaussKernel:
         """See `LineKernel.steps`; equations scaled by the weights, so that they are symmetric."""
         roots = [np.sqrt(a), np.sqrt(b)]
         kept = np.exp(np.minimum(at.f[0] - at.f_next[0], MAX_EXPONENT))
-        order = [self.side, 1 - self.side]
         self._follow(at.g[0])
         # sqrt(a_i b_j) exp(f_i + g_j - C_ij)
         left, right = (
             np.exp(np.minimum(f[0] + 0.5 * self.log_weights[k] - self.potentials[k], MAX_EXPONENT))
-            for f, k in zip((at.f, at.g), order, strict=True)
+            for f, k in ((at.f, self.side), (at.g, 1 - self.side))
         )
         try:
             return (self.solve(left, right, roots, roots[0] * (1.0 - kept)) / roots[0])[None]
@@ -341,8 +335,7 @@ class GaussKernel:
         _, solved, info = dposv(matrix, violation, overwrite_a=True)
         if info:
             raise np.linalg.LinAlgError("not positive definite")
-        found: Array = solved
-        return found
+        return np.asarray(solved)
 
 
 class BandKernel(GaussKernel):
@@ -379,8 +372,7 @@ class BandKernel(GaussKernel):
             entries += across[rows].repeat(count)
             some = slice(ends[rows.start], ends[rows.stop])
             indices[some], data[some] = columns, np.exp(np.minimum(entries, MAX_EXPONENT))
-        shape = (x.size, y.size)
-        found = csr_array((data, indices, ends.astype(np.int32)), shape=shape)
+        found = csr_array((data, indices, ends.astype(np.int32)), (x.size, y.size))
         self.shared["entries"] = found if side else found.T
         self.potentials[side], self.potentials[1 - side] = potential, across
 
@@ -406,12 +398,10 @@ class BandKernel(GaussKernel):
         bands[np.minimum(row, column), distance] = values
         bands[place_x, 0] = _null_diagonal(sums_x, roots[0]) + self._shift
         bands[place_y, 0] = _null_diagonal(sums_y, roots[1]) + self._shift
-        equal = np.zeros(len(bands))
-        equal[place_x] = violation
-        solved: Array = solveh_banded(
-            bands.T, equal, lower=True, overwrite_ab=True, overwrite_b=True, check_finite=False
-        )[place_x]
-        return solved
+        right = np.zeros(len(bands))
+        right[place_x] = violation
+        solved = solveh_banded(bands.T, right, True, True, lower=True, check_finite=False)
+        return np.asarray(solved)[place_x]
 
 
 def _null_diagonal(times_roots: Array, roots: Array) -> Array:

@@ -71,11 +71,8 @@ class LaplaceLineSolver:
         """Solve ``OT_eps(a, a)`` and ``OT_eps(b, b)`` for weights (R, N) and (S, M)."""
         both = np.concatenate([self._spread(a, self._x), self._spread(b, self._y)])
         cost, f, grad = join_rows([self._within(both[k]) for k in self._blocks(both)])
-        one, other = np.s_[: len(a)], np.s_[len(a) :]
-        return (
-            Within(cost[one], f[one, self._x], grad[one, self._x]),
-            Within(cost[other], f[other, self._y], grad[other, self._y]),
-        )
+        n, x, y = len(a), self._x, self._y
+        return Within(cost[:n], f[:n, x], grad[:n, x]), Within(cost[n:], f[n:, y], grad[n:, y])
 
     def _between(self, a: Array, b: Array) -> Between:
         kernel, epsilon = self._kernel, self.options.epsilon
@@ -134,10 +131,8 @@ class LaplaceKernel:
     def log_product(self, exponent: Array) -> Array:
         """``log sum_j exp(exponent_j - |z_i - z_j| / eps)``, (R, K)."""
         scale, weight = self._scaled(exponent)
-        product = self._product(scale, weight)
-        np.log(np.maximum(product, MIN_PRODUCT, out=product), out=product)
-        product += scale
-        return product
+        product: Array = np.log(np.maximum(self._product(scale, weight), MIN_PRODUCT))
+        return product + scale
 
     def mean_sign(self, exponent: Array) -> Array:
         """``sum_j P(j | i) sign(z_i - z_j)``, the cost's gradient in z_i per unit of its mass."""

@@ -109,8 +109,8 @@ def marginal_violation(weights: Array, f: Array, f_next: Array) -> Array:
     ``f_next`` is the c-transform that meets the weights: under f the coupling gives the points
     ``weights exp(f - f_next)``.
     """
-    violation: Array = weights * np.abs(np.expm1(np.minimum(f - f_next, MAX_EXPONENT)))
-    return violation
+    excess: Array = np.expm1(np.minimum(f - f_next, MAX_EXPONENT))
+    return weights * np.abs(excess)
 
 
 def warn_above_tol(error: float, options: SinkhornOptions, iterations: int) -> None:
