@@ -6,6 +6,7 @@ starts at once.
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import signal
@@ -138,7 +139,8 @@ def run_together(arguments, folder, moment, callbacks, environments):
     processes = []
     try:
         for environment in environments:
-            own = (arguments, folder, moment, callbacks, environment)
+            own = copy.deepcopy(callbacks)  # or processes would share the memory of their tensors
+            own = (arguments, folder, moment, own, environment)
             processes.append(context.Process(target=_run, args=own))
             processes[-1].start()
         for process, environment in zip(processes, environments, strict=True):
