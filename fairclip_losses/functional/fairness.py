@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import sinkhorn_divergence
-from ..ops.options import check_cost
+from ..ops.options import SinkhornOptions
+from ..ops.sinkhorn import divergence
 from ..validation import all_at_least, check_choice, check_integer, should_validate
 from .pairs import widened
 
@@ -80,15 +80,11 @@ class FairnessOptions:
     divide_by_group_sum: bool
 
     def __post_init__(self) -> None:
-        check_cost(self.p, self.blur)
+        self.solver = SinkhornOptions(p=self.p, blur=self.blur, validate=False)
         self.blur = float(self.blur)
         check_choice("group_reduction", self.group_reduction, ("mean", "sum"))
         check_choice("detach", self.detach, ("none", "groups", "total"))
         check_integer("min_group_size", self.min_group_size, 1)
-
-    def divergence(self, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor) -> Tensor:
-        """Return the Sinkhorn divergences by these options, of values that have been checked."""
-        return sinkhorn_divergence(x, y, a, b, p=self.p, blur=self.blur, validate=False)
 
 
 def sinkhorn_fairness(
@@ -209,7 +205,7 @@ def fairness_terms(
         sums = (weights * y[:, 0]).sum(-1, keepdim=True)
         y = (y[:, 0] / torch.where(large_enough[:, None], sums, 1.0))[..., None]
     mass = None if whole is None else whole.to(torch.float32)
-    per_group = options.divergence(x, y, mass, weights)
+    per_group = divergence(x, y, mass, weights, options.solver)
     # A split costs more than all else here.
     several = len(num_groups) > 1
     parts = torch.split(per_group, list(num_groups)) if several else (per_group,)

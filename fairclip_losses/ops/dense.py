@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .options import SinkhornOptions, warn_unconverged
+from .options import Kernel, SinkhornOptions, warn_unconverged
 from .sinkhorn_loop import Potentials, epsilon_schedule, marginal_error
 
 # Largest D for which squared distances come from differences, not from products: those lose half
@@ -54,7 +54,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return square
 
 
-class DenseKernel:
+class DenseKernel(Kernel):
     """See `Kernel`; all N x M costs are in memory."""
 
     def __init__(self, x: Tensor, y: Tensor, p: int, cost: Tensor | None = None) -> None:
@@ -86,13 +86,6 @@ class DenseKernel:
         """See `Kernel.softmin`."""
         exponent = (log_b + g / epsilon)[..., None, :] - self.cost / epsilon
         return -epsilon * exponent.logsumexp(-1)
-
-    def update(
-        self, epsilon: Tensor | float, log_a: Tensor, log_b: Tensor, g: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """See `Kernel.update`."""
-        f = self.softmin(epsilon, log_b, g)
-        return f, self.transposed.softmin(epsilon, log_a, f)
 
     def gradient(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """See `Kernel.gradient`."""

@@ -34,7 +34,7 @@ _STEP_FRACTION = 0.7
 _MAX_DIFFERENCE_EPS, _MAX_STEP_EPS = 3.0, 5.0
 
 
-class LaplaceLine:
+class LaplaceLine(Kernel):
     """See `Kernel`; ``exp(-|x_i - y_j| / eps)`` between x (*, N, 1) and y (*, M, 1).
 
     Both directions are summed at once, in the second to last place of tensors (*, 2, M): the sums
@@ -69,13 +69,6 @@ class LaplaceLine:
         """See `Kernel.softmin`."""
         left, right = self._read(self._running_sums(epsilon, log_b, g), self._all)
         return -epsilon * torch.logaddexp(left, right)
-
-    def update(
-        self, epsilon: Tensor | float, log_a: Tensor, log_b: Tensor, g: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """See `Kernel.update`."""
-        f = self.softmin(epsilon, log_b, g)
-        return f, self.transposed.softmin(epsilon, log_a, f)
 
     def gradient(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """See `Kernel.gradient`."""

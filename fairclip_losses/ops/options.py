@@ -118,8 +118,10 @@ class Kernel(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """One Sinkhorn iteration: ``f = softmin(g)`` and the c-transform of f, (*, M).
 
-        Of both in one pass, where the kernel can; it may leave g as it is where b is 0.
+        A kernel that finds both in one pass may leave g as it is where b is 0.
         """
+        f = self.softmin(epsilon, log_b, g)
+        return f, self.transposed.softmin(epsilon, log_a, f)
 
     def gradient(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """``sum_j P(j | i) grad_x c(x_i, y_j)``, (*, N, D): in each point, per unit of mass."""

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..validation import broadcast_shapes
+from .options import Kernel
 
 # Rows and columns of a tile, of programs without and with a gradient, and coordinates of one's
 # gradient: rows x columns x coordinates must stay in registers.
@@ -88,7 +89,7 @@ def _reduce(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-class TritonKernel:
+class TritonKernel(Kernel):
     """See `Kernel`; one launch a softmin, no temporary."""
 
     def __init__(self, x: Tensor, y: Tensor, p: int) -> None:
@@ -112,13 +113,6 @@ class TritonKernel:
     def softmin(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """See `Kernel.softmin`."""
         return self._launch(epsilon, log_b, g, with_gradient=False)[0]
-
-    def update(
-        self, epsilon: Tensor | float, log_a: Tensor, log_b: Tensor, g: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """See `Kernel.update`."""
-        f = self.softmin(epsilon, log_b, g)
-        return f, self.transposed.softmin(epsilon, log_a, f)
 
     def gradient(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """See `Kernel.gradient`."""
