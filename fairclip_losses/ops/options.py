@@ -98,9 +98,8 @@ class SinkhornOptions:
 class Kernel(Protocol):
     """The Gibbs kernel ``exp(-C_ij / eps)`` between x (*, N, D) and y (*, M, D).
 
-    Two operators are enough for every solver; how the costs are held, the kernel knows. ``epsilon``
-    is a number or a 0-dim tensor; ``log_b`` (*, M) are the logs of weights, ``g`` (*, M) is a
-    potential on y.
+    Two operators are enough for every solver. ``epsilon`` is a number or a 0-dim tensor, ``log_b``
+    (*, M) are the logs of weights, ``g`` (*, M) is a potential on y.
     """
 
     x: Tensor
@@ -120,6 +119,8 @@ class Kernel(Protocol):
 
         Of both in one pass, where the kernel can; it may leave g as it is where b is 0.
         """
+        f = self.softmin(epsilon, log_b, g)
+        return f, self.transposed.softmin(epsilon, log_a, f)
 
     def gradient(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """``sum_j P(j | i) grad_x c(x_i, y_j)``, (*, N, D): in each point, per unit of mass."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..validation import broadcast_shapes
+from .options import Kernel
 
 # Entries of a tile: 1 MiB in float64, so that a tile and its distances fit into a cache of 2 MiB;
 # more on accelerators, where a launch takes as long as a pass over megabytes.
@@ -42,7 +43,7 @@ class _Tile(NamedTuple):
         return self.total.log().add_(self.log_factor)
 
 
-class StreamedKernel:
+class StreamedKernel(Kernel):
     """See `Kernel`; nothing of size N x M is held. Tiles have the points' dtype."""
 
     def __init__(self, x: Tensor, y: Tensor, p: int) -> None:

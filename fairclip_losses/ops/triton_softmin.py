@@ -11,6 +11,7 @@ Importing this module needs Triton; ``TRITON_INTERPRET=1``, set before, runs it 
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 import triton
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..validation import broadcast_shapes
+from .options import Kernel
 
 # Rows and columns of a tile, of programs without and with a gradient, and coordinates of one's
 # gradient: rows x columns x coordinates must stay in registers.
@@ -88,7 +90,7 @@ def _reduce(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-class TritonKernel:
+class TritonKernel(Kernel):
     """See `Kernel`; one launch a softmin, no temporary."""
 
     def __init__(self, x: Tensor, y: Tensor, p: int) -> None:
@@ -99,26 +101,17 @@ class TritonKernel:
             for points in (x, y)
         )
         self._absent = x.new_full((1,), torch.finfo(x.dtype).min / 4)
-        self._transposed: TritonKernel | None = None
 
-    @property
+    @cached_property
     def transposed(self) -> TritonKernel:
         """The kernel from y to x."""
-        if self._transposed is None:
-            self._transposed = TritonKernel(self.y, self.x, self.p)
-            self._transposed._transposed = self
-        return self._transposed
+        other = TritonKernel(self.y, self.x, self.p)
+        other.transposed = self
+        return other
 
     def softmin(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """See `Kernel.softmin`."""
         return self._launch(epsilon, log_b, g, with_gradient=False)[0]
-
-    def update(
-        self, epsilon: Tensor | float, log_a: Tensor, log_b: Tensor, g: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """See `Kernel.update`."""
-        f = self.softmin(epsilon, log_b, g)
-        return f, self.transposed.softmin(epsilon, log_a, f)
 
     def gradient(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """See `Kernel.gradient`."""
