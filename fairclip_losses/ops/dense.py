@@ -123,8 +123,7 @@ def newton(
     error = None
     if watched:
         error = float(marginal_error(log_a.exp(), f, met, options.epsilon).max())
-        if not error <= options.tol:
-            warn_unconverged(error, options, taken)
+        warn_unconverged(error, options, taken)
     return Potentials(met, g, taken, error)
 
 

@@ -123,8 +123,7 @@ def diffusion_loop(
         plain = torch.where(better, f_next, plain)
         fraction = torch.where(better, (1.2 * fraction).clamp(max=_STEP_FRACTION), 0.5 * fraction)
         value = torch.maximum(value, reached)
-    if error is not None and not error <= options.tol:
-        warn_unconverged(error, options, k + 1)
+    warn_unconverged(error, options, k + 1)
     return Potentials(f, back.softmin(epsilon, log_a, f), k + 1, error)
 
 

@@ -235,7 +235,7 @@ def symmetric_loop(
                     break
             # far from the solution the plain average is the surer
             f = 0.5 * (f_1 + f_2) if taken == 1 else (f + 8.0 * f_1 + 8.0 * f_2) / 17.0
-    if options.is_watched(kernel.x) and not errors[-1] <= options.tol:
+    if options.is_watched(kernel.x):
         warn_unconverged(errors[-1], options, taken)
     f = 0.5 * (f_1 + f_2)
     return _complete(kernel, log_a, log_a, f, f, options), 2.0 * (a * f).sum(-1)

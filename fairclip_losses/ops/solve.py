@@ -155,8 +155,7 @@ def _solve_between(
         found = sinkhorn_loop(kernel, log_a, log_b, options, most, _lead_in(kernel, options))
         error, taken = found.marginal_error, found.iterations
         if dense is None or error is None or error <= options.tol:
-            if error is not None and not error <= options.tol:
-                warn_unconverged(error, options, taken)
+            warn_unconverged(error, options, taken)
             return found
     return newton(dense, log_a, log_b, options, None, taken)
 
