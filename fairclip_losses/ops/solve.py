@@ -208,11 +208,10 @@ def solve_on_cpu(
             own = line.within(_rows(a, lead_a), _rows(b, lead_b))
     else:
         lead_a = lead_b = lead
-        rows = [_rows(part, lead) for part in (x[..., 0], y[..., 0], a, b)]
-        lines = [
-            LaplaceLineSolver(one, other, options) for one, other in zip(*rows[:2], strict=True)
+        rows = zip(*(_rows(part, lead) for part in (x[..., 0], y[..., 0], a, b)), strict=True)
+        weighted = [
+            (LaplaceLineSolver(one, other, options), u[None], v[None]) for one, other, u, v in rows
         ]
-        weighted = [(line, u[None], v[None]) for line, u, v in zip(lines, *rows[2:], strict=True)]
         between = join_rows([line.between(u, v) for line, u, v in weighted])
         if options.debias:
             both = [line.within(u, v) for line, u, v in weighted]
