@@ -109,23 +109,21 @@ def newton(
 ) -> Potentials:  # fmt: skip
     """Solve ``OT_eps(a, b)`` from a near g, or by eps-scaling; ``taken`` iterations came before."""
     watched = options.is_watched(kernel.x)
-    schedule: list[Tensor | float] = [options.epsilon]
+    stages: list[Tensor | float] = []
     if g is None:
         scaling = options.scaling ** (1 / options.p) if watched else options.scaling
-        schedule = epsilon_schedule(kernel.x, kernel.y, options, scaling)
+        *stages, _ = epsilon_schedule(kernel.x, kernel.y, options, scaling)
         g = torch.zeros_like(log_b)
-    f = kernel.softmin(schedule[0], log_b, g)
-    for k, epsilon in enumerate(schedule):
-        at_target = k == len(schedule) - 1
-        f, iterations = _newton_at(kernel, f, log_a, log_b, options, epsilon, at_target)
+    f = kernel.softmin([*stages, options.epsilon][0], log_b, g)
+    for k, epsilon in enumerate([*stages, options.epsilon]):
+        f, iterations = _newton_at(kernel, f, log_a, log_b, options, epsilon, k == len(stages))
         taken += iterations
     g = kernel.transposed.softmin(options.epsilon, log_a, f)
     met = kernel.softmin(options.epsilon, log_b, g)
     error = None
     if watched:
         error = float(marginal_error(log_a.exp(), f, met, options.epsilon).max())
-        if not error <= options.tol:
-            warn_unconverged(error, options, taken)
+        warn_unconverged(error, options, taken)
     return Potentials(met, g, taken, error)
 
 
@@ -142,9 +140,12 @@ def _newton_at(
     dual value is higher without the step.
     """
     watched = options.is_watched(kernel.x)
-    most, tol = _iterations(options, watched, at_target), options.tol
-    if not at_target:
-        tol = max(tol, _STAGE_TOL)
+    if at_target:
+        tol, most = options.tol, min(_ITERATIONS, options.max_iterations)
+        most = options.iterations or (most if watched else _FIXED_ITERATIONS)
+    else:
+        tol = max(options.tol, _STAGE_TOL)
+        most = _STAGE_ITERATIONS if watched else _FIXED_STAGE_ITERATIONS
     back, a, b = kernel.transposed, log_a.exp(), log_b.exp()
     damping = torch.full_like((a * f).sum(-1, keepdim=True), _DAMPING)
     longest = torch.full_like(damping, _MAX_STEP_EPS)
@@ -190,11 +191,3 @@ def _newton_step(coupling: Tensor, a: Tensor, b: Tensor, mass: Tensor, damping: 
     # where it cannot be factored, the diagonal alone
     step = torch.where(step.isfinite(), step, right / diagonal) * inverse_root_a
     return step - (a * step).sum(-1, keepdim=True)
-
-
-def _iterations(options: SinkhornOptions, watched: bool, at_target: bool) -> int:
-    if not at_target:
-        return _STAGE_ITERATIONS if watched else _FIXED_STAGE_ITERATIONS
-    if options.iterations is not None:
-        return options.iterations
-    return min(_ITERATIONS, options.max_iterations) if watched else _FIXED_ITERATIONS

@@ -126,15 +126,12 @@ def settled(points: Tensor, *weights: Tensor | None) -> Tensor:
     if len(given) < len(weights):
         return points
     shape = points.shape[:-1]
-    used = torch.zeros(shape, dtype=torch.bool, device=points.device)
+    used = torch.zeros((*shape, 1), dtype=torch.bool, device=points.device)
     for rows in given:  # counted in float32: a sum of booleans is none
         present = (rows > 0).to(torch.float32).expand(broadcast_shapes(shape, rows.shape))
-        used = used | (present.sum_to_size(shape) > 0)
-    used = used[..., None]
-    everything = list(range(len(shape)))
-    total = torch.where(used, points.detach(), 0.0).sum(
-        everything, dtype=working_dtype(points.device)
-    )
+        used = used | (present.sum_to_size(shape) > 0)[..., None]
+    dtype, everything = working_dtype(points.device), list(range(len(shape)))
+    total = torch.where(used, points.detach(), 0.0).sum(everything, dtype=dtype)
     return torch.where(used, points, (total / used.sum().clamp(min=1)).to(points.dtype))
 
 
@@ -176,9 +173,8 @@ def _by_weights(weights: Tensor | None, potential: Tensor, grad: Tensor) -> Tens
     """Return the gradient in weights (*, N), which the cost divides by their sum."""
     if weights is None:
         return None
-    mean = (normalised(weights, weights) * potential).sum(-1, keepdim=True)
-    centred = potential - mean
-    total = weights.sum(-1, keepdim=True, dtype=mean.dtype)
+    centred = potential - (normalised(weights, weights) * potential).sum(-1, keepdim=True)
+    total = weights.sum(-1, keepdim=True, dtype=centred.dtype)
     slopes = centred * grad[..., None] / torch.where(total > 0, total, 1.0)
     return slopes.sum_to_size(weights.shape).to(weights.dtype)
 

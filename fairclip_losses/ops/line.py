@@ -14,6 +14,8 @@ in the wrong place: 10 to 40 iterations do where thousands did, at any blur.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -47,23 +49,21 @@ class LaplaceLine(Kernel):
         lead = broadcast_shapes(x.shape[:-2], y.shape[:-2])
         points = x[..., 0].expand(*lead, -1).contiguous()
         line = sorted_y.expand(*lead, -1).contiguous()
-        below = torch.searchsorted(line, points, right=False)  # how many y < x_i
+        below = torch.searchsorted(line, points)  # how many y < x_i
         up_to = torch.searchsorted(line, points, right=True)  # how many y <= x_i
-        above = y.shape[-2] - up_to  # how many y > x_i
+        above = y.shape[-2] - up_to
         self._order = torch.stack([order, order.flip(-1)], -2)
         self._heights = torch.stack([sorted_y, -sorted_y.flip(-1)], -2)
         self._shifts = torch.stack([-points, points], -2)
         self._all, self._apart = torch.stack([up_to, above], -2), torch.stack([below, above], -2)
         self._scaled: tuple[Tensor | float, Tensor, Tensor] | None = None
-        self._transposed: LaplaceLine | None = None
 
-    @property
+    @cached_property
     def transposed(self) -> LaplaceLine:
         """The kernel from y to x."""
-        if self._transposed is None:
-            self._transposed = LaplaceLine(self.y, self.x)
-            self._transposed._transposed = self
-        return self._transposed
+        other = LaplaceLine(self.y, self.x)
+        other.transposed = self
+        return other
 
     def softmin(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """See `Kernel.softmin`."""
@@ -123,8 +123,7 @@ def diffusion_loop(
         plain = torch.where(better, f_next, plain)
         fraction = torch.where(better, (1.2 * fraction).clamp(max=_STEP_FRACTION), 0.5 * fraction)
         value = torch.maximum(value, reached)
-    if error is not None and not error <= options.tol:
-        warn_unconverged(error, options, k + 1)
+    warn_unconverged(error, options, k + 1)
     return Potentials(f, back.softmin(epsilon, log_a, f), k + 1, error)
 
 

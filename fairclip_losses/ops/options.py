@@ -98,9 +98,8 @@ class SinkhornOptions:
 class Kernel(Protocol):
     """The Gibbs kernel ``exp(-C_ij / eps)`` between x (*, N, D) and y (*, M, D).
 
-    Two operators are enough for every solver; how the costs are held, the kernel knows. ``epsilon``
-    is a number or a 0-dim tensor; ``log_b`` (*, M) are the logs of weights, ``g`` (*, M) is a
-    potential on y.
+    Two operators are enough for every solver. ``epsilon`` is a number or a 0-dim tensor, ``log_b``
+    (*, M) are the logs of weights, ``g`` (*, M) is a potential on y.
     """
 
     x: Tensor
@@ -159,8 +158,10 @@ def runs_triton(points: Tensor) -> bool:
     return here and _has_triton()
 
 
-def warn_unconverged(error: float, options: SinkhornOptions, iterations: int) -> None:
-    """Say that the solver stopped before the marginals were met to ``tol``."""
+def warn_unconverged(error: float | None, options: SinkhornOptions, iterations: int) -> None:
+    """Say so where the solver stopped before the marginals were met to ``tol``; None: untested."""
+    if error is None or error <= options.tol:
+        return
     warnings.warn(
         f"the Sinkhorn solver stopped after {iterations} iterations with an L1 error of the "
         f"marginals of {error:.1e}, above tol = {options.tol:.1e}, at blur = {options.blur:g}: "

@@ -70,21 +70,17 @@ def sinkhorn_loop(
     """
     watched = options.is_watched(kernel.x)
     *stages, target = epsilon_schedule(kernel.x, kernel.y, options, options.scaling)
-    left = max_iterations if watched else len(stages) + _FIXED_ITERATIONS
-    if options.iterations is not None:
-        left = options.iterations
-    quick, quick_tol = (kernel, 0.0) if lead_in is None else lead_in
-    plan = [(quick, epsilon, _STAGE_TOL, _STAGE_ITERATIONS) for epsilon in stages]
+    left = options.iterations or (max_iterations if watched else len(stages) + _FIXED_ITERATIONS)
+    quick, quick_tol = lead_in or (kernel, 0.0)
+    plan = [(epsilon, _STAGE_TOL, _STAGE_ITERATIONS if watched else 1) for epsilon in stages]
     if lead_in is not None:
-        plan.append((quick, target, max(quick_tol, options.tol), left))
+        plan.append((target, max(quick_tol, options.tol), left))
     g, taken = torch.zeros_like(log_b), 0
-    for each, epsilon, tol, most in plan:
-        most = 1 if not watched and epsilon is not target else most
-        most = min(most, left - taken - 1)
-        if most < 1:
+    for epsilon, tol, most in plan:
+        if taken + 1 >= left:
             break
-        below = partial(is_near, tol=tol) if watched else None
-        led = _iterate(each, log_a, log_b, g, epsilon, most, below)
+        near = partial(is_near, tol=tol) if watched else None
+        led = _iterate(quick, log_a, log_b, g, epsilon, min(most, left - taken - 1), near)
         g, taken = led.g, taken + led.iterations
     converged = partial(is_converged, tol=options.tol) if watched else None
     found = _iterate(kernel, log_a, log_b, g, target, left - taken, converged)
@@ -96,7 +92,7 @@ def _complete(
     kernel: Kernel, log_a: Tensor, log_b: Tensor, f: Tensor, g: Tensor, options: SinkhornOptions
 ) -> Tensor:
     """Return the c-transform of f, which is g but where b is 0."""
-    if is_readable(f) and bool((log_b > -torch.inf).all()):
+    if is_readable(f) and not (log_b == -torch.inf).any():
         return g
     return kernel.transposed.softmin(options.epsilon, log_a, f)
 
@@ -141,10 +137,10 @@ def _iterate(
         f, g_next = kernel.update(epsilon, log_a, log_b, g)
         if is_done is not None:
             errors.append(float(marginal_error(b, g, g_next, epsilon).max()))
-        if k + 1 == max_iterations or (is_done is not None and is_done(errors)):
-            break
-        dual_value = (a * f).sum(-1) + (b * g).sum(-1)
-        g = anderson.step(g, g_next, dual_value, epsilon)
+            if is_done(errors):
+                break
+        if k + 1 < max_iterations:
+            g = anderson.step(g, g_next, (a * f).sum(-1) + (b * g).sum(-1), epsilon)
     return Potentials(f, g_next, k + 1, errors[-1] if errors else None)
 
 
@@ -194,11 +190,8 @@ class Anderson:
             memory.append(new)
             memory[:] = [torch.where(fell, 0.0, old) for old in memory[-_ANDERSON_MEMORY:]]
         combined = torch.where(fell, last_update, update - self._excess(residual, epsilon))
-        self._last = (
-            torch.where(fell, last_update, update),
-            torch.where(fell, last_residual, residual),
-            torch.maximum(value, last_value),
-        )
+        kept = torch.where(fell, last_update, update), torch.where(fell, last_residual, residual)
+        self._last = *kept, torch.maximum(value, last_value)
         return combined
 
     def _excess(self, residual: Tensor, epsilon: Tensor | float) -> Tensor:
@@ -228,21 +221,21 @@ def symmetric_loop(
     """
     a, tested = log_a.exp(), is_readable(kernel.x)
     most = options.iterations or (options.max_iterations if tested else _FIXED_SELF_ITERATIONS)
-    f, taken, error = torch.zeros_like(log_a), 0, 0.0
-    for each, led_tol in [*([] if lead_in is None else [lead_in]), (kernel, 0.0)]:
-        errors = list[float]()
+    f, taken, errors = torch.zeros_like(log_a), 0, [0.0]
+    for each, tol in (
+        [(kernel, options.tol)] if lead_in is None else [lead_in, (kernel, options.tol)]
+    ):
+        done, errors = is_converged if each is kernel else is_near, []
         while taken < most - (each is not kernel):
             f_1, f_2 = each.update(options.epsilon, log_a, log_a, f)
             taken += 1
             if tested:
-                error = float(marginal_error(a, f, f_1, options.epsilon).max())
-                errors.append(error)
-                leads = each is not kernel
-                if is_near(errors, led_tol) if leads else is_converged(errors, options.tol):
+                errors.append(float(marginal_error(a, f, f_1, options.epsilon).max()))
+                if done(errors, tol):
                     break
             # far from the solution the plain average is the surer
             f = 0.5 * (f_1 + f_2) if taken == 1 else (f + 8.0 * f_1 + 8.0 * f_2) / 17.0
-    if options.is_watched(kernel.x) and not error <= options.tol:
-        warn_unconverged(error, options, taken)
+    if options.is_watched(kernel.x):
+        warn_unconverged(errors[-1], options, taken)
     f = 0.5 * (f_1 + f_2)
     return _complete(kernel, log_a, log_a, f, f, options), 2.0 * (a * f).sum(-1)

@@ -90,7 +90,11 @@ def entropic_marginal_error(
     """Return the L1 error (*,) of both marginals, on all points, whatever stood for them."""
     epsilon = options.epsilon
     if options.p == 2 and solves_on_cpu(x, y, options):
-        return marginal_error_on_cpu(x, y, a, b, f, g, epsilon)
+        lead = f.shape[:-1]
+        sides = _measures(x, a, lead), _measures(y, b, lead)
+        rows = zip(*sides, _rows(f, lead), _rows(g, lead), strict=True)
+        errors = [gauss_marginal_error(*row, epsilon) for row in rows]
+        return torch.tensor(errors, dtype=torch.float64).view(lead)
     kernel = choose_kernel(x, y, a, b, options)
     error = marginal_error(a, f, kernel.softmin(epsilon, b.log(), g), epsilon)
     back = kernel.transposed.softmin(epsilon, a.log(), f)
@@ -152,8 +156,7 @@ def _solve_between(
         found = sinkhorn_loop(kernel, log_a, log_b, options, most, _lead_in(kernel, options))
         error, taken = found.marginal_error, found.iterations
         if dense is None or error is None or error <= options.tol:
-            if error is not None and not error <= options.tol:
-                warn_unconverged(error, options, taken)
+            warn_unconverged(error, options, taken)
             return found
     return newton(dense, log_a, log_b, options, None, taken)
 
@@ -189,8 +192,11 @@ def solve_on_cpu(
     own = None
     if options.p == 2:
         one, other = _measures(x, a, lead_a), _measures(y, b, lead_b)
-        pairs = zip(_expand(one, lead_a, lead), _expand(other, lead_b, lead), strict=True)
-        between = join_rows([solve_between(*pair, options, potentials) for pair in pairs])
+        which = (np.arange(len(s)).reshape(own) for s, own in ((one, lead_a), (other, lead_b)))
+        pairs = zip(*(np.broadcast_to(each, lead).flat for each in which), strict=True)
+        between = join_rows(
+            [solve_between(one[i], other[j], options, potentials) for i, j in pairs]
+        )
         if options.debias:  # a measure that rows share is solved against itself once
             within = [[solve_within(row, options, potentials) for row in s] for s in (one, other)]
             own = join_rows(within[0]), join_rows(within[1])
@@ -203,11 +209,10 @@ def solve_on_cpu(
             own = line.within(_rows(a, lead_a), _rows(b, lead_b))
     else:
         lead_a = lead_b = lead
-        rows = [_rows(part, lead) for part in (x[..., 0], y[..., 0], a, b)]
-        lines = [
-            LaplaceLineSolver(one, other, options) for one, other in zip(*rows[:2], strict=True)
+        rows = zip(*(_rows(part, lead) for part in (x[..., 0], y[..., 0], a, b)), strict=True)
+        weighted = [
+            (LaplaceLineSolver(one, other, options), u[None], v[None]) for one, other, u, v in rows
         ]
-        weighted = [(line, u[None], v[None]) for line, u, v in zip(lines, *rows[2:], strict=True)]
         between = join_rows([line.between(u, v) for line, u, v in weighted])
         if options.debias:
             both = [line.within(u, v) for line, u, v in weighted]
@@ -236,17 +241,6 @@ def _assemble(
     return Solution(cost, transport_cost, f, g, f_self, g_self, between.iterations), slopes
 
 
-def marginal_error_on_cpu(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, epsilon: float
-) -> Tensor:
-    """Return the L1 error (*,) of both marginals on all points, for p = 2 and potentials (*, N)."""
-    lead = f.shape[:-1]
-    sides = _measures(x, a, lead), _measures(y, b, lead)
-    rows = zip(*sides, _rows(f, lead), _rows(g, lead), strict=True)
-    error = [gauss_marginal_error(*row, epsilon) for row in rows]
-    return torch.tensor(error, dtype=torch.float64).view(lead)
-
-
 def _rows(values: Tensor, lead: Shape) -> Array:
     """Return values (*, N) of the rows to which they broadcast, (R, N)."""
     n = values.shape[-1]
@@ -259,9 +253,3 @@ def _measures(points: Tensor, weights: Tensor, lead: Shape) -> list[Measure]:
     """Return the measure of each row: points (*, N, 1), weights (*, N)."""
     rows = zip(_rows(points[..., 0], lead), _rows(weights, lead), strict=True)
     return [Measure(*row) for row in rows]
-
-
-def _expand(measures: list[Measure], own: Shape, lead: Shape) -> list[Measure]:
-    """Return the measure of each of the rows to which they broadcast."""
-    which = np.broadcast_to(np.arange(len(measures)).reshape(own), lead).reshape(-1)
-    return [measures[k] for k in which]

@@ -11,6 +11,7 @@ Importing this module needs Triton; ``TRITON_INTERPRET=1``, set before, runs it 
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 import triton
@@ -100,15 +101,13 @@ class TritonKernel(Kernel):
             for points in (x, y)
         )
         self._absent = x.new_full((1,), torch.finfo(x.dtype).min / 4)
-        self._transposed: TritonKernel | None = None
 
-    @property
+    @cached_property
     def transposed(self) -> TritonKernel:
         """The kernel from y to x."""
-        if self._transposed is None:
-            self._transposed = TritonKernel(self.y, self.x, self.p)
-            self._transposed._transposed = self
-        return self._transposed
+        other = TritonKernel(self.y, self.x, self.p)
+        other.transposed = self
+        return other
 
     def softmin(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """See `Kernel.softmin`."""
