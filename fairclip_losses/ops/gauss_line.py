@@ -30,9 +30,8 @@ from .line_newton import (
     heavy_ball_within,
     marginal_violation,
     newton_between,
-    warn_above_tol,
 )
-from .options import SinkhornOptions
+from .options import SinkhornOptions, warn_unconverged
 
 # Nodes of a cell, and points of a measure up to which laying out cells costs more than it saves.
 NODES, MIN_POINTS = 8, 128
@@ -71,7 +70,7 @@ def solve_between(x: Measure, y: Measure, options: SinkhornOptions, potentials: 
         one.refine()
         start, _ = other.read(one.nodes, at_y)
         other.refine()
-    warn_above_tol(error, options, iterations)
+    warn_unconverged(error, options, iterations)
     f, grad_x = one.at_points(at_x, other, at_y, potentials)
     g, grad_y = other.at_points(at_y, one, at_x, potentials)
     return Between(cost, f, g, grad_x, grad_y, iterations)
@@ -88,7 +87,7 @@ def solve_within(x: Measure, options: SinkhornOptions, potentials: bool) -> With
         if error <= options.tol or options.iterations is not None or not left:
             break
         side.refine()
-    warn_above_tol(error, options, MAX_REFINEMENTS)
+    warn_unconverged(error, options, MAX_REFINEMENTS)
     cost = epsilon * (side.weights * (before + after)).sum(-1)
     return Within(cost, *side.at_points(solved, side, solved, potentials))
 

@@ -113,12 +113,6 @@ def marginal_violation(weights: Array, f: Array, f_next: Array) -> Array:
     return weights * np.abs(excess)
 
 
-def warn_above_tol(error: float, options: SinkhornOptions, iterations: int) -> None:
-    """Warn of a marginal error above ``tol`` or NaN, unless the iterations were fixed."""
-    if options.iterations is None and not error <= options.tol:
-        warn_unconverged(error, options, iterations)
-
-
 def newton_between(
     kernel: LineKernel, a: Array, b: Array, f: Array, options: SinkhornOptions
 ) -> tuple[DualState, int]:
@@ -153,7 +147,7 @@ def newton_between(
         best = DualState(*(np.where(better, one.T, other.T).T for one, other in rows))
         error = best.marginal_error.max()
         iterations += 1
-    warn_above_tol(float(error), options, iterations)
+    warn_unconverged(float(error), options, iterations)
     return best, iterations
 
 
@@ -176,5 +170,5 @@ def heavy_ball_within(
         error = float(marginal_violation(a, f, f_next).sum(-1).max())
         if options.iterations is None and error <= SELF_TOL_FACTOR * options.tol:
             break
-    warn_above_tol(error, options, most)
+    warn_unconverged(error, options, most)
     return f, f_next

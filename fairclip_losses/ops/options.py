@@ -159,8 +159,11 @@ def runs_triton(points: Tensor) -> bool:
 
 
 def warn_unconverged(error: float | None, options: SinkhornOptions, iterations: int) -> None:
-    """Say so where the solver stopped before the marginals were met to ``tol``; None: untested."""
-    if error is None or error <= options.tol:
+    """Say so where the solver stopped before the marginals were met to ``tol``; NaN is not met.
+
+    Not where nobody tested (None), or where the number of iterations was given.
+    """
+    if error is None or options.iterations is not None or error <= options.tol:
         return
     warnings.warn(
         f"the Sinkhorn solver stopped after {iterations} iterations with an L1 error of the "
