@@ -52,19 +52,20 @@ def pair_terms(loss: nn.Module, model_out: Mapping[str, Any]) -> PairTerms:
     if getattr(loss, "pair_terms", None) is not None:
         return _own_terms(loss, model_out)
     # By the names of its classes, so that open_clip need not be imported and subclasses count.
-    known = next((cls for cls in type(loss).__mro__ if cls.__name__ in _TERMS), None)
-    if known is None:
+    # (No `next`: the compiler of torch 2.5 cannot follow it.)
+    known: list[Any] = [cls for cls in type(loss).__mro__ if cls.__name__ in _TERMS]
+    if not known:
         raise ValueError(
             "expected a ClipLoss, SigLipLoss, CoCaLoss or DistillClipLoss of open_clip or a module "
             f"with pair_terms(**model_out), got {name}"
         )
-    if vars(known)["forward"] is not getattr(type(loss), "forward", None):
+    if known[0].forward is not type(loss).forward:
         raise ValueError(
-            f"{name} has a forward of its own, which the terms of {known.__name__} do not say: "
+            f"{name} has a forward of its own, which the terms of {known[0].__name__} do not say: "
             "give it a method pair_terms(**model_out)"
         )
     try:
-        return _TERMS[known.__name__](loss, model_out)
+        return _TERMS[known[0].__name__](loss, model_out)
     except KeyError as missing:
         raise ValueError(
             f"{name} needs {missing} in the model's output, got {sorted(model_out)}"
