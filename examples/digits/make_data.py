@@ -85,13 +85,23 @@ class DataFiles:
     truth: Path
 
 
-def plant(seed: int, recipe: Recipe | None = None) -> Pairs:
-    """Draw one data set: groups, sites, splits, spoiled images and wrong captions, from a seed."""
+def plant(
+    seed: int,
+    recipe: Recipe | None = None,
+    images: Array | None = None,
+    digit: Array | None = None,
+) -> Pairs:
+    """Draw one data set: groups, sites, splits, spoiled images and wrong captions, from a seed.
+
+    images: grey in 0..1, (N, h, w), and the digits (N,) that they show; None is scikit-learn's.
+    """
     recipe = recipe or Recipe()
     rng = np.random.default_rng(seed)
-    source = load_digits()
-    clean = np.asarray(source.images, dtype=np.float64) / 16.0
-    digit = np.asarray(source.target, dtype=np.int64)
+    if images is None or digit is None:
+        source = load_digits()
+        images, digit = source.images / 16.0, source.target
+    clean = np.asarray(images, dtype=np.float64)
+    digit = np.asarray(digit, dtype=np.int64)
     count = len(digit)
 
     group = np.zeros(count, dtype=np.int64)

@@ -25,7 +25,7 @@ class FairnessTerms(NamedTuple):
     total: Tensor  # () the term to add to a loss
     per_attribute: Tensor  # (C,)
     per_group: Tensor  # (R,) one divergence a group, 0 where the group is too small
-    counts: Tensor  # (R,) members of each group, queued scores included
+    counts: Tensor  # (R,) mass of each group: its members where all weigh 1, queued ones included
 
 
 def stack_groups(groups: Tensor | Mapping[str, Tensor]) -> Tensor:
@@ -99,8 +99,10 @@ def sinkhorn_fairness(
     min_group_size: int = 2,
     detach: Detach = "none",
     divide_by_group_sum: bool = False,
+    weights: Tensor | None = None,
     valid: Tensor | None = None,
     queue: Tensor | None = None,
+    queue_weights: Tensor | None = None,
     validate: bool | None = None,
 ) -> FairnessTerms:
     r"""Return the Sinkhorn divergences between the scores of a batch and of each of its groups.
@@ -108,28 +110,31 @@ def sinkhorn_fairness(
     .. math::
         F = \sum_c w_c \frac{1}{|G_c|} \sum_{g \in G_c} S_\varepsilon(D_{batch}, D_g)
 
-    over the groups G_c of attribute c that have at least ``min_group_size`` members; an attribute
-    without any adds 0. Both distributions are of the very same points, so gradients reach a score
-    through its group and through the batch (see ``detach``).
+    over the groups G_c of attribute c that have a mass of at least ``min_group_size``; an attribute
+    without any adds 0. The mass of a score, in the batch's distribution as in its group's, is its
+    weight. Both distributions are of the very same points, so gradients reach a score through its
+    group and through the batch (see ``detach``).
 
     Arguments and defaults are as of `SinkhornFairnessLoss` and its ``forward``, but: ``num_groups``
     are the G_c in the attributes' order, and a code outside 0..G_c-1 counts as unknown; ``queue``
     are recent detached scores, (1 + R, K), NaN where empty: row 0 of the whole batch, row 1 + r of
-    group r. They widen both distributions and get no gradient.
+    group r. They widen both distributions, by their ``queue_weights`` (None is 1 each), and get no
+    gradient.
 
     All terms but ``counts`` are connected to the graph of ``scores``, float64 for float64 scores,
     else float32.
 
     Raises:
-        ValueError: scores not (B,) floating point, NaN or infinite; groups of another length, not
-            integer, or of another number of attributes than ``num_groups``; a valid, queue or
-            attribute_weights of the wrong length; an option out of range.
+        ValueError: scores or weights not (B,) floating point, NaN or infinite; negative weights;
+            groups of another length, not integer, or of another number of attributes than
+            ``num_groups``; a valid, queue, queue_weights or attribute_weights of the wrong shape;
+            an option out of range.
 
     Source: Bansal et al. (arXiv:2505.03153), the fairness loss; Luo et al. (arXiv:2403.19949),
     eq. 3-4; averaged over groups instead of summed.
     """
     options = FairnessOptions(p, blur, group_reduction, min_group_size, detach, divide_by_group_sum)
-    check_scores(scores, valid, validate)
+    check_scores(scores, weights, valid, validate)
     codes = check_codes(groups, scores)
     given = tuple(num_groups)
     if codes.shape[1] != len(given):
@@ -145,11 +150,23 @@ def sinkhorn_fairness(
     rows = 1 + sum(given)
     if queue is not None and (queue.dim() != 2 or queue.shape[0] != rows):
         raise ValueError(f"queue must have shape ({rows}, K), got {tuple(queue.shape)}")
-    return fairness_terms(scores, codes, given, options, attribute_weights, valid, queue)
+    if queue_weights is not None and (queue is None or queue_weights.shape != queue.shape):
+        raise ValueError(
+            "queue_weights must have the shape of queue, got "
+            f"{tuple(queue_weights.shape)} and {None if queue is None else tuple(queue.shape)}"
+        )
+    return fairness_terms(
+        scores, codes, given, options, attribute_weights, weights, valid, queue, queue_weights
+    )
 
 
-def check_scores(scores: Tensor, valid: Tensor | None, validate: bool | None) -> None:
-    """Refuse scores that are no floating point tensor (B,), or not finite where they are valid."""
+def check_scores(
+    scores: Tensor, weights: Tensor | None, valid: Tensor | None, validate: bool | None
+) -> None:
+    """Refuse scores that are no floating point tensor (B,), or not finite where they are valid.
+
+    Refuse weights likewise, and those below 0.
+    """
     if not isinstance(scores, Tensor):
         raise ValueError(f"scores must be a tensor, got {type(scores).__name__}")
     shape = tuple(scores.shape)
@@ -159,8 +176,16 @@ def check_scores(scores: Tensor, valid: Tensor | None, validate: bool | None) ->
         raise ValueError(
             f"valid must be bool of shape {shape}, got {valid.dtype} {tuple(valid.shape)}"
         )
+    if weights is not None and not (weights.is_floating_point() and weights.shape == scores.shape):
+        raise ValueError(
+            f"weights must be floating point of shape {shape}, "
+            f"got {weights.dtype} {tuple(weights.shape)}"
+        )
     if not should_validate(scores, validate):
         return
+    if weights is not None and not all_at_least(weights, 0):
+        bad = int((~((weights >= 0) & torch.isfinite(weights))).sum())
+        raise ValueError(f"weights must be finite and >= 0, got others at {bad} of {shape[0]}")
     counted = scores if valid is None else torch.where(valid, scores, 0.0)
     if not all_at_least(counted, -math.inf):
         bad = int((~torch.isfinite(counted)).sum())
@@ -183,29 +208,34 @@ def fairness_terms(
     num_groups: Sequence[int],
     options: FairnessOptions,
     attribute_weights: Sequence[float] | None,
+    weights: Tensor | None,
     valid: Tensor | None,
     queue: Tensor | None,
+    queue_weights: Tensor | None,
 ) -> FairnessTerms:
     """Return what `sinkhorn_fairness` does, of arguments that have been checked."""
-    members, whole = group_membership(codes, num_groups), valid
+    mass = None if valid is None else valid.to(torch.float32)
+    if weights is not None:
+        mass = weights.detach().to(torch.float32)
+        mass = mass if valid is None else torch.where(valid, mass, 0.0)
     if valid is not None:
-        members = members & valid
         scores = torch.where(valid, scores, 0.0)
+    groups = group_membership(codes, num_groups).to(torch.float32)
+    groups = groups if mass is None else groups * mass
     if queue is not None:
-        scores, whole, members = _with_queue(scores, valid, members, queue)
-    counts = members.sum(-1)
+        scores, mass, groups = _with_queue(scores, mass, groups, queue, queue_weights)
+    counts = groups.sum(-1)
     large_enough = counts >= options.min_group_size
-    weights = (members & large_enough[:, None]).to(torch.float32)
+    groups = groups * large_enough[:, None]
     x = y = scores[:, None]
     if options.detach == "groups":
         y = x.detach()
     elif options.detach == "total":
         x = x.detach()
     if options.divide_by_group_sum:
-        sums = (weights * y[:, 0]).sum(-1, keepdim=True)
+        sums = (groups * y[:, 0]).sum(-1, keepdim=True)
         y = (y[:, 0] / torch.where(large_enough[:, None], sums, 1.0))[..., None]
-    mass = None if whole is None else whole.to(torch.float32)
-    per_group = divergence(x, y, mass, weights, options.solver)
+    per_group = divergence(x, y, mass, groups, options.solver)
     # A split costs more than all else here.
     several = len(num_groups) > 1
     parts = torch.split(per_group, list(num_groups)) if several else (per_group,)
@@ -221,17 +251,22 @@ def fairness_terms(
 
 
 def _with_queue(
-    scores: Tensor, valid: Tensor | None, membership: Tensor, queue: Tensor
+    scores: Tensor,
+    mass: Tensor | None,
+    groups: Tensor,
+    queue: Tensor,
+    queue_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Append the queued scores: row r of the queue belongs to measure r alone."""
     rows, length = queue.shape
     filled = ~queue.isnan()
     # Promoted: half precision scores meet a float32 queue.
     points = torch.cat([scores, torch.where(filled, queue.detach(), 0.0).flatten()])
-    owner = torch.arange(rows, device=queue.device).repeat_interleave(length)
-    queued = filled.flatten() & (owner == torch.arange(rows, device=queue.device)[:, None])
-    whole = torch.ones_like(membership[:1]) if valid is None else valid[None]
-    measures = torch.cat([torch.cat([whole, membership]), queued], dim=1)
+    queued = filled.to(torch.float32) if queue_weights is None else filled * queue_weights
+    # Block r of the columns is row r's: a diagonal of blocks.
+    own = torch.eye(rows, device=queue.device)[:, :, None] * queued
+    whole = torch.ones_like(groups[:1]) if mass is None else mass[None]
+    measures = torch.cat([torch.cat([whole, groups]), own.flatten(1)], dim=1)
     return points, measures[0], measures[1:]
 
 

@@ -33,10 +33,11 @@ class SinkhornFairnessLoss(FairnessOptions, nn.Module):
         attribute_weights: w_c in the attributes' order, or name -> weight; default 1/C each.
         group_reduction: ``"mean"`` over the groups present, as above, or ``"sum"`` (published;
             attributes with more groups then weigh more).
-        min_group_size: groups with fewer members in the batch (and queue) add 0.
+        min_group_size: groups of less mass in the batch (and queue) add 0; a member has mass 1, or
+            its weight.
         queue_size: recent scores remembered for the batch and for each group, so that a rare group
             has a distribution at all; 0 is none. Needs ``num_groups``. Queued scores are detached,
-            and are part of the state dict.
+            and are part of the state dict with their weights.
         detach: ``"none"``, ``"groups"`` or ``"total"``: the side that gets no gradient.
         divide_by_group_sum: divide each group's scores by their sum and the batch's by nothing:
             what the published code computes, for comparison only.
@@ -53,6 +54,7 @@ class SinkhornFairnessLoss(FairnessOptions, nn.Module):
     """
 
     queue: Tensor
+    queue_weights: Tensor
     queue_next: Tensor
 
     def __init__(
@@ -85,6 +87,7 @@ class SinkhornFairnessLoss(FairnessOptions, nn.Module):
             _in_order(self.attribute_weights, self.attribute_names, len(self.num_groups))
         rows = 1 + sum(self.num_groups or ()) if queue_size else 0
         self.register_buffer("queue", torch.full((rows, queue_size), float("nan")))
+        self.register_buffer("queue_weights", torch.zeros((rows, queue_size)))
         self.register_buffer("queue_next", torch.zeros(rows, dtype=torch.int64))
         self.last: FairnessTerms | None = None
 
@@ -93,6 +96,7 @@ class SinkhornFairnessLoss(FairnessOptions, nn.Module):
         scores: Tensor,
         groups: Tensor | Mapping[str, Tensor],
         *,
+        weights: Tensor | None = None,
         valid: Tensor | None = None,
         record: bool | None = None,
     ) -> Tensor:
@@ -101,30 +105,39 @@ class SinkhornFairnessLoss(FairnessOptions, nn.Module):
         Args:
             scores: (B,), floating point.
             groups: LongTensor (B,), (B, C), or name -> (B,); -1 is unknown.
+            weights: (B,) floating point, finite and >= 0: the mass of each score in the batch's
+                distribution and in its groups'; None is 1 each. They get no gradient.
             valid: (B,) bool, the scores that count; None is all.
             record: put the scores into the queue; None does so in training mode. One that is not
                 finite (in float32) never enters it.
         """
-        check_scores(scores, valid, self.validate)
+        check_scores(scores, weights, valid, self.validate)
         names, codes, num_groups = self._codes(groups, scores)
         if scores.device != self.queue.device:
             with torch.inference_mode(False):
                 self.to(scores.device)
-        weights = _in_order(self.attribute_weights, names, codes.shape[1])
-        queue = self.queue if self.queue_size else None
-        terms = fairness_terms(scores, codes, num_groups, self, weights, valid, queue)
+        of_attributes = _in_order(self.attribute_weights, names, codes.shape[1])
+        queue = (self.queue, self.queue_weights) if self.queue_size else (None, None)
+        terms = fairness_terms(
+            scores, codes, num_groups, self, of_attributes, weights, valid, *queue
+        )
         if self.queue_size and (self.training if record is None else record):
-            self._enqueue(scores.detach(), codes, num_groups, valid)
+            self._enqueue(scores.detach(), codes, num_groups, weights, valid)
         self.last = FairnessTerms(*(part.detach() for part in terms))
         return terms.total
 
     def remember(
-        self, scores: Tensor, groups: Tensor | Mapping[str, Tensor], *, valid: Tensor | None = None
+        self,
+        scores: Tensor,
+        groups: Tensor | Mapping[str, Tensor],
+        *,
+        weights: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> None:
         """Put scores into the queue that ``forward`` has compared without recording them."""
         if self.queue_size:
             _, codes, num_groups = self._codes(groups, scores)
-            self._enqueue(scores.detach(), codes, num_groups, valid)
+            self._enqueue(scores.detach(), codes, num_groups, weights, valid)
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
@@ -159,10 +172,16 @@ class SinkhornFairnessLoss(FairnessOptions, nn.Module):
         return names, codes, counts
 
     def _enqueue(
-        self, scores: Tensor, codes: Tensor, num_groups: tuple[int, ...], valid: Tensor | None
+        self,
+        scores: Tensor,
+        codes: Tensor,
+        num_groups: tuple[int, ...],
+        weights: Tensor | None,
+        valid: Tensor | None,
     ) -> None:
         """Write each row's newest scores over its oldest, without reading anything back."""
         scores = scores.to(self.queue.dtype)
+        weights = torch.ones_like(scores) if weights is None else weights.detach().to(scores.dtype)
         members = group_membership(codes, num_groups)
         members = torch.cat([torch.ones_like(members[:1]), members]) & torch.isfinite(scores)
         if valid is not None:
@@ -173,9 +192,10 @@ class SinkhornFairnessLoss(FairnessOptions, nn.Module):
         slot = (self.queue_next[:, None] + rank - 1) % self.queue_size
         # What is not kept goes to a column past the end, which is cut off again.
         slot = torch.where(kept, slot, self.queue_size)
-        widened = torch.nn.functional.pad(self.queue, (0, 1))
-        widened.scatter_(1, slot, scores.expand(slot.shape))
-        self.queue.copy_(widened[:, :-1])
+        for queue, newest in ((self.queue, scores), (self.queue_weights, weights)):
+            widened = torch.nn.functional.pad(queue, (0, 1))
+            widened.scatter_(1, slot, newest.expand(slot.shape))
+            queue.copy_(widened[:, :-1])
         self.queue_next.copy_((self.queue_next + count[:, 0]) % self.queue_size)
 
 
