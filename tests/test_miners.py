@@ -707,7 +707,7 @@ def test_statistics_and_kinds_equal_numpy(values, noisy, faulty):
         (lambda: F.history_statistics(torch.zeros(2), torch.ones(3, dtype=torch.bool)), "seen"),
         (lambda: F.bad_pair_kinds(torch.zeros(2), 0.0, 1.0, -1.0), "noisy_sigma"),
         (lambda: F.bad_pair_kinds(torch.zeros(2), 0.0, 1.0, 1.0, math.nan), "faulty_sigma"),
-        (lambda: F.mixture_pair_kinds(torch.zeros(2), 0.0, 1.0, 1.0, 0.0), "mixture_threshold"),
+        (lambda: BadPairMiner(2, weighting="posterior"), "needs detector='mixture'"),
         (lambda: F.bad_pair_weights(torch.zeros(2), torch.zeros(2), 0.0, 1.0, "x"), "weighting"),
         (lambda: F.bad_pair_weights(torch.zeros(2), torch.zeros(3), 0.0, 1.0), "kinds"),
         (lambda: F.gaussian_mixture_posterior(torch.zeros(2, 2)), r"\(N,\), got \(2, 2\)"),

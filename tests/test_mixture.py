@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 from sklearn.mixture import GaussianMixture
@@ -101,16 +101,69 @@ def test_mixture_detector(num_pairs):
     assert ((report.kind == "faulty") == upper).mean() > 0.99
     assert summary.faulty == report.counts()["faulty"] > 0
     history = torch.from_numpy(report.history)
-    kinds = F.mixture_pair_kinds(history, *F.history_statistics(history), 1.2)
-    assert report.kind.tolist() == [F.KIND_NAMES[kind] for kind in kinds]
+    noisy = F.bad_pair_kinds(history, *F.history_statistics(history), 1.2, math.inf)
+    assert ((report.kind == "noisy") == (noisy == F.NOISY).numpy()).all()
 
 
 def test_a_wide_upper_component_does_not_make_low_histories_faulty():
     generator = np.random.default_rng(0)
     values = np.concatenate([generator.normal(0, 0.1, 300), generator.normal(0.5, 3.0, 60)])
     history = torch.from_numpy(values)
-    mean, std = F.history_statistics(history)
     assert bool((F.gaussian_mixture_posterior(history)[history < -2] > 0.9).any())
-    kinds = F.mixture_pair_kinds(history, mean, std, math.inf)
-    assert bool((history[kinds == F.FAULTY] > mean).all())
-    assert bool((kinds == F.FAULTY).any())
+    posterior = F.faulty_posterior(history)
+    assert float(posterior[history < history.mean()].max()) < 0.5 < float(posterior.max())
+
+
+@given(values=st.lists(st.floats(-1e3, 1e3), max_size=40), absent=st.integers(0, 3))
+@example(values=[0.0, 0.1, 0.2, 5.0, -5.0], absent=1)
+def test_the_posterior_rises_with_the_history(values, absent):
+    history = torch.tensor(values + [math.nan] * absent, dtype=torch.float64)
+    posterior = F.faulty_posterior(history)
+    assert posterior.shape == history.shape and bool((posterior[history.isnan()] == 0).all())
+    assert bool(((posterior >= 0) & (posterior <= 1)).all())
+    order = history[: len(values)].argsort()
+    assert bool((posterior[order].diff() >= 0).all())
+
+
+def posterior_miner(**options):
+    """Return a miner that weighs by posterior, with the losses of one epoch recorded."""
+    values, upper = two_modes(2, 400, 0.1, 8, 1)
+    miner = BadPairMiner(400, detector="mixture", weighting="posterior", **options)
+    miner(torch.from_numpy(values), torch.arange(400))
+    return miner, torch.from_numpy(values), upper
+
+
+def test_weights_are_posteriors_of_being_clean():
+    miner, values, upper = posterior_miner()
+    assert bool((miner(values, torch.arange(400), record=False) == 1).all())  # before the flags
+    miner.end_epoch()
+    # Whatever the current losses are: the flags speak of the histories.
+    weights = miner(values.flip(0), torch.arange(400), record=False)
+    torch.testing.assert_close(weights, 1 - F.faulty_posterior(values.float().double()))
+    assert weights[upper].max() < 0.01 and weights[~upper].min() > 0.9
+    np.testing.assert_allclose(miner.report().weight, weights, rtol=1e-6, atol=1e-30)
+
+
+def test_noisy_pairs_weigh_by_their_loss_also_beside_posteriors():
+    miner, values, _ = posterior_miner(noisy_sigma=0.5)
+    miner.end_epoch()
+    noisy = torch.from_numpy(miner.report().kind == "noisy")
+    weights = miner(values, torch.arange(400), record=False)[noisy]
+    z = (values[noisy] - miner.memory.mean) / miner.memory.std
+    torch.testing.assert_close(weights, torch.exp(-0.5 * z * z))
+    assert len(weights) > 10
+
+
+def test_posteriors_are_saved_and_the_weighting_may_change():
+    miner, values, upper = posterior_miner()
+    miner.end_epoch()
+    state, ids = miner.state_dict(), torch.arange(400)
+    again = BadPairMiner(400, detector="mixture", weighting="posterior")
+    again.load_state_dict(state)
+    assert torch.equal(again(values, ids, record=False), miner(values, ids, record=False))
+    relative = BadPairMiner(400, detector="mixture")
+    relative.load_state_dict(state)
+    back = BadPairMiner(400, detector="mixture", weighting="posterior")
+    back.load_state_dict(relative.state_dict())
+    weights = back(values, ids, record=False)
+    assert ((weights < 0.5).numpy() == upper).mean() > 0.99

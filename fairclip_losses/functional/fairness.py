@@ -264,9 +264,9 @@ def _with_queue(
     points = torch.cat([scores, torch.where(filled, queue.detach(), 0.0).flatten()])
     queued = filled.to(torch.float32) if queue_weights is None else filled * queue_weights
     # Block r of the columns is row r's: a diagonal of blocks.
-    own = torch.eye(rows, device=queue.device)[:, :, None] * queued
+    own = (torch.eye(rows, device=queue.device)[:, :, None] * queued).reshape(rows, rows * length)
     whole = torch.ones_like(groups[:1]) if mass is None else mass[None]
-    measures = torch.cat([torch.cat([whole, groups]), own.flatten(1)], dim=1)
+    measures = torch.cat([torch.cat([whole, groups]), own], dim=1)
     return points, measures[0], measures[1:]
 
 

@@ -20,7 +20,7 @@ KIND_NAMES: tuple[str, str, str] = ("clean", "noisy", "faulty")
 """Name of each kind; the code is the position."""
 
 History = Literal["mean", "linear"]
-Weighting = Literal["relative", "density"]
+Weighting = Literal["relative", "density"]  # of flagged pairs at their current loss
 
 # A spread below this fraction of the mean is rounding of the float32 loss sums, not a spread.
 _MIN_SPREAD = 2.0**-20

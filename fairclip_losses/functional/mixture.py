@@ -5,42 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..validation import check_integer, check_share
-from .mining import FAULTY, bad_pair_kinds, has_spread, history_statistics, seen_mask
+from ..validation import check_integer
+from .mining import has_spread, history_statistics
 
 # Shares of the values below the cuts to start from: an upper component of 50 % down to 3 %.
 _START_SHARES = (0.5, 0.75, 0.9, 0.97)
 
 
-def mixture_pair_kinds(
-    history: Tensor,
-    mean: Tensor | float,
-    std: Tensor | float,
-    noisy_sigma: float = 3.0,
-    mixture_threshold: float = 0.5,
-    seen: Tensor | None = None,
-) -> Tensor:
-    r"""Kind of each pair: faulty by a two-component Gaussian mixture, noisy by its threshold.
+def faulty_posterior(history: Tensor) -> Tensor:
+    """Posterior of being faulty of each pair, (N,) float64 in [0, 1]; 0 where the history is NaN.
 
-    faulty: the posterior of the mixture's higher-mean component, by
-    :func:`gaussian_mixture_posterior` of the histories seen, is `mixture_threshold` or more, and
-    :math:`m_k > \mu` (a wide upper component also claims the lowest histories, which are not the
-    badly learnt ones). noisy and clean: as :func:`bad_pair_kinds`. A mixture always divides: it
-    flags the upper part of the histories even where they have one mode.
-
-    Arguments and result are as of :func:`bad_pair_kinds`; `mixture_threshold` in (0, 1].
-
-    Raises:
-        ValueError: as :func:`bad_pair_kinds`, and for a mixture_threshold outside (0, 1].
+    It is :func:`gaussian_mixture_posterior` of the finite histories (N,), made to rise with the
+    history: of two components the wider claims both ends, and the lower end is what was learnt. A
+    mixture always divides: it claims the upper part of the histories even where they have one mode.
 
     Source: Huang et al., NeurIPS 2021, Learning with Noisy Correspondence: division of the pairs.
     """
-    check_share("mixture_threshold", mixture_threshold)
-    kinds = bad_pair_kinds(history, mean, std, noisy_sigma, torch.inf, seen)
-    used = seen_mask(history, seen)
-    upper = torch.zeros_like(used)
-    upper[used] = gaussian_mixture_posterior(history[used]) >= mixture_threshold
-    return kinds.masked_fill(upper & (history > mean), FAULTY)
+    used = torch.isfinite(history)
+    posterior = torch.zeros_like(history, dtype=torch.float64)
+    values, order = history[used].sort()
+    if len(values):
+        of_values = gaussian_mixture_posterior(values)
+        # From its least value in the lower half on the posterior may only rise.
+        lowest = of_values[: len(values) // 2 + 1].argmin()
+        of_values[:lowest] = of_values[lowest]
+        posterior[used] = torch.empty_like(of_values).index_copy_(0, order, of_values.cummax(0)[0])
+    return posterior
 
 
 def gaussian_mixture_posterior(
@@ -69,7 +59,7 @@ def gaussian_mixture_posterior(
     Raises:
         ValueError: values not (N,) or not finite, or an option out of range.
 
-    Source: as of :func:`mixture_pair_kinds`.
+    Source: as of :func:`faulty_posterior`.
     """
     if values.ndim != 1:
         raise ValueError(f"values must have shape (N,), got {tuple(values.shape)}")

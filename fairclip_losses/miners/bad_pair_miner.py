@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +16,12 @@ from ..functional import (
     KIND_NAMES,
     NOISY,
     History,
-    Weighting,
     bad_pair_kinds,
-    bad_pair_weights,
+    faulty_posterior,
     history_statistics,
     history_z_score,
-    mixture_pair_kinds,
 )
+from ..functional import Weighting as GaussianWeighting
 from ..functional.mining import flagged_weights
 from ..validation import (
     check_choice,
@@ -35,6 +34,7 @@ from ..validation import (
 from .pair_memory import PairMemory, Record
 
 Detector = Literal["threshold", "mixture"]
+Weighting = Literal["relative", "density", "posterior"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,16 @@ class MinerReport:
         return MinerReport(**{name: values[keep] for name, values in vars(self).items()})
 
 
+class _Visits(NamedTuple):
+    """A batch (B,) beside the memory: what is recorded of it, and where."""
+
+    losses: Tensor
+    ids: Tensor
+    rows: Tensor
+    usable: Tensor  # finite losses of known ids
+    in_range: Tensor | None  # ids that may be; None where that has been checked
+
+
 class BadPairMiner(nn.Module):
     r"""Weigh down the pairs whose loss history shows that they are bad.
 
@@ -129,14 +139,16 @@ class BadPairMiner(nn.Module):
         history: ``"mean"`` of the losses, or ``"linear"``, where a visit in epoch `e` (the number
             of ``end_epoch`` calls before it) weighs `1 + e`.
         weighting: ``"relative"``, :math:`\exp(-z^2 / 2)` in (0, 1]; or ``"density"``, the published
-            :math:`\mathcal N(l; \mu, \sigma^2)`, which exceeds 1 where :math:`\sigma < 0.399`.
+            :math:`\mathcal N(l; \mu, \sigma^2)`, which exceeds 1 where :math:`\sigma < 0.399`; or
+            ``"posterior"``: every pair, flagged or not, weighs its posterior of being clean by the
+            mixture (noisy pairs as with ``"relative"``). Needs ``detector="mixture"``.
         renormalize: divide the linear history by the sum of its weights. False is the published
             code's mean of :math:`(1 + e) l / E`, for comparison.
         record: ``"raw"`` losses, or ``"weighted"``: the losses after they are weighed down, which
             feeds the flags back into the history (a defect of published code, for comparison).
         detector: of faulty pairs: ``"threshold"`` as above, or ``"mixture"``: the posterior of the
             higher-mean component of a two-component Gaussian mixture fitted to the histories
-            (:func:`~fairclip_losses.functional.mixture_pair_kinds`). Noisy pairs are found by
+            (:func:`~fairclip_losses.functional.faulty_posterior`). Noisy pairs are found by
             `noisy_sigma` either way.
         mixture_threshold: least posterior of a faulty pair, in (0, 1].
         validate: check the values of the ids at once, which waits for the device; None checks ids
@@ -168,9 +180,13 @@ class BadPairMiner(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("history", history, ("mean", "linear"))
-        check_choice("weighting", weighting, ("relative", "density"))
+        check_choice("weighting", weighting, ("relative", "density", "posterior"))
         check_choice("record", record, ("raw", "weighted"))
         check_choice("detector", detector, ("threshold", "mixture"))
+        if weighting == "posterior" and detector != "mixture":
+            raise ValueError(
+                f"weighting='posterior' needs detector='mixture', got detector={detector!r}"
+            )
         check_sigma("noisy_sigma", noisy_sigma)
         check_sigma("faulty_sigma", faulty_sigma)
         check_share("mixture_threshold", mixture_threshold)
@@ -195,7 +211,8 @@ class BadPairMiner(nn.Module):
         self.detector: Detector = detector
         self.mixture_threshold = mixture_threshold
         self.validate = validate
-        self.memory = PairMemory(num_pairs, history, total_epochs if published else None, record)
+        divisor = total_epochs if published else None
+        self.memory = PairMemory(num_pairs, history, divisor, record, weighting == "posterior")
 
     def forward(
         self, pair_losses: Tensor, pair_ids: Tensor, *, record: bool | None = None
@@ -219,27 +236,15 @@ class BadPairMiner(nn.Module):
                 `validate`), an id outside 0..num_pairs-1; nothing is recorded then.
         """
         self.check(pair_losses, pair_ids)
-        memory = self.memory
-        losses = pair_losses.detach()
-        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
-        ids = pair_ids.long().to(losses.device, non_blocking=losses.device.type == "cuda")
-        if memory.visits.device != losses.device:
-            with torch.inference_mode(False):
-                memory.to(losses.device)
-        usable = losses.float().abs() < torch.inf
-        in_range = None
-        if self.num_pairs is not None and not should_validate(pair_ids, self.validate):
-            in_range = (ids >= 0) & (ids < self.num_pairs)
-            usable &= in_range
-        rows = memory.rows_of(ids, usable)
-        flagged = memory.kind.index_select(0, rows).bool()  # CLEAN is 0
-        weights = flagged_weights(losses, flagged, memory.mean, memory.std, self.weighting)
+        visits = self._visits(pair_losses, pair_ids)
+        weights = self._weights(visits.losses, visits.rows)
         if self.training if record is None else record:
-            if in_range is not None:
-                memory.count_invalid(ids, ~in_range)
-            recorded = losses if self.record == "raw" else losses * weights
-            memory.add(ids, rows, recorded.float(), usable)
+            self._record(visits)
         return weights
+
+    def remember(self, pair_losses: Tensor, pair_ids: Tensor) -> None:
+        """Record what ``forward`` has weighed without recording it, by the same arguments."""
+        self._record(self._visits(pair_losses, pair_ids))
 
     def check(self, pair_losses: Tensor, pair_ids: Tensor) -> None:
         """Refuse what ``forward`` would refuse, by the same errors, and record nothing."""
@@ -256,6 +261,42 @@ class BadPairMiner(nn.Module):
                 f"pair_ids must lie in 0..{self.num_pairs - 1}, "
                 f"got {int(ids[first])} at position {first}"
             )
+
+    def _visits(self, pair_losses: Tensor, pair_ids: Tensor) -> _Visits:
+        """Return the batch beside the memory, which follows the losses to their device."""
+        memory = self.memory
+        losses = pair_losses.detach()
+        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+        ids = pair_ids.long().to(losses.device, non_blocking=losses.device.type == "cuda")
+        if memory.visits.device != losses.device:
+            with torch.inference_mode(False):
+                memory.to(losses.device)
+        usable = losses.float().abs() < torch.inf
+        in_range = None
+        if self.num_pairs is not None and not should_validate(pair_ids, self.validate):
+            in_range = (ids >= 0) & (ids < self.num_pairs)
+            usable &= in_range
+        return _Visits(losses, ids, memory.rows_of(ids, usable), usable, in_range)
+
+    def _record(self, visits: _Visits) -> None:
+        memory, losses = self.memory, visits.losses
+        if visits.in_range is not None:
+            memory.count_invalid(visits.ids, ~visits.in_range)
+        if self.record == "weighted":
+            losses = losses * self._weights(losses, visits.rows)
+        memory.add(visits.ids, visits.rows, losses.float(), visits.usable)
+
+    def _weights(self, losses: Tensor, rows: Tensor) -> Tensor:
+        """Return the weights of pairs of these rows at these losses, finite where not clean."""
+        memory = self.memory
+        kind = memory.kind.index_select(0, rows)
+        gaussian = kind.bool() if memory.posterior is None else kind == NOISY  # CLEAN is 0
+        form: GaussianWeighting = "density" if self.weighting == "density" else "relative"
+        weights = flagged_weights(losses, gaussian, memory.mean, memory.std, form)
+        if memory.posterior is None:
+            return weights
+        clean = (1 - memory.posterior.index_select(0, rows)).to(losses.dtype)
+        return torch.where(gaussian, weights, clean.clamp(min=torch.finfo(losses.dtype).tiny))
 
     def end_epoch(self) -> EpochSummary:
         """Refresh the statistics and, after the warm-up, the flags (this waits for the device).
@@ -274,12 +315,15 @@ class BadPairMiner(nn.Module):
         memory.epoch += 1
         epoch = int(memory.epoch)
         # The flags are always of these statistics, so that the weights never divide by 0.
-        if epoch < self.warmup_epochs:
-            kinds = torch.zeros_like(memory.kind)
-        elif self.detector == "mixture":
-            kinds = mixture_pair_kinds(history, mean, std, self.noisy_sigma, self.mixture_threshold)
-        else:
-            kinds = bad_pair_kinds(history, mean, std, self.noisy_sigma, self.faulty_sigma)
+        flags = epoch >= self.warmup_epochs
+        mixed = self.detector == "mixture"
+        sigmas = self.noisy_sigma, torch.inf if mixed else self.faulty_sigma
+        kinds = bad_pair_kinds(history, mean, std, *(sigmas if flags else (torch.inf, torch.inf)))
+        if flags and mixed:
+            posterior = faulty_posterior(history)
+            kinds.masked_fill_((posterior >= self.mixture_threshold).to(kinds.device), FAULTY)
+            if memory.posterior is not None:
+                memory.posterior.copy_(posterior)
         memory.kind.copy_(kinds)
         counted = (memory.visits > 0, memory.kind == NOISY, memory.kind == FAULTY)
         seen, noisy, faulty = torch.stack([each.sum() for each in counted]).tolist()
@@ -292,9 +336,8 @@ class BadPairMiner(nn.Module):
         rows = memory.visits.nonzero().squeeze(1)
         history = memory.histories()
         history = history[rows.to(history.device)]
-        kinds = memory.kind[rows]
         mean, std = memory.mean, memory.std
-        weights = bad_pair_weights(memory.last_loss[rows], kinds, mean, std, self.weighting)
+        weights = self._weights(memory.last_loss[rows], rows)
         z_score = history_z_score(history, mean.to(history.device), std.to(history.device))
         if not int(memory.epoch):
             z_score.fill_(torch.nan)
@@ -303,7 +346,7 @@ class BadPairMiner(nn.Module):
             visits=memory.visits[rows].cpu().long().numpy(),
             history=history.cpu().numpy(),
             z_score=z_score.cpu().numpy(),
-            kind=np.array(KIND_NAMES)[kinds.cpu().numpy()],
+            kind=np.array(KIND_NAMES)[memory.kind[rows].cpu().numpy()],
             weight=weights.cpu().double().numpy(),
         )
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..functional import History, pair_history
+from ..functional import FAULTY, History, pair_history
 
 Record = Literal["raw", "weighted"]
 
@@ -23,13 +23,15 @@ _MIN_LOG_VISITS = 1 << 16
 _LOG_SHARE = 1 / 8
 
 
-# What is kept of each pair; float32 whatever the default dtype is. weight_sum: linear history only.
+# What is kept of each pair; float32 whatever the default dtype is. weight_sum: linear history only;
+# posterior, of being faulty: where pairs are weighed by it.
 _PAIR_DTYPES = {
     "loss_sum": torch.float32,
     "weight_sum": torch.float32,
     "visits": torch.int32,
     "last_loss": torch.float32,
     "kind": torch.int8,
+    "posterior": torch.float32,
 }
 
 
@@ -43,6 +45,7 @@ class PairMemory(nn.Module):
 
     The arguments are those of `BadPairMiner`; ``total_epochs`` only where the history is divided by
     it, and ``record`` is only saved, since a memory of other losses means another thing.
+    ``weighs_by_posterior``: keep each pair's posterior of being faulty.
     """
 
     loss_sum: Tensor
@@ -50,6 +53,7 @@ class PairMemory(nn.Module):
     visits: Tensor
     last_loss: Tensor
     kind: Tensor
+    posterior: Tensor | None
     epoch: Tensor
     mean: Tensor
     std: Tensor
@@ -60,7 +64,12 @@ class PairMemory(nn.Module):
     log_losses: Tensor
 
     def __init__(
-        self, num_pairs: int | None, history: History, total_epochs: int | None, record: Record
+        self,
+        num_pairs: int | None,
+        history: History,
+        total_epochs: int | None,
+        record: Record,
+        weighs_by_posterior: bool,
     ) -> None:
         super().__init__()
         self.num_pairs = num_pairs
@@ -73,8 +82,9 @@ class PairMemory(nn.Module):
             self.register_buffer("log_ids", ids.clone(), persistent=False)
             self.register_buffer("log_losses", ids.float(), persistent=False)
             self._log_count = 0
+        left_out = {"weight_sum": history != "linear", "posterior": not weighs_by_posterior}
         for name, dtype in _PAIR_DTYPES.items():
-            kept = history == "linear" or name != "weight_sum"
+            kept = not left_out.get(name)
             values = torch.zeros((num_pairs or 0) + 1, dtype=dtype) if kept else None
             self.register_buffer(name, values)
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
@@ -224,6 +234,12 @@ class PairMemory(nn.Module):
         except ValueError as error:
             others[-1].append(str(error))  # the error messages; nothing is overwritten
             return
+        # The weighting may change: until the next end_epoch the kinds stand for the posteriors.
+        posterior, kind = f"{prefix}posterior", state_dict.get(f"{prefix}kind")
+        if self.posterior is None:
+            state_dict.pop(posterior, None)
+        elif posterior not in state_dict and kind is not None:
+            state_dict[posterior] = (kind == FAULTY).float()
         ids = state_dict.get(prefix + "table_ids")
         if self.num_pairs is None and ids is not None:
             self._log_count = 0
