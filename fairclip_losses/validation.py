@@ -51,6 +51,13 @@ def check_sigma(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a number of 0 or more (infinity = never), got {value!r}")
 
 
+def check_limit(name: str, value: float) -> float:
+    """Return a bound of a gradient; refuse one that is no number, negative or NaN."""
+    if not is_number(value) or not value >= 0:
+        raise ValueError(f"{name} must be a number of 0 or more (infinity = none), got {value!r}")
+    return float(value)
+
+
 def check_share(name: str, value: float) -> None:
     """Refuse a value that is no number in (0, 1]."""
     if not is_number(value) or not 0 < value <= 1:

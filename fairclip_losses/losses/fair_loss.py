@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..distributed import Processes
 from ..functional import (
@@ -22,7 +24,7 @@ from ..functional import (
 )
 from ..miners import BadPairMiner, EpochSummary
 from ..pair_terms import PairTerms, pair_terms
-from ..validation import check_choice, check_finite_number
+from ..validation import check_choice, check_finite_number, check_integer, check_limit
 from .sinkhorn_fairness import SinkhornFairnessLoss
 
 Score = Literal["loss", "similarity", "official"]
@@ -53,6 +55,14 @@ class FairLoss(nn.Module):
         fairness_weight: lambda >= 0; with 0 the term is measured (see `last`) and not trained.
         score: ``"loss"``: s_i is the raw per-pair contrastive loss; ``"similarity"``: the pair's
             logit, tau v_i . t_i; ``"official"``: the published code's diag(L_I L_T^T).
+        fairness_start: epochs (calls of `end_epoch`) before the term trains; until then it is
+            measured alone, since a term that trains before the bad pairs are known teaches them.
+        fairness_limit: the most that the term may add to a pair's gradient, as a multiple of what
+            the weighted base loss gives it, w_i / B: at 1 the term never turns a pair's gradient
+            round, whatever its weight, so it cannot raise one loss to make groups alike. Infinity
+            is no limit.
+        weighted_fairness: give the miner's weights to the fairness term, so that a bad pair has as
+            little mass in the distributions as it has in the loss.
         normalization: ``"batch"`` divides the weighted losses by B (published), ``"weights"`` by
             the sum of the weights.
         mining_unit: ``"pair"``, or ``"batch"``: the published code's unit, the batch's mean loss by
@@ -88,6 +98,7 @@ class FairLoss(nn.Module):
     Source: Bansal et al. (arXiv:2505.03153).
     """
 
+    epoch: Tensor
     batch_position: Tensor
 
     def __init__(
@@ -98,6 +109,9 @@ class FairLoss(nn.Module):
         fairness_weight: float = 0.1,
         score: Score = "loss",
         *,
+        fairness_start: int = 0,
+        fairness_limit: float = math.inf,
+        weighted_fairness: bool = False,
         normalization: Normalization = "batch",
         mining_unit: MiningUnit = "pair",
     ) -> None:
@@ -109,6 +123,8 @@ class FairLoss(nn.Module):
                     f"{name} must be a torch.nn.Module{optional}, got {type(part).__name__}"
                 )
         self.fairness_weight = check_finite_number("fairness_weight", fairness_weight)
+        self.fairness_start = check_integer("fairness_start", fairness_start, 0)
+        self.fairness_limit = check_limit("fairness_limit", fairness_limit)
         check_choice("score", score, ("loss", "similarity", "official"))
         check_choice("normalization", normalization, ("batch", "weights"))
         check_choice("mining_unit", mining_unit, ("pair", "batch"))
@@ -122,8 +138,10 @@ class FairLoss(nn.Module):
         self.miner = miner
         self.fairness = fairness
         self.score: Score = score
+        self.weighted_fairness = weighted_fairness
         self.normalization: Normalization = normalization
         self.mining_unit: MiningUnit = mining_unit
+        self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
         self.register_buffer("batch_position", torch.zeros((), dtype=torch.int64))
         self.last: FairLossState | None = None
 
@@ -157,26 +175,37 @@ class FairLoss(nn.Module):
         )
         terms = pair_terms(self.base_loss, model_out)
         losses = batch.gather(terms.contrastive.detach())
-        # A batch that is refused is recorded nowhere: the fairness term checks before the miner
-        # records, and its queue takes the scores after the miner has checked.
-        term = last = None
-        if self.fairness is not None and groups is not None:
-            scores = self._scores(terms, model_out, batch)
-            finite = torch.isfinite(scores)
-            term = self.fairness(scores, groups, valid=finite, record=False)
-            # Weight 0 leaves no trace: 0 times a term that overflowed would be NaN.
-            weighs = self.fairness_weight > 0
-            term = self.fairness_weight * term if weighs else torch.zeros_like(term)
-            last = self.fairness.last
-        weights = self._weights(losses, pair_ids, recording)
-        if recording and self.fairness is not None and groups is not None:
-            self.fairness.remember(scores.detach(), groups, valid=finite)
-        self.last = FairLossState(losses, weights, last)
+        # A batch that is refused is recorded nowhere: both parts look before either records.
+        visits = self._visits(losses, pair_ids)
+        weights = torch.ones_like(losses)
+        if self.miner is not None and visits is not None:
+            at_once = recording and self.fairness is None
+            weights = self.miner(*visits, record=at_once).expand_as(losses)
         shares = normalized_weights(weights, self.normalization)
         parts = {
             name: weighted_mean(values, batch.of_same_pairs(shares, values))
             for name, values in terms.named.items()
         }
+        term = last = None
+        if self.fairness is not None and groups is not None:
+            scores = self._scores(terms, model_out, batch)
+            base, *_ = parts
+            if self.fairness_limit < math.inf:
+                most = self.fairness_limit * shares / len(shares)
+                parts[base], scores = _LimitedGradient.apply(parts[base], scores, most)
+            given = {
+                "valid": torch.isfinite(scores),
+                "weights": weights if self.weighted_fairness else None,
+            }
+            term = self._trained(self.fairness(scores, groups, **given, record=False))
+            last = self.fairness.last
+            if recording:
+                self.fairness.remember(scores.detach(), groups, **given)
+                if self.miner is not None and visits is not None:
+                    self.miner(*visits, record=True)
+        if recording and self.miner is not None and self.mining_unit == "batch":
+            self.batch_position.add_(1)
+        self.last = FairLossState(losses, weights, last)
         if output_dict:
             return parts if term is None else {**parts, "fairness_loss": term}
         first, *rest = parts.values()
@@ -187,6 +216,7 @@ class FairLoss(nn.Module):
     def end_epoch(self) -> EpochSummary | None:
         """Refresh the miner's statistics and flags; return its summary, None without a miner."""
         self.batch_position.zero_()
+        self.epoch.add_(1)
         return None if self.miner is None else self.miner.end_epoch()
 
     def extra_repr(self) -> str:
@@ -196,23 +226,28 @@ class FairLoss(nn.Module):
             f"normalization={self.normalization!r}, mining_unit={self.mining_unit!r}"
         )
 
-    def _weights(self, losses: Tensor, pair_ids: Tensor | None, recording: bool) -> Tensor:
-        """Return the miner's weights of all processes' pairs, and let it record their losses."""
-        if self.miner is None or (pair_ids is None and self.mining_unit == "pair"):
-            return torch.ones_like(losses)
-        if self.mining_unit == "pair":
-            weights: Tensor = self.miner(losses, pair_ids, record=recording)
-            return weights
-        if losses.device != self.batch_position.device:
+    def _visits(self, losses: Tensor, pair_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Return the losses and ids that the miner is given, or None where it is given none."""
+        if losses.device != self.epoch.device:
             with torch.inference_mode(False):
                 self.to(losses.device)
+        if self.miner is None or self.mining_unit == "pair":
+            return None if pair_ids is None else (losses, pair_ids)
         # In evaluation the batch recorded last is seen again: there may be none after it.
         position = self.batch_position if self.training else self.batch_position - 1
-        place = position.clamp(min=0).clone()[None]
-        weights = self.miner(losses.mean()[None], place, record=recording)
-        if recording:
-            self.batch_position.add_(1)
-        return weights.expand_as(losses)
+        return losses.mean()[None], position.clamp(min=0).clone()[None]
+
+    def _trained(self, term: Tensor) -> Tensor:
+        """Return the fairness term as it is added to the loss: by its weight, from its start on."""
+        # Weight 0 leaves no trace: 0 times a term that overflowed would be NaN.
+        if self.fairness_weight == 0:
+            return torch.zeros_like(term)
+        term = self.fairness_weight * term
+        return (
+            torch.where(self.epoch >= self.fairness_start, term, 0.0)
+            if self.fairness_start
+            else term
+        )
 
     def _scores(self, terms: PairTerms, model_out: dict[str, Any], batch: _Batch) -> Tensor:
         """Return the scores of all processes' pairs."""
@@ -231,6 +266,30 @@ class FairLoss(nn.Module):
         # The scale and the bias are every process's own: their gradient is whole in each.
         scores: Tensor = scale * batch.gather_live(pair_similarities(image, text, 1.0))
         return scores if bias is None else scores + bias
+
+
+class _LimitedGradient(torch.autograd.Function):
+    """Passes a base loss (), and scores (B,) whose gradient stays within ``most`` (B,) times its.
+
+    By the gradient that the base loss itself is given, whatever scales both (a gradient scaler, a
+    weight of the caller's) has no part in it. Where the base loss is given none, nothing is cut.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, scores: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(most)
+        return base.view_as(base), scores.view_as(scores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, of_base: Tensor | None, of_scores: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        if of_base is not None and of_scores is not None:
+            most = ctx.saved_tensors[0].to(of_scores.dtype) * of_base.abs()
+            of_scores = of_scores.clamp(-most, most)
+        return of_base, of_scores, None
 
 
 class _Batch(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -82,16 +82,6 @@ class MinerReport:
         """Return the report of the noisy and faulty pairs alone."""
         keep = self.kind != KIND_NAMES[CLEAN]
         return MinerReport(**{name: values[keep] for name, values in vars(self).items()})
-
-
-class _Visits(NamedTuple):
-    """A batch (B,) beside the memory: what is recorded of it, and where."""
-
-    losses: Tensor
-    ids: Tensor
-    rows: Tensor
-    usable: Tensor  # finite losses of known ids
-    in_range: Tensor | None  # ids that may be; None where that has been checked
 
 
 class BadPairMiner(nn.Module):
@@ -236,15 +226,26 @@ class BadPairMiner(nn.Module):
                 `validate`), an id outside 0..num_pairs-1; nothing is recorded then.
         """
         self.check(pair_losses, pair_ids)
-        visits = self._visits(pair_losses, pair_ids)
-        weights = self._weights(visits.losses, visits.rows)
+        memory = self.memory
+        losses = pair_losses.detach()
+        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+        ids = pair_ids.long().to(losses.device, non_blocking=losses.device.type == "cuda")
+        if memory.visits.device != losses.device:
+            with torch.inference_mode(False):
+                memory.to(losses.device)
+        usable = losses.float().abs() < torch.inf
+        in_range = None
+        if self.num_pairs is not None and not should_validate(pair_ids, self.validate):
+            in_range = (ids >= 0) & (ids < self.num_pairs)
+            usable &= in_range
+        rows = memory.rows_of(ids, usable)
+        weights = self._weights(losses, rows)
         if self.training if record is None else record:
-            self._record(visits)
+            if in_range is not None:
+                memory.count_invalid(ids, ~in_range)
+            recorded = losses if self.record == "raw" else losses * weights
+            memory.add(ids, rows, recorded.float(), usable)
         return weights
-
-    def remember(self, pair_losses: Tensor, pair_ids: Tensor) -> None:
-        """Record what ``forward`` has weighed without recording it, by the same arguments."""
-        self._record(self._visits(pair_losses, pair_ids))
 
     def check(self, pair_losses: Tensor, pair_ids: Tensor) -> None:
         """Refuse what ``forward`` would refuse, by the same errors, and record nothing."""
@@ -262,32 +263,8 @@ class BadPairMiner(nn.Module):
                 f"got {int(ids[first])} at position {first}"
             )
 
-    def _visits(self, pair_losses: Tensor, pair_ids: Tensor) -> _Visits:
-        """Return the batch beside the memory, which follows the losses to their device."""
-        memory = self.memory
-        losses = pair_losses.detach()
-        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
-        ids = pair_ids.long().to(losses.device, non_blocking=losses.device.type == "cuda")
-        if memory.visits.device != losses.device:
-            with torch.inference_mode(False):
-                memory.to(losses.device)
-        usable = losses.float().abs() < torch.inf
-        in_range = None
-        if self.num_pairs is not None and not should_validate(pair_ids, self.validate):
-            in_range = (ids >= 0) & (ids < self.num_pairs)
-            usable &= in_range
-        return _Visits(losses, ids, memory.rows_of(ids, usable), usable, in_range)
-
-    def _record(self, visits: _Visits) -> None:
-        memory, losses = self.memory, visits.losses
-        if visits.in_range is not None:
-            memory.count_invalid(visits.ids, ~visits.in_range)
-        if self.record == "weighted":
-            losses = losses * self._weights(losses, visits.rows)
-        memory.add(visits.ids, visits.rows, losses.float(), visits.usable)
-
     def _weights(self, losses: Tensor, rows: Tensor) -> Tensor:
-        """Return the weights of pairs of these rows at these losses, finite where not clean."""
+        """Return the weights of the pairs in these rows at their losses."""
         memory = self.memory
         kind = memory.kind.index_select(0, rows)
         gaussian = kind.bool() if memory.posterior is None else kind == NOISY  # CLEAN is 0
