@@ -813,6 +813,7 @@ def test_forward_and_backward_read_nothing_back(score, unit):
         *((kind, {}) for kind in BASES),
         ("clip", {"score": "similarity", "mining_unit": "batch"}),
         ("clip", {"score": "official"}),
+        ("clip", {"fairness_limit": 1.0, "fairness_start": 1, "weighted_fairness": True}),
     ],
 )
 def test_compiles_into_one_graph(kind, options):
