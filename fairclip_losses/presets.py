@@ -27,6 +27,8 @@ class Preset:
     miner: Mapping[str, Any] = field(default_factory=dict)
     fairness: Mapping[str, Any] = field(default_factory=dict)
     warmup_share: float = 0.0  # of the epochs, where their number is known; at least one epoch
+    start_share: float = 0.0  # of the epochs, before the fairness term trains; likewise
+    loss: Mapping[str, Any] = field(default_factory=dict)
     score: Score = "loss"
     normalization: Normalization = "batch"
     mining_unit: MiningUnit = "pair"
@@ -76,6 +78,7 @@ def build_fair_loss(
     miner_options: Mapping[str, Any] | None = None,
     fairness_options: Mapping[str, Any] | None = None,
     fairness_weight: float | None = None,
+    fairness_start: int | None = None,
     score: Score | None = None,
 ) -> FairLoss:
     """Return a `FairLoss` set up by a preset, with single options put on top.
@@ -89,9 +92,11 @@ def build_fair_loss(
         total_epochs: length of the training; ``aligned`` flags its first pairs after a seventh of
             it, and after one epoch where it is not known.
         num_groups: see `SinkhornFairnessLoss`.
-        miner_options: keyword arguments of the miner that replace the preset's.
+        miner_options: keyword arguments of the miner that replace the preset's; a weighting brings
+            its detector, ``"mixture"`` for ``"posterior"``, else ``"threshold"``.
         fairness_options: keyword arguments of the fairness term that replace the preset's.
         fairness_weight: replaces the preset's where not None.
+        fairness_start: replaces the preset's where not None.
         score: replaces the preset's where not None.
 
     Raises:
@@ -109,6 +114,7 @@ def build_fair_loss(
         ("mining", mining, "miner_options", miner_options or None),
         ("fairness", fairness, "fairness_options", fairness_options or None),
         ("fairness", fairness, "fairness_weight", fairness_weight),
+        ("fairness", fairness, "fairness_start", fairness_start),
         ("fairness", fairness, "score", score),
     ):
         if not wanted and value is not None:
@@ -120,16 +126,29 @@ def build_fair_loss(
         pairs = num_pairs if chosen.mining_unit == "pair" else None
         warmup = max(1, round(chosen.warmup_share * (total_epochs or 0)))
         known = {"num_pairs": pairs, "total_epochs": total_epochs, "warmup_epochs": warmup}
-        miner = BadPairMiner(**{**known, **chosen.miner, **(miner_options or {})})
+        settings = {**known, **chosen.miner, **(miner_options or {})}
+        if "weighting" in settings and "detector" not in (miner_options or {}):
+            posterior = settings["weighting"] == "posterior"
+            settings["detector"] = "mixture" if posterior else "threshold"
+        if settings.get("detector") == "mixture" and "faulty_sigma" in (miner_options or {}):
+            raise ValueError(
+                "faulty_sigma has no effect on faulty pairs found by a mixture, got "
+                f"{settings['faulty_sigma']!r}: leave it out, or choose weighting='relative' and "
+                "detector='threshold'"
+            )
+        miner = BadPairMiner(**settings)
     if fairness:
         groups = {"num_groups": num_groups}
         term = SinkhornFairnessLoss(**{**groups, **chosen.fairness, **(fairness_options or {})})
+    start = round(chosen.start_share * (total_epochs or 0))
     return FairLoss(
         base_loss,
         miner,
         term,
         chosen.fairness_weight if fairness_weight is None else fairness_weight,
         chosen.score if score is None else score,
+        fairness_start=start if fairness_start is None else fairness_start,
+        **chosen.loss,
         normalization=chosen.normalization,
         mining_unit=chosen.mining_unit,
     )

@@ -110,11 +110,11 @@ def test_a_value_out_of_range_is_one_line(name, value):
 
 MINING = {
     "--fair-warmup-epochs": ["0"], "--fair-noisy-sigma": ["2"], "--fair-faulty-sigma": ["0"],
-    "--fair-save-pairs": [],
+    "--fair-save-pairs": [], "--fair-weighting": ["relative"],
 }  # fmt: skip
 DISTANCE = {
     "--fair-weight": ["0"], "--fair-blur": ["0"], "--fair-p": ["2"], "--fair-score": ["loss"],
-    "--fair-queue": ["0"],
+    "--fair-queue": ["0"], "--fair-start-epoch": ["0"],
 }  # fmt: skip
 BOTH = {"--fair-preset": ["aligned"], "--fair-id-key": ["id"]}
 ANYWHERE = {

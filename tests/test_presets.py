@@ -83,6 +83,19 @@ def test_the_published_constants(preset, loss, miner, term):
     assert (distance.p, distance.blur) == (2, 1e-4)
 
 
+def test_a_weighting_brings_its_detector():
+    def miner(**options):
+        return build_fair_loss(ClipLoss(), fairness=False, miner_options=options).miner
+
+    assert miner(weighting="posterior").detector == "mixture"
+    assert (
+        miner(weighting="relative").detector == miner(weighting="density").detector == "threshold"
+    )
+    assert miner(weighting="relative", detector="mixture").detector == "mixture"
+    with pytest.raises(ValueError, match="faulty_sigma has no effect .* got 2.0: leave it out"):
+        miner(weighting="posterior", faulty_sigma=2.0)
+
+
 def test_what_describes_the_data_may_be_given_without_the_part():
     facts = {"num_pairs": 30, "total_epochs": 4, "num_groups": 3}
     empty = {"miner_options": {}, "fairness_options": {}}

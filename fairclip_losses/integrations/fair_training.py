@@ -208,6 +208,7 @@ class FairTrainingCallback(Callback):
             total_epochs=epochs,
             num_groups=num_groups or None,
             miner_options=_given(
+                weighting=options.fair_weighting,
                 warmup_epochs=options.fair_warmup_epochs,
                 noisy_sigma=options.fair_noisy_sigma,
                 faulty_sigma=options.fair_faulty_sigma,
@@ -216,6 +217,7 @@ class FairTrainingCallback(Callback):
                 p=options.fair_p, blur=options.fair_blur, queue_size=options.fair_queue
             ),
             fairness_weight=options.fair_weight,
+            fairness_start=options.fair_start_epoch,
             score=options.fair_score,  # type: ignore[arg-type]  # argparse has checked it
         )
 

@@ -33,6 +33,11 @@ _FLAGS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("--fair-p", {"type": int, "choices": (1, 2)}, "power of the distance's cost"),
     ("--fair-score", {"choices": ("loss", "similarity", "official")},
      "what the fairness term compares between groups"),
+    ("--fair-start-epoch", {"type": int, "metavar": "N"},
+     "epochs before the fairness term trains; it is measured from the start"),
+    ("--fair-weighting", {"choices": ("relative", "density", "posterior")},
+     "weight of a bad pair: a Gaussian at its loss where it is flagged by the thresholds below "
+     "(relative, or density as published), or its posterior of being clean by a mixture"),
     ("--fair-warmup-epochs", {"type": int, "metavar": "N"},
      "epochs before the first pairs are flagged"),
     ("--fair-noisy-sigma", {"type": float, "metavar": "BETA"},
@@ -58,8 +63,21 @@ _FLAGS: tuple[tuple[str, dict[str, Any], str], ...] = (
 )  # fmt: skip
 
 _OPTIONS_OF = {
-    "dbpm": ("fair_warmup_epochs", "fair_noisy_sigma", "fair_faulty_sigma", "fair_save_pairs"),
-    "sinkhorn": ("fair_weight", "fair_blur", "fair_p", "fair_score", "fair_queue"),
+    "dbpm": (
+        "fair_weighting",
+        "fair_warmup_epochs",
+        "fair_noisy_sigma",
+        "fair_faulty_sigma",
+        "fair_save_pairs",
+    ),
+    "sinkhorn": (
+        "fair_weight",
+        "fair_start_epoch",
+        "fair_blur",
+        "fair_p",
+        "fair_score",
+        "fair_queue",
+    ),
 }
 _OPTIONS_OF_BOTH = ("fair_preset", "fair_id_key")
 
@@ -75,6 +93,8 @@ class FairOptions:
     fair_blur: float | None
     fair_p: int | None
     fair_score: str | None
+    fair_start_epoch: int | None
+    fair_weighting: str | None
     fair_warmup_epochs: int | None
     fair_noisy_sigma: float | None
     fair_faulty_sigma: float | None
@@ -140,7 +160,7 @@ def split_flags(argv: Sequence[str]) -> tuple[FairOptions, list[str]]:
 
 def _check_values(options: FairOptions) -> None:
     for name in ("fair_weight", "fair_blur", "fair_noisy_sigma", "fair_faulty_sigma",
-                 "fair_warmup_epochs", "fair_queue"):  # fmt: skip
+                 "fair_warmup_epochs", "fair_start_epoch", "fair_queue"):  # fmt: skip
         value = getattr(options, name)
         finite = not name.endswith("sigma")  # an infinite sigma flags no pair
         if value is not None and not (value >= 0 and (value < math.inf or not finite)):
