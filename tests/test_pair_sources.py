@@ -220,6 +220,7 @@ def test_the_hash_is_of_shard_and_key(shard, key):
         ("007", hashed("007")), ("+7", hashed("+7")), ("-0", hashed("-0")), ("7.0", hashed("7.0")),
         ("\u0667", hashed("\u0667")),
         (2**63, None), (True, None), (1.0, None), (None, None), ("", None), ([1], None),
+        ("NA", None), ("<NA>", None), ("null", None), (" ", None), ("-1", -1),
         ("9" * 32, hashed("9" * 32)), ("9" * 5000, hashed("9" * 5000)),
         (str(2**63), hashed(str(2**63))), ("a7f3", hashed("a7f3")),
     ],
@@ -247,7 +248,9 @@ def test_names_of_shards_are_the_shortest_that_tell_them_apart_wherever_they_lie
 @pytest.mark.parametrize(
     ("value", "code"),
     [
-        ("Asian", 0), (" Black ", 1), (2, 2), ("2", 2), (2.0, 2), ("02", 2), (True, 3),
+        ("Asian", 0), (" Black ", 1), (2, 2), ("2", 2), (2.0, 2), ("02", None), (True, 3),
+        ("true", 3),
+        ("#N/A", -1), ("<NA>", -1), ("-nan", -1), ("1.#QNAN", -1), ("null", -1), ("None", -1),
         (None, -1), ("", -1), ("unknown", -1), (-1, -1), (float("nan"), -1),
         ("Other", None), ([1], None), ({"a": 1}, None), (0.5, None),
     ],
@@ -285,8 +288,8 @@ IN_THE_JSON = "shard 0.tar, sample k: key 'race' of the json member: "
 
 @pytest.mark.parametrize(
     ("value", "code"),
-    [(0, 0), ("2", 2), (1.0, 1), ("02", 2), (-1, -1), (None, -1), ("", -1), (3, None), (-2, None),
-     ("Asian", None), (0.5, None), (True, None)],
+    [(0, 0), ("2", 2), (1.0, 1), ("02", None), (-1, -1), (None, -1), ("", -1), (3, None),
+     (-2, None), ("Asian", None), (0.5, None), (True, None)],
 )  # fmt: skip
 def test_without_labels_integers_are_codes_as_they_are(value, code):
     stage = PairStage({"u": (5, "0.tar")}, options("--fair-attributes", "race"), {"race": 3})

@@ -80,7 +80,10 @@ class FairTrainingCallback(Callback):
             self._build(stand_in, args.epochs, two_each)
 
     def on_data_ready(self, state: TrainState) -> None:
-        """Make the training loader give ids and groups."""
+        """Make the training loader give ids and groups; say what is to be said of the data."""
+        if state.args.rank == 0:
+            for remark in self.source.remarks:
+                log.warning("Fair loss: %s", remark)
         if "train" in state.data:
             self.source.attach(state.data["train"].dataloader)
 

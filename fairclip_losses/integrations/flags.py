@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from ..data.tables import given_labels
+from ..data.tables import given_attributes
 from ..errors import UsageError, one_line, usage_errors
 from ..presets import PRESETS
 from .events import Callback, default_registry
@@ -121,16 +121,9 @@ def split_flags(argv: Sequence[str]) -> tuple[FairOptions, list[str]]:
         # In one order, each once: a resumed run is compared by it.
         parts = tuple(part for part in PARTS if part in (parts or PARTS))
     values["fair_loss"] = parts or ()
-    named = [item.partition("=") for item in values["fair_attributes"]]
-    values["fair_attributes"] = tuple(name for name, _, _ in named)
     with usage_errors():
-        by_name = {
-            name: given_labels(labels, f"--fair-attributes {name}={labels}")
-            for name, sign, labels in named
-            if sign
-        }
-    values["fair_labels"] = {name: labels for name, (labels, _) in by_name.items()}
-    values["fair_others_unknown"] = tuple(name for name, (_, others) in by_name.items() if others)
+        names, labels, others = given_attributes(values["fair_attributes"], "--fair-attributes")
+    values |= {"fair_attributes": names, "fair_labels": labels, "fair_others_unknown": others}
     options = FairOptions(**values)
     _check_values(options)
     _check_parts(options)
