@@ -49,7 +49,7 @@ TINY_GROUP_ROWS = 10
 OTHERS = "*"
 """After the labels that a user lists: any other value is unknown."""
 
-# What pandas takes for missing, in any case, and the word.
+# What pandas takes for missing, and the word unknown; in any case.
 _MISSING = {
     *("", "#n/a", "#n/a n/a", "#na", "<na>", "n/a", "na", "nan", "-nan", "none", "null", "unknown"),
     *("-1.#ind", "-1.#qnan", "1.#ind", "1.#qnan"),
@@ -69,10 +69,14 @@ MAX_ID_CHARACTERS = 100
 
 @dataclass(frozen=True)
 class Table:
-    """A table in memory: its path, and its columns as lists of cells."""
+    """A table in memory: its path, and its columns as lists of cells.
+
+    ``has_row_names``: the rows have more cells than the header, whose first pandas puts aside.
+    """
 
     path: str
     columns: dict[str, list[str]]
+    has_row_names: bool = False
 
     def __len__(self) -> int:
         """Return the number of rows, the header not counted."""
@@ -101,11 +105,10 @@ def _separator_hint(columns: list[str], name: str) -> str:
             "; is it --csv-separator $'\\t' ? Two or more characters are a regular expression for "
             "pandas, which leaves the quotes in the cells"
         )
-    marks = Counter(re.findall(r"[^\w\s\"'.#-]|\t", columns[0])) if len(columns) == 1 else Counter()
-    # Split by the right one, the header has the name in it; else the most frequent one is likely.
-    likely = sorted(marks, key=lambda m: (name not in columns[0].split(m), -marks[m]))
-    if not likely and len(columns) == 1 and name in columns[0].split():
-        likely = [" "]
+    # A name that a column is split into is sure; else the usual separators are likely.
+    marks = {mark: column for column in columns for mark in re.findall(r"[^\w\"]", column)}
+    found = [m for m, column in marks.items() if name in [c.strip(' "') for c in column.split(m)]]
+    likely = found or [m for m in ",;\t|:" if len(columns) == 1 and m in marks]
     shown = {"\t": "$'\\t'", " ": "' '"}
     return f"; is it --csv-separator {shown.get(likely[0], likely[0])} ?" if likely else ""
 
@@ -145,12 +148,12 @@ def read_table(
             raise ValueError(f"{path}: cannot read the table: {what}") from error
     if not len(frame):
         raise ValueError(f"{path}: expected rows below the header, got the header alone")
-    # The first cells of rows that are longer than the header are no column for pandas.
-    has_moved = frame.index[0] != 0 or frame.index[-1] != len(frame) - 1
-    if has_moved and frame.iloc[:, -1].isna().all():
+    # Where rows are longer than the header, pandas takes their first cells for names of rows.
+    has_row_names = bool(frame.index[0] != 0 or frame.index[-1] != len(frame) - 1)
+    if has_row_names and frame.iloc[:, -1].isna().all():
         raise ValueError(
-            f"{path}: each row ends with a separator ({separator!r}) and the header does not, "
-            "which moves every cell by a column for open_clip; take it off"
+            f"{path}: the rows have more cells than the header, the last of them empty, which "
+            f"moves every cell by a column for open_clip; take the {separator!r} off the rows' ends"
         )
     columns = {
         name: ["" if cell != cell else cell.strip() for cell in frame[name].tolist()]
@@ -158,7 +161,7 @@ def read_table(
         else list(map(str, frame[name].tolist()))
         for name in header
     }
-    return Table(str(path), columns)
+    return Table(str(path), columns, has_row_names)
 
 
 def _unreadable(error: Exception, separator: str) -> str:
@@ -186,12 +189,15 @@ def check_images(table: Table, column: str) -> list[str]:
                 f"{where}: white space around the image file {file!r}, which is a part of its name "
                 "for open_clip; take it off"
             )
-        why = "" if os.path.isabs(file) else "paths are relative to the working directory"
+        why = [] if os.path.isabs(file) else ["paths are relative to the working directory"]
         if is_missing(file):
-            why = "the cell is empty or a missing mark such as NA"
+            why = ["the cell is empty or a missing mark such as NA"]
         elif _WHOLE.fullmatch(file):
-            why += ", and open_clip reads a column of numbers as numbers: 000000 as 0"
-        raise ValueError(f"{where}: no image file {file!r}{f' ({why})' if why else ''}")
+            why.append("open_clip reads a column of numbers as numbers: 000000 as 0")
+        if table.has_row_names:
+            why.append("the rows have more cells than the header, and open_clip skips the first")
+        reasons = f" ({'; '.join(why)})" if why else ""
+        raise ValueError(f"{where}: no image file {file!r}{reasons}")
     return files
 
 
@@ -429,9 +435,11 @@ def group_remarks(table: Table, codes: IntArray, codebook: CodeBook) -> tuple[st
         elif len(labels) > MANY_GROUPS or counts.min() < TINY_GROUP_ROWS:
             order = np.argsort(counts, kind="stable")
             shown = ", ".join(f"{labels[group]!r} {counts[group]}" for group in order[:8])
+            tiny = counts.min() < TINY_GROUP_ROWS
+            what = "some too small to be compared" if tiny else "more than a batch can compare"
             remarks.append(
-                f"attribute {name!r}: {len(labels)} groups in {len(column)} rows, some too small "
-                f"to be compared ({shown}{', ...' * (len(labels) > 8)}); bin or merge them"
+                f"attribute {name!r}: {len(labels)} groups in {len(column)} rows, {what} "
+                f"({shown}{', ...' * (len(labels) > 8)}); bin or merge them"
             )
     return tuple(remarks)
 

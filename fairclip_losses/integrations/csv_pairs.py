@@ -108,8 +108,8 @@ def empty_captions(table: Table, column: str) -> tuple[str, ...]:
         return ()
     return (
         f"{table.path}: {len(rows)} of {len(cells)} captions are empty or missing marks such as NA "
-        f"(column {column!r}, first in row {rows[0]}), which open_clip trains as the text 'nan'; "
-        "write captions or leave the rows out",
+        f"(column {column!r}, first in row {rows[0]}): open_clip trains them as the text 'nan', or "
+        "blank; write captions or leave the rows out",
     )
 
 

@@ -34,9 +34,9 @@ def pair_source(args: Any, options: FairOptions) -> PairSource:
 
         return ShardSource(args, options)
     raise UsageError(
-        "--fair-loss trains on a table (--train-data FILE.csv or .tsv), on webdataset shards "
-        "(SHARDS.tar) or with --dataset-type synthetic, got "
-        f"--train-data {args.train_data!r} --dataset-type {args.dataset_type}"
+        "--fair-loss trains on a table (--train-data FILE.csv or .tsv, or of another name with "
+        "--dataset-type csv), on webdataset shards (SHARDS.tar) or with --dataset-type synthetic, "
+        f"got --train-data {args.train_data!r} --dataset-type {args.dataset_type}"
     )
 
 

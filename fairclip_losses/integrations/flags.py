@@ -25,8 +25,8 @@ _FLAGS: tuple[tuple[str, dict[str, Any], str], ...] = (
      "computation, for comparison only)"),
     ("--fair-attributes", {**_SEVERAL, "metavar": "NAME[=LABEL,...[,*]]"},
      "protected attributes: columns of the training CSV, or keys of the json member of a "
-     "webdataset sample; with labels after = only these are groups, and any other value is "
-     "refused, or unknown where the labels end in ,*"),
+     "webdataset sample; with labels after = only these are groups, -1 too where it is listed, and "
+     "any other value is refused, or unknown where the labels end in ,*"),
     ("--fair-weight", {"type": float, "metavar": "LAMBDA"}, "weight of the fairness term"),
     ("--fair-blur", {"type": float, "metavar": "BLUR"},
      "length scale of the Sinkhorn divergence; 0 = exact distance"),
