@@ -143,6 +143,10 @@ def test_the_first_pairs_of_shards_show_empty_captions_and_a_group_alone(tmp_pat
     assert ": the first pairs of 2 shards: 2 of 8 captions are empty " in captions
     assert "(first of sample 0002)" in captions
     assert pair_source(args, options("--fair-attributes", "Male=-1,1")).remarks == (captions,)
+    write_shards(tmp_path, (40, 40), member=lambda n: {"age": n % 30})
+    args.train_num_samples = 80
+    (many,) = pair_source(args, options("--fair-attributes", "age")).remarks
+    assert "'age': 30 groups in 80 rows, more than a batch can hold ('20' 2, '21' 2, " in many
 
 
 def test_an_attributes_column_in_a_report_has_a_name_of_its_own():

@@ -231,7 +231,11 @@ def test_an_image_that_is_not_there_says_why(tmp_path, monkeypatch):
             None,
             r"50 groups in 120 rows, some .*\('20' 2, .*, \.\.\.\)",
         ),
-        ([str(k % 50) for k in range(999)], None, "50 groups in 999 rows, more than a batch can"),
+        (
+            [str(k % 50) for k in range(999)],
+            None,
+            "50 groups in 999 rows, more than a batch can hold",
+        ),
     ],
 )
 def test_groups_alone_many_or_tiny_are_said_in_one_line(cells, given, message):

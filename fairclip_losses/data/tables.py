@@ -135,8 +135,9 @@ def read_table(
     if not separator:
         raise ValueError(f"expected a separator of one character or more, got {separator!r}")
     with warnings.catch_warnings():
-        for about in (pd.errors.ParserWarning, pd.errors.DtypeWarning):  # open_clip's reading says
-            warnings.simplefilter("ignore", about)
+        # Of how pandas reads; in training open_clip's own reading says the same.
+        for kind in (pd.errors.ParserWarning, pd.errors.DtypeWarning):
+            warnings.simplefilter("ignore", kind)
         try:
             header = pd.read_csv(path, sep=separator, nrows=0).columns
             as_text = {name: str for name in header if name not in as_open_clip}
@@ -425,23 +426,35 @@ def lone_group(
     )
 
 
+def group_remark(
+    attribute: str,
+    labels: Sequence[str],
+    codes: IntArray,
+    cells: Iterable[str],
+    *,
+    tiny: int = TINY_GROUP_ROWS,
+) -> str | None:
+    """Say that an attribute's groups are one alone, many, or of fewer than ``tiny`` rows."""
+    counts = np.bincount(codes[codes >= 0], minlength=len(labels))
+    lone = lone_group(attribute, labels, codes, cells)
+    if lone or (len(labels) <= MANY_GROUPS and counts.min() >= tiny):
+        return lone
+    order = np.argsort(counts, kind="stable")
+    shown = ", ".join(f"{labels[group]!r} {counts[group]}" for group in order[:8])
+    what = "some too small to be compared" if counts.min() < tiny else "more than a batch can hold"
+    return (
+        f"attribute {attribute!r}: {len(labels)} groups in {len(codes)} rows, {what} "
+        f"({shown}{', ...' * (len(labels) > 8)}); bin or merge them"
+    )
+
+
 def group_remarks(table: Table, codes: IntArray, codebook: CodeBook) -> tuple[str, ...]:
-    """Say of which attributes of a table the groups are one alone, many or tiny, with counts."""
-    remarks = []
-    for (name, labels), column in zip(codebook.labels.items(), codes.T, strict=True):
-        counts = np.bincount(column[column >= 0], minlength=len(labels))
-        if lone := lone_group(name, labels, column, table.column(name)):
-            remarks.append(lone)
-        elif len(labels) > MANY_GROUPS or counts.min() < TINY_GROUP_ROWS:
-            order = np.argsort(counts, kind="stable")
-            shown = ", ".join(f"{labels[group]!r} {counts[group]}" for group in order[:8])
-            tiny = counts.min() < TINY_GROUP_ROWS
-            what = "some too small to be compared" if tiny else "more than a batch can compare"
-            remarks.append(
-                f"attribute {name!r}: {len(labels)} groups in {len(column)} rows, {what} "
-                f"({shown}{', ...' * (len(labels) > 8)}); bin or merge them"
-            )
-    return tuple(remarks)
+    """Return `group_remark` of each attribute of a table of which there is one."""
+    said = (
+        group_remark(name, labels, column, table.column(name))
+        for (name, labels), column in zip(codebook.labels.items(), codes.T, strict=True)
+    )
+    return tuple(filter(None, said))
 
 
 class GroupCoder:

@@ -97,7 +97,7 @@ def between_group_disparity(overall: float, group_values: npt.ArrayLike) -> Disp
 
     (std_g(M_g) / M, (max_g M_g - min_g M_g) / M), with the population standard deviation, of the
     ``group_values`` M_g, (G,). A group without a value (NaN) is left out; NaN if M is NaN or 0, or
-    less than two of the group values are numbers: one alone has no spread.
+    fewer than two of the group values are numbers: one alone has no spread.
     """
     _, std, spread = group_spread(*_overall_and_groups(overall, group_values))
     return Disparity(float(std[0]), float(spread[0]))

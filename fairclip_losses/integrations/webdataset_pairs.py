@@ -35,8 +35,8 @@ from ..data.tables import (
     CodeBook,
     GroupCoder,
     IntArray,
+    group_remark,
     is_missing,
-    lone_group,
     shortened,
 )
 from ..errors import UsageError, one_line
@@ -281,14 +281,18 @@ def look_at(
             raise UsageError(f"--fair-attributes {name}: {first}: {stage.expected(name)}, {got}")
     if stage.id_key is not None:
         _check_ids(stage.id_key, members, rows[:, ID].tolist(), first)
-    lone = [
-        lone_group(name, coder.labels, codes, (_cell(m.get(name)) or "" for m in members))
-        for (name, coder), codes in zip(
-            stage.coders.items(), rows[:, GROUPS:].T.numpy(), strict=True
+    groups = (
+        group_remark(
+            name,
+            stage.coders[name].labels[: None if name in stage.given else count],
+            rows[:, column].numpy(),
+            (_cell(member.get(name)) or "" for member in members),
+            tiny=0,  # of a few pairs
         )
-    ]
+        for column, (name, count) in enumerate(num_codes.items(), start=GROUPS)
+    )
+    remarks = [f"{first}: {remark}" for remark in groups if remark]
     empty = [pair["__key__"] for pair in pairs if not pair.get("txt", b"a").strip()]
-    remarks = [f"{first}: {text}" for text in lone if text]
     if empty:
         remarks.append(
             f"{first}: {len(empty)} of {len(pairs)} captions are empty (first of sample "
