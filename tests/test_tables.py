@@ -88,7 +88,7 @@ def test_what_open_clip_holds_is_what_we_read(tmp_path, monkeypatch, text, separ
 def test_every_mark_of_pandas_is_unknown_and_none_is_a_label(tmp_path):
     cells = ["7.0", *STR_NA_VALUES, "-1", "Unknown", " NA ", "8"]
     path = written(tmp_path, "f,g\n" + "".join(f"a,{cell}\n" for cell in cells))
-    read = read_table(path, ",", as_open_clip="f")
+    read = read_table(path, ",", as_open_clip=["f"])
     for table in (read, table_of(g=[cell.strip() for cell in cells])):
         codes, book = encode_attributes(table, ["g"])
         assert book.labels == {"g": ("7", "8")}
