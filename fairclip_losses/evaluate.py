@@ -11,18 +11,20 @@ import argparse
 import ast
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data import read_table, write_table, write_text
+from .data import encode_attributes, read_table, write_table, write_text
+from .data.tables import given_attributes, shortened
 from .errors import one_line
 from .evaluation.zero_shot import Preprocess, Tokenizer, ZeroShotTask, evaluate_task
 
@@ -40,9 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, 2 for a mistake in what it was given, else 1."""
     options = _parser().parse_args(arguments)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(
-            f"{PROGRAM}: warning: {message}", file=sys.stderr
-        )
+        warnings.showwarning = lambda message, *_, **__: _warn(str(message))
         try:
             _run(options)
         except Exception as error:
@@ -54,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{PROGRAM}: error: {text}", file=sys.stderr)
             return status
     return 0
+
+
+def _warn(text: str) -> None:
+    print(f"{PROGRAM}: warning: {text}", file=sys.stderr)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -69,12 +73,18 @@ def _run(options: argparse.Namespace) -> None:
             f"say which model this is with --model"
         )
     device = _device(options.device)
+    image_key = options.csv_img_key
+    table = read_table(options.data, options.csv_separator, as_open_clip=[image_key])
+    names, labels, others = given_attributes(options.attributes, "--attributes")
+    _, codebook = encode_attributes(table, names, given=labels, others_unknown=others)
     task = ZeroShotTask.from_table(
-        read_table(options.data, options.csv_separator),
+        table,
         label=options.label,
         prompts=options.prompts,
-        attributes=options.attributes,
-        image_key=options.csv_img_key,
+        attributes=names,
+        codebook=codebook,
+        others_unknown=others,
+        image_key=image_key,
     )
     output = Path(options.output or checkpoint.parent)
     output.mkdir(parents=True, exist_ok=True)
@@ -85,7 +95,15 @@ def _run(options: argparse.Namespace) -> None:
     same = ("batch_size", "workers", "threshold", "n_bootstrap", "confidence", "seed")
     how = {name: getattr(options, name) for name in same}
     how |= {"device": device, "input_dtype": _PRECISIONS[options.precision]}
-    report, predictions = evaluate_task(model, preprocess, tokenizer, task, **how)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        report, predictions = evaluate_task(model, preprocess, tokenizer, task, **how)
+    said = list(task.remarks)  # some of which the report repeats in short
+    for text in (str(warning.message) for warning in caught):
+        if not any(line.startswith(text) for line in said):
+            said.append(text)
+    for line in said:
+        _warn(line)
     asked = {name: getattr(options, name) for name in ("checkpoint", "data", "label", "precision")}
     about = {"model": model_name, **asked, "classes": task.classes, "prompts": task.prompts}
     content = json.dumps({**about, **report.to_dict()}, indent=2, ensure_ascii=False)
@@ -167,11 +185,21 @@ def load_weights(checkpoint: str | Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ValueError(f"no checkpoint file {str(checkpoint)!r}") from None
     except Exception as error:
-        raise ValueError(f"{checkpoint}: not a checkpoint that torch.load can read") from error
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f" without running code of its own: it holds {code[1]}" if code else ""
+        raise ValueError(f"{checkpoint}: not a checkpoint that torch.load can read{why}") from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not (isinstance(weights, dict) and weights and all(map(torch.is_tensor, weights.values()))):
-        raise ValueError(f'{checkpoint}: expected model weights under "state_dict", got none')
+    if not _are_weights(weights):
+        found = content if isinstance(content, dict) else {}
+        others = [repr(key) for key, value in found.items() if _are_weights(value)]
+        got = f"got them under {', '.join(others)}" if others else "got none"
+        there = f"; its keys are {shortened(list(map(str, found)))}" if found else ""
+        raise ValueError(f'{checkpoint}: expected model weights under "state_dict", {got}{there}')
     return {str(key).removeprefix("module."): value for key, value in weights.items()}
+
+
+def _are_weights(value: object) -> TypeGuard[dict[Any, Tensor]]:
+    return isinstance(value, dict) and bool(value) and all(map(torch.is_tensor, value.values()))
 
 
 def read_run_settings(checkpoint: str | Path) -> dict[str, Any]:
@@ -207,7 +235,11 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], complaint: str) -> No
     }
     for what, keys in wrong.items():
         if keys:
-            raise ValueError(f"{complaint} {len(keys)} {what}, such as {keys[0]!r}")
+            there = f"; the file has names such as {next(iter(weights))!r}"
+            longest = max(keys, key=len)  # no other name ends so by chance
+            if what == "missing" and (same := [k for k in weights if k.endswith(f".{longest}")]):
+                there = f"; its names begin with {same[0].removesuffix(longest)!r}: take that off"
+            raise ValueError(f"{complaint} {len(keys)} {what}, such as {keys[0]!r}{there}")
     model.load_state_dict(fitted)
 
 
@@ -235,10 +267,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", required=True, metavar="FILE", help="table of images with a header line")
     add("--label", required=True, metavar="COLUMN", help="column of the true class")
     add("--prompts", required=True, nargs="+", metavar="TEXT", help="one prompt per class")
-    add("--attributes", required=True, nargs="+", metavar="COLUMN", help="protected attributes")
+    add("--attributes", required=True, nargs="+", metavar="COLUMN[=LABEL,...[,*]]",
+        help="protected attributes; after = the labels that are groups, with ,* at the end where "
+        "any other value is unknown, else it is refused")  # fmt: skip
     add("--model", help="model name or local-dir:PATH (default: that of the run's params.txt)")
     add("--csv-img-key", default="filepath", metavar="COLUMN", help="column of the image files")
-    add("--csv-separator", default="\t", metavar="CHAR", help="between the cells (default: tab)")
+    add("--csv-separator", default="\t", metavar="CHAR", help="as for pandas (default: tab)")
     add("--batch-size", type=int, default=64, metavar="N", help="images per forward pass")
     add("--workers", type=int, default=0, metavar="N", help="processes that read images")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")

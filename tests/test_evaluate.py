@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import gzip
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -38,7 +41,7 @@ def run(tmp_path_factory):
     (folder / "params.txt").write_text(
         f"force_image_size: None\nimage_mean: None\nlr: 1e-05\nmodel: {name}\nname: a: b\n"
     )
-    torch.manual_seed(0)
+    torch.manual_seed(7)  # tells bright from dark, and not perfectly
     model = open_clip.create_model(name)
     with torch.no_grad():
         # An untrained model tells images apart poorly: spread its outputs.
@@ -217,10 +220,23 @@ def test_a_file_that_is_no_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"trap\.pt: not a checkpoint"):
         load_weights("trap.pt")
     assert not (tmp_path / "trap").exists()
-    for content in ({"epoch": 1}, {"state_dict": {}}, torch.ones(2), {"state_dict": 3}):
+    weights = {"w": torch.ones(2)}
+    for content, got in (
+        ({"epoch": 1}, "got none; its keys are 'epoch'"),
+        ({"state_dict": {}}, "got none; its keys are 'state_dict'"),
+        (torch.ones(2), "got none$"),
+        ({"state_dict": 3}, "got none; its keys are"),
+        ({"epoch": 1, "model": weights}, "got them under 'model'; its keys are 'epoch', 'model'"),
+        ({"ema": weights, "net": weights}, "got them under 'ema', 'net'"),
+    ):
         torch.save(content, "other.pt")
-        with pytest.raises(ValueError, match='expected model weights under "state_dict", got none'):
+        message = f'expected model weights under "state_dict", {got}'
+        with pytest.raises(ValueError, match=message):
             load_weights("other.pt")
+    torch.save({"model": weights, "args": argparse.Namespace(lr=1)}, "other.pt")
+    message = r"torch\.load can read without running code of its own: it holds argparse\.Namespace"
+    with pytest.raises(ValueError, match=message):
+        load_weights("other.pt")
     with pytest.raises(ValueError, match=r"no checkpoint file 'missing\.pt'"):
         load_weights("missing.pt")
 
@@ -236,6 +252,24 @@ def test_weights_of_another_model(run, tmp_path):
         torch.save(weights, tmp_path / "w.pt")
         with pytest.raises(ValueError, match="w.pt: expected the weights of '.*" + message):
             load_model(model_name(run / "tiny"), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (lambda key: f"model.{key}", r"; its names begin with 'model\.': take that off$"),
+        (lambda key: f"module.net.clip.{key}", r"; its names begin with 'net\.clip\.': take"),
+        (
+            lambda key: key.replace("visual.", "vision_model."),
+            "; the file has names such as 'posit",
+        ),
+    ],
+)
+def test_the_names_of_another_program_are_shown(run, tmp_path, rename, message):
+    weights = load_weights(run / "checkpoints" / "epoch_3.pt")
+    torch.save({"state_dict": {rename(key): v for key, v in weights.items()}}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"got \d+ missing, such as '.*'" + message):
+        load_model(model_name(run / "tiny"), tmp_path / "w.pt")
 
 
 def test_the_settings_of_the_run_decide_the_transform(run):
@@ -264,7 +298,10 @@ def test_run_settings(run, tmp_path):
 def test_command_prints_a_table_and_writes_three_files(run, tmp_path, capsys, loaded, task):
     assert main(command(run, tmp_path / "out")) == 0
     captured = capsys.readouterr()
-    assert captured.err == ""
+    assert captured.err == (
+        "fairclip_losses.evaluate: warning: attribute 'sex': 2 groups in 24 rows, some too small "
+        "to be compared ('m' 4, 'f' 16); bin or merge them\n"
+    )
     assert captured.out.startswith(f"{model_name(run / 'tiny')}, ")
     for text in ("24 samples, binary", "20 resamples", "ES-AUC", "AUC, f", "4 unknown"):
         assert text in captured.out
@@ -288,6 +325,40 @@ def test_command_prints_a_table_and_writes_three_files(run, tmp_path, capsys, lo
     found = np.array(written["prob_1"], float)
     np.testing.assert_allclose(found, predictions.probabilities[:, 1], rtol=1e-8)
     assert written["sex"] == read_table(run / "val.tsv").columns["sex"]
+
+
+def test_crossed_prompts_are_said_and_one_group_has_no_gap_unless_minus_one_is_a_label(
+    run, tmp_path, capsys
+):
+    lines = (run / "val.tsv").read_text().splitlines()
+    coded = [f"{line}\t{'Male' if not row else row % 2 * 2 - 1}" for row, line in enumerate(lines)]
+    (tmp_path / "coded.tsv.gz").write_bytes(gzip.compress("\n".join(coded).encode()))
+    arguments = command(run, tmp_path)
+    arguments = replaced(arguments, "--data", str(tmp_path / "coded.tsv.gz"))
+    arguments = replaced(arguments, "--prompts", *reversed(PROMPTS))
+    warning = "fairclip_losses.evaluate: warning: "
+
+    assert main(replaced(arguments, "--attributes", "Male")) == 0
+    captured = capsys.readouterr()
+    lone = "attribute 'Male': one known group alone, '1' (12 of 24 rows, 12 unknown): there is no "
+    assert captured.err.splitlines()[0] == (
+        f"{warning}{lone}gap between groups; where -1 is a group, give the labels: Male=-1,1"
+    )
+    crossed = r"the AUC of 0\.0.. is far below 0\.5: prompts and classes may be crossed "
+    crossed += r"\('a bright picture' for class '0', 'a dark picture' for class '1'\)$"
+    assert re.search(crossed, captured.err)
+    assert captured.err.count("\n") == 2 and captured.out.count("n/a") == 6
+    content = json.loads((tmp_path / "fairness.json").read_text())["attributes"]["Male"]
+    assert content["demographic_parity_difference"]["value"] is None
+
+    assert main(replaced(arguments, "--attributes", "Male=-1,1", "sex=m,*")) == 0
+    captured = capsys.readouterr()
+    assert "attribute 'sex': one known group alone, 'm' (4 of 24 rows, 20 unknown)" in captured.err
+    assert "'Male'" not in captured.err
+    content = json.loads((tmp_path / "fairness.json").read_text())["attributes"]["Male"]
+    assert [(g["label"], g["count"]) for g in content["groups"]] == [("-1", 12), ("1", 12)]
+    assert content["demographic_parity_difference"]["value"] is not None
+    assert read_table(tmp_path / "predictions.csv", ",").column("Male")[:2] == ["1", "-1"]
 
 
 def test_command_takes_a_model_name_and_low_precision_and_writes_beside_the_checkpoint(
@@ -321,6 +392,13 @@ def replaced(arguments, option, *values):
         ("--label", [], "the following arguments are required: --label"),
         ("--prompts", ["one"], "expected a prompt for each of two or more classes"),
         ("--attributes", ["race"], "no column 'race'"),
+        ("--attributes", ["sex=f"], "'sex': expected one of 'f', got 'm' in 4 rows, first in row"),
+        (
+            "--attributes",
+            ["sex=f,NA"],
+            "--attributes sex=f,NA: expected labels separated by commas",
+        ),
+        ("--csv-separator", [","], "; is it --csv-separator $'\\t' ?"),
         ("--device", ["nonsense"], "cannot use device 'nonsense'"),
         ("--bootstrap", ["-1"], "n_bootstrap must be an integer of 0 or more, got -1"),
         ("--bootstrap", ["many"], "argument --bootstrap: invalid int value: 'many'"),
@@ -385,11 +463,11 @@ def test_as_a_module_with_a_warning(run, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     # What else open_clip 2 pulls in has something to say of old versions of others.
-    said = result.stderr if HAS_LOCAL_DIR else "".join(result.stderr.splitlines(True)[-1:])
-    assert said == (
-        "fairclip_losses.evaluate: warning: attribute 'sex': group 'm' holds one class only: "
-        "its AUC is NaN\n"
-    )
+    said = result.stderr.splitlines()[0 if HAS_LOCAL_DIR else -3 :]
+    start = "fairclip_losses.evaluate: warning: "
+    alone = "attribute 'sex': group 'm' holds one class only: its AUC is NaN"
+    assert len(said) == 3 and all(line.startswith(start) for line in said)
+    assert "2 groups in 4 rows" in said[0] and said[1] == start + alone and "crossed" in said[2]
     assert "AUC, m" in result.stdout and "n/a" in result.stdout
     text = (tmp_path / "out" / "fairness.json").read_text()
     assert "NaN" not in text

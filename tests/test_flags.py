@@ -46,9 +46,12 @@ def test_the_order_of_the_parts_is_all_the_same(parts):
 
 
 def test_labels_may_follow_an_attribute():
-    options, _ = split_flags(["--fair-loss", "--fair-attributes", "race= b,a , *", "sex=01,2", "x"])
-    assert options.fair_attributes == ("race", "sex", "x")
-    assert options.fair_labels == {"race": ("b", "a"), "sex": ("1", "2")}
+    options, _ = split_flags(
+        ["--fair-loss", "--fair-attributes", "race= b,a , *", "sex=-1,+1", "y=01,2", "x"]
+    )
+    assert options.fair_attributes == ("race", "sex", "y", "x")
+    labels = {"race": ("b", "a"), "sex": ("-1", "1"), "y": ("01", "2")}  # -1 is a label if given
+    assert options.fair_labels == labels
     assert options.fair_others_unknown == ("race",)
 
 
@@ -56,8 +59,8 @@ def test_labels_may_follow_an_attribute():
     ("labels", "message"),
     [
         ("", "got '', which stands for an unknown value"),
-        ("a,-1", "got '-1', which stands for an unknown value"),
-        ("1,01", "expected each label once"),
+        ("a,<NA>", "got '<NA>', which stands for an unknown value"),
+        ("1,+1", "expected each label once"),
         ("*", r"expected labels separated by commas, and \* \(any other value is unknown\) after"),
         ("*,a", r"expected labels separated by commas, and \*"),
         ("a,*,*", r"expected labels separated by commas, and \*"),

@@ -33,6 +33,7 @@ DPD, EOD = demographic_parity_difference, equalized_odds_difference
 EXACT = {"rel": 0, "abs": 1e-12}
 SEEDS = st.integers(0, 2**32 - 1)
 drawn = settings(deadline=None, max_examples=30)
+ONE_GROUP = pytest.mark.filterwarnings("ignore:one group alone:UserWarning")
 ONE_CLASS = pytest.mark.filterwarnings("ignore:.*one class only:UserWarning")
 FAIRLEARN = tuple(map(int, fairlearn_version.split(".")[:2]))
 
@@ -103,6 +104,7 @@ def test_roc_auc_counts_pairs(seed):
         assert roc_auc(y, np.exp(3 * scores)) == pytest.approx(np.mean(wins), **EXACT)
 
 
+@ONE_GROUP
 @drawn
 @given(SEEDS)
 def test_an_integer_weight_is_a_repetition(seed):
@@ -144,6 +146,7 @@ def test_gaps_are_fairlearns(seed, classes, weighted):
     known = group >= 0
     # Before 0.15, fairlearn loses the weight of a group of one.
     assume(not weighted or FAIRLEARN >= (0, 15) or 1 not in np.bincount(group[known]))
+    assume(len(np.unique(group[known])) > 1)  # of one group fairlearn says 0
     options = {
         "sensitive_features": group[known],
         "sample_weight": None if weights is None else weights[known],
@@ -183,12 +186,56 @@ def test_heavy_weights_do_not_swallow_light_ones():
     assert EOD(y, predicted, group, sample_weight=weights) == 0.5
 
 
-def test_one_group_or_none():
+def test_one_group_has_no_gap_and_is_said_to_be_alone():
     y, predicted = [0, 1, 1], [0, 1, 0]
-    assert DPD(predicted, [2, 2, 2]) == 0
-    assert EOD(y, predicted, [2, -1, 2]) == 0
+    for groups in ([2, 2, 2], [2, -1, 2]):
+        for gap in (lambda g: DPD(predicted, g), lambda g: EOD(y, predicted, g)):
+            with pytest.warns(UserWarning, match="^one group alone is known, 2: there is no gap"):
+                assert math.isnan(gap(groups))
+    with pytest.warns(UserWarning, match="one group alone is known, 0"):
+        DPD(predicted, [0, 1, 1], sample_weight=[1.0, 0.0, 0.0])
     assert math.isnan(DPD(predicted, [-1, -1, -1]))
     assert math.isnan(EOD(y, predicted, [-1, -1, -1]))
+    # Group 0 alone has positives, group 1 alone negatives: neither rate can be compared.
+    assert math.isnan(EOD([1, 1, 0], [1, 0, 1], [0, 0, 1], undefined_rate="skip"))
+    assert EOD([1, 1, 0], [1, 0, 1], [0, 0, 1]) == 1.0
+
+
+def test_a_report_shows_no_gap_of_one_group_as_perfect():
+    y, scores = [0, 1, 0, 1], [0.1, 0.8, 0.6, 0.4]
+    labels = {"Male": ("1",), "sex": ("f", "m")}
+    groups = {"Male": [0, -1, 0, 0], "sex": [0, 0, 0, 0]}
+    with pytest.warns(UserWarning) as caught:
+        report = fairness_report(y, scores, groups, labels=labels, n_bootstrap=3)
+    said = sorted(str(warning.message) for warning in caught)
+    assert said[0].startswith(
+        "attribute 'Male': one known group alone, '1' (3 of 4 rows, 1 unknown)"
+    )
+    assert said[1].startswith(
+        "attribute 'sex': one known group alone, 'f' (4 of 4 rows, 0 unknown)"
+    )
+    for attribute in report.attributes.values():
+        assert all(math.isnan(getattr(attribute, gap).value) for gap in GAPS)
+        assert attribute.groups[0].auc.value == report.auc.value or attribute.unknown
+    table = report.table().splitlines()
+    assert sum(line.endswith("n/a") for line in table) == 2 * len(GAPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_tensors_of_every_precision_are_read_with_and_without_a_gradient(dtype):
+    y, group = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1])
+    scores = torch.tensor([0.1, 0.75, 0.5, 0.25], dtype=dtype, requires_grad=True)
+    plain = scores.detach().double().numpy()
+    assert roc_auc(y, scores) == roc_auc(y.numpy(), plain)
+    assert roc_auc(y, list(scores), scores) == roc_auc(y.numpy(), plain, plain)
+    np.testing.assert_array_equal(
+        group_roc_auc(y, scores, group), group_roc_auc(y.numpy(), plain, group.numpy())
+    )
+    assert DPD(y, group, sample_weight=scores) == DPD(y.numpy(), group.numpy(), sample_weight=plain)
+    assert equity_scaled(scores[1], scores[:2]) == equity_scaled(plain[1], plain[:2])
+    assert fairness_report(y, torch.stack([1 - scores, scores], 1), {"g": group}, n_bootstrap=0)
+    with pytest.raises(ValueError, match="expected groups as integer codes, got dtype float64"):
+        DPD(y, scores)
 
 
 @drawn
@@ -203,6 +250,9 @@ def test_equity_scaled_and_disparity_are_their_formulas(overall, values):
     expected = overall / (1 + sum(abs(overall - value) for value in known))
     assert scaled == pytest.approx(expected, **EXACT)
     assert scaled <= overall
+    if len(known) == 1:  # a spread is between groups
+        assert math.isnan(std) and math.isnan(spread)
+        return
     assert std == pytest.approx(np.std(known) / overall, **EXACT)
     assert spread == pytest.approx((max(known) - min(known)) / overall, **EXACT)
 

@@ -28,7 +28,7 @@ from training_runs import (
 )
 
 from fairclip_losses import train
-from fairclip_losses.data import CodeBook, Table, encode_attributes
+from fairclip_losses.data import CodeBook, Table, encode_attributes, write_table
 from fairclip_losses.errors import UsageError
 from fairclip_losses.integrations import webdataset_pairs as module
 from fairclip_losses.integrations.fair_training import pair_source
@@ -111,6 +111,42 @@ def test_labels_given_for_a_table_are_its_groups(tmp_path):
     assert torch.equal(some.codes[:, 1], source.codes[:, 1])
     with pytest.raises(UsageError, match="column 'sex': expected groups, got no known value in 22"):
         pair_source(args, options("--fair-attributes", "sex=x,y,*"))
+
+
+def test_empty_captions_and_a_group_alone_are_remarks_with_counts_and_the_way_on(tmp_path):
+    path = write_pairs(tmp_path, 22, "train")
+    header, *lines = path.read_text().splitlines()
+    rows = [[*line.split("\t"), str(row % 2 * 2 - 1)] for row, line in enumerate(lines)]
+    for row, caption in ((3, "NA"), (7, ""), (8, " "), (9, "null"), (10, "NAN")):
+        rows[row][2] = caption
+    write_table(path, [*header.split("\t"), "Male"], rows, "\t")
+    args = open_clip_arguments(train_data=str(path))
+    captions, group = pair_source(args, options("--fair-attributes", "Male")).remarks
+    assert captions.startswith(f"{path}: 4 of 22 captions are empty or missing marks such as NA")
+    assert "(column 'title', first in row 4)" in captions
+    assert group.startswith("attribute 'Male': one known group alone, '1' (11 of 22 rows, 11 unkn")
+    assert group.endswith("give the labels: Male=-1,1")
+    source = pair_source(args, options("--fair-attributes", "Male=-1,1"))
+    assert source.remarks == (captions,)
+    assert source.codes[:, 0].tolist() == [row % 2 for row in range(22)]
+
+
+def test_the_first_pairs_of_shards_show_empty_captions_and_a_group_alone(tmp_path):
+    shards = write_shards(
+        tmp_path, (4, 4), member=lambda n: {"Male": n % 2 * 2 - 1},
+        caption=lambda n: " " if n in (2, 5) else f"picture number {n}",
+    )  # fmt: skip
+    args = open_clip_arguments(train_data=shards, train_num_samples=8)
+    group, captions = pair_source(args, options("--fair-attributes", "Male")).remarks
+    assert ": attribute 'Male': one known group alone, '1' (4 of 8 rows, 4 unknown): " in group
+    assert group.endswith("give the labels: Male=-1,1")
+    assert ": the first pairs of 2 shards: 2 of 8 captions are empty " in captions
+    assert "(first of sample 0002)" in captions
+    assert pair_source(args, options("--fair-attributes", "Male=-1,1")).remarks == (captions,)
+    write_shards(tmp_path, (40, 40), member=lambda n: {"age": n % 30})
+    args.train_num_samples = 80
+    (many,) = pair_source(args, options("--fair-attributes", "age")).remarks
+    assert "'age': 30 groups in 80 rows, more than a batch can hold ('20' 2, '21' 2, " in many
 
 
 def test_an_attributes_column_in_a_report_has_a_name_of_its_own():
@@ -220,6 +256,7 @@ def test_the_hash_is_of_shard_and_key(shard, key):
         ("007", hashed("007")), ("+7", hashed("+7")), ("-0", hashed("-0")), ("7.0", hashed("7.0")),
         ("\u0667", hashed("\u0667")),
         (2**63, None), (True, None), (1.0, None), (None, None), ("", None), ([1], None),
+        ("NA", None), ("<NA>", None), ("null", None), (" ", None), ("-1", -1),
         ("9" * 32, hashed("9" * 32)), ("9" * 5000, hashed("9" * 5000)),
         (str(2**63), hashed(str(2**63))), ("a7f3", hashed("a7f3")),
     ],
@@ -247,7 +284,9 @@ def test_names_of_shards_are_the_shortest_that_tell_them_apart_wherever_they_lie
 @pytest.mark.parametrize(
     ("value", "code"),
     [
-        ("Asian", 0), (" Black ", 1), (2, 2), ("2", 2), (2.0, 2), ("02", 2), (True, 3),
+        ("Asian", 0), (" Black ", 1), (2, 2), ("2", 2), (2.0, 2), ("02", None), (True, 3),
+        ("true", 3),
+        ("#N/A", -1), ("<NA>", -1), ("-nan", -1), ("1.#QNAN", -1), ("null", -1), ("None", -1),
         (None, -1), ("", -1), ("unknown", -1), (-1, -1), (float("nan"), -1),
         ("Other", None), ([1], None), ({"a": 1}, None), (0.5, None),
     ],
@@ -285,8 +324,8 @@ IN_THE_JSON = "shard 0.tar, sample k: key 'race' of the json member: "
 
 @pytest.mark.parametrize(
     ("value", "code"),
-    [(0, 0), ("2", 2), (1.0, 1), ("02", 2), (-1, -1), (None, -1), ("", -1), (3, None), (-2, None),
-     ("Asian", None), (0.5, None), (True, None)],
+    [(0, 0), ("2", 2), (1.0, 1), ("02", None), (-1, -1), (None, -1), ("", -1), (3, None),
+     (-2, None), ("Asian", None), (0.5, None), (True, None)],
 )  # fmt: skip
 def test_without_labels_integers_are_codes_as_they_are(value, code):
     stage = PairStage({"u": (5, "0.tar")}, options("--fair-attributes", "race"), {"race": 3})

@@ -195,6 +195,8 @@ def test_codes_are_saved_and_the_log_shows_terms_flags_and_rates(fair_run):
     book = json.loads((logs / "run" / "fair_codebook.json").read_text())
     assert book == {"sex": ["f", "m"], "site": ["0", "1"]}
     text = (logs / "run" / "out.log").read_text()
+    for who, rows in (("loss", PAIRS), ("Eval", 24)):
+        assert text.count(f"WARNING | Fair {who}: attribute 'sex': 2 groups in {rows} rows, ") == 1
     kinds = [row["kind"] for row in pairs_of(logs, "run", kind="flagged")]
     flagged = f"flagged noisy {kinds.count('noisy')} faulty {kinds.count('faulty')} of {PAIRS}"
     terms = ("Contrastive_loss:", "Fairness_loss:", "distance/sex=m")

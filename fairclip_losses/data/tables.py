@@ -1,8 +1,7 @@
-"""Delimited text files, and what their cells mean: group codes, pair ids and class labels.
+"""Tables of pairs, and what their cells mean: group codes, pair ids and class labels.
 
-The readers follow what open_clip's CSV data set does (pandas, blank lines skipped), so that row i
-here is sample i there. A cell is a string with the white space around it taken off; what it means
-is decided by the function that encodes it:
+Tables are read by pandas as open_clip reads them, so that row i here is sample i there. The cells
+of a column are text; what they mean is decided by the function that encodes them:
 
     read_table -> Table -> encode_attributes -> group codes (N, C) and a CodeBook
                         -> pair_ids          -> stable ids (N,)
@@ -16,14 +15,14 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import os
 import re
 import tempfile
+import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import reason
+from ..errors import UsageError, reason
 
 IntArray = npt.NDArray[np.int64]
 
@@ -41,90 +40,166 @@ UNKNOWN = -1
 MAX_GROUPS = 64
 """A column with more distinct values is an id or a measurement, not a protected attribute."""
 
+MANY_GROUPS = 20
+"""With more groups than this a batch of usual size holds a few pairs of each."""
+
+TINY_GROUP_ROWS = 10
+"""Of fewer rows a rate moves by more than 0.1 with each of them."""
+
 OTHERS = "*"
 """After the labels that a user lists: any other value is unknown."""
 
-_MISSING = frozenset({"", "na", "n/a", "nan", "none", "null", "unknown"})
-# pandas writes an integer column that has gaps as "1.0": still a whole number.
-_WHOLE = re.compile(r"([+-]?)0*(0|[1-9][0-9]*)(?:\.0*)?")
+# What pandas takes for missing, and the word unknown; in any case.
+_MISSING = {
+    *("", "#n/a", "#n/a n/a", "#na", "<na>", "n/a", "na", "nan", "-nan", "none", "null", "unknown"),
+    *("-1.#ind", "-1.#qnan", "1.#ind", "1.#qnan"),
+}
+# pandas writes an integer column that has gaps as "1.0": still a whole number. "007" is a name.
+_WHOLE = re.compile(r"([+-]?)(0|[1-9][0-9]*)(?:\.0*)?")
 _NUMBER = re.compile(r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf)", re.IGNORECASE)
 _INTEGER = re.compile(r"[+-]?[0-9]+")
+_ZEROS_FIRST = re.compile(r"[+-]?0[0-9]+")
+# The spellings of a truth value that pandas knows, and what it writes.
+_BOOLEANS = {
+    spell(name): name for name in ("True", "False") for spell in (str.upper, str.lower, str)
+}
 # Zeros before the number included; int by itself refuses a few thousand digits.
 MAX_ID_CHARACTERS = 100
-# Stands below the last line; Unicode keeps this character out of text.
-_END = "\uffff"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A delimited text file in memory: its path, and its columns as lists of stripped strings.
+    """A table in memory: its path, and its columns as lists of cells.
 
-    ``padded`` has by column the first row in which white space was taken off, 0 being the header.
+    ``has_row_names``: the rows have more cells than the header, whose first pandas puts aside.
     """
 
     path: str
     columns: dict[str, list[str]]
-    padded: dict[str, int] = field(default_factory=dict)
+    has_row_names: bool = False
 
     def __len__(self) -> int:
         """Return the number of rows, the header not counted."""
         return len(next(iter(self.columns.values()), []))
 
     def column(self, name: str) -> list[str]:
-        """Return the cells of one column; a ValueError names the columns there are."""
-        if name not in self.columns:
-            there = ", ".join(map(repr, self.columns))
-            raise ValueError(f"{self.path}: no column {name!r}; the columns are {there}")
-        return self.columns[name]
+        """Return the cells of one column, or of the only one so named but for white space.
+
+        Raises:
+            ValueError: no such column; the message names those there are, and the separator that
+                was meant where the header looks like it.
+        """
+        if name in self.columns:
+            return self.columns[name]
+        if len(alike := [there for there in self.columns if there.strip() == name]) == 1:
+            return self.columns[alike[0]]
+        there = ", ".join(map(repr, self.columns))
+        hint = _separator_hint(list(self.columns), name)
+        raise ValueError(f"{self.path}: no column {name!r}; the columns are {there}{hint}")
 
 
-def read_table(path: str | os.PathLike[str], separator: str = "\t") -> Table:
-    r"""Read a delimited text file with a header line.
+def _separator_hint(columns: list[str], name: str) -> str:
+    """Return "; is it --csv-separator ; ?" where a header was not taken apart, or left quoted."""
+    if f'"{name}"' in columns:
+        return (
+            "; is it --csv-separator $'\\t' ? Two or more characters are a regular expression for "
+            "pandas, which leaves the quotes in the cells"
+        )
+    # A name that a column is split into is sure; else the usual separators are likely.
+    marks = {mark: column for column in columns for mark in re.findall(r"[^\w\"]", column)}
+    found = [m for m, column in marks.items() if name in [c.strip(' "') for c in column.split(m)]]
+    likely = found or [m for m in ",;\t|:" if len(columns) == 1 and m in marks]
+    shown = {"\t": "$'\\t'", " ": "' '"}
+    return f"; is it --csv-separator {shown.get(likely[0], likely[0])} ?" if likely else ""
 
-    UTF-8, with or without a byte order mark; cells may be quoted with `"`. Lines that are empty or
-    hold white space alone are skipped, as pandas does.
 
-    ``separator`` is one character between the cells. A backslash followed by t, which is what a
-    shell passes for "\t", is taken as the tab.
+def read_table(
+    path: str | os.PathLike[str], separator: str = "\t", *, as_open_clip: Collection[str] = ()
+) -> Table:
+    """Read a table by `pandas.read_csv(path, sep=separator)`, which is how open_clip reads it.
+
+    So the same separators, compressions, URLs, encodings and headers are understood, and the rows
+    are the same. The cells of the columns ``as_open_clip`` are what open_clip makes of them,
+    `str(value)`: a missing one is "nan", and "007" in a column of numbers is "7". All others are
+    text as it stands in the file, without the white space around it, a missing one being "".
 
     Raises:
-        ValueError: no such file, not UTF-8 text, an empty file, a header without rows, a header
-            name twice, a row with more or fewer cells than the header, a quote never closed, or a
-            separator that is not one character.
+        ValueError: a table that pandas cannot read or that has no rows.
+        UsageError: pandas is not installed.
     """
-    separator = "\t" if separator == "\\t" else separator
-    if len(separator) != 1 or separator in '"\r\n':
-        expected = "expected a separator of one character, not a quote or line end"
-        raise ValueError(f"{expected}, got {separator!r}")
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            # A quote that is never closed swallows the rest of the file, and with it this line.
-            records = _records(itertools.chain(file, [_END]), separator)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot read the table: {reason(error)}") from error
-
-    if records[-1][1] != [_END]:
-        where = f"in the row that starts at line {records[-1][0]}"
-        raise ValueError(f'{path}: the quote (") opened {where} is never closed')
-    if len(records) == 1:
-        raise ValueError(f"{path}: expected a header and rows, got an empty file")
-    header = [name.strip() for name in records[0][1]]
-    if twice := sorted(name for name, count in Counter(header).items() if count > 1):
-        raise ValueError(f"{path}: expected each column name once, got {twice} more than once")
-    if len(records) == 2:
+        import pandas as pd
+    except ImportError as error:
+        install = "pip install 'fairclip_losses[evaluate]'"
+        raise UsageError(f"reading tables takes pandas ({error}); install it: {install}") from error
+    if not separator:
+        raise ValueError(f"expected a separator of one character or more, got {separator!r}")
+    with warnings.catch_warnings():
+        # Of how pandas reads; in training open_clip's own reading says the same.
+        for kind in (pd.errors.ParserWarning, pd.errors.DtypeWarning):
+            warnings.simplefilter("ignore", kind)
+        try:
+            header = pd.read_csv(path, sep=separator, nrows=0).columns
+            as_text = {name: str for name in header if name not in as_open_clip}
+            frame = pd.read_csv(path, sep=separator, dtype=as_text)
+        except pd.errors.EmptyDataError:
+            raise ValueError(f"{path}: expected a header and rows, got an empty file") from None
+        except Exception as error:  # whatever decompressors and servers raise
+            what = _unreadable(error, separator)
+            raise ValueError(f"{path}: cannot read the table: {what}") from error
+    if not len(frame):
         raise ValueError(f"{path}: expected rows below the header, got the header alone")
-    for number, (line, cells) in enumerate(records[1:-1], start=1):
-        if len(cells) != len(header):
-            expected = f"{len(header)} cells separated by {separator!r} as in the header"
-            where = f"{path}: row {number} (line {line})"
-            raise ValueError(f"{where}: expected {expected}, got {len(cells)}")
-    table = Table(str(path), {})
-    columns = zip(*(cells for _, cells in records[:-1]), strict=True)
-    for name, column in zip(header, columns, strict=True):
-        _, *table.columns[name] = stripped = [cell.strip() for cell in column]
-        if padded := [row for row, cell in enumerate(stripped) if cell != column[row]]:
-            table.padded[name] = padded[0]
-    return table
+    # Where rows are longer than the header, pandas takes their first cells for names of rows.
+    has_row_names = bool(frame.index[0] != 0 or frame.index[-1] != len(frame) - 1)
+    if has_row_names and frame.iloc[:, -1].isna().all():
+        raise ValueError(
+            f"{path}: the rows have more cells than the header, the last of them empty, which "
+            f"moves every cell by a column for open_clip; take the {separator!r} off the rows' ends"
+        )
+    columns = {
+        name: ["" if cell != cell else cell.strip() for cell in frame[name].tolist()]
+        if name in as_text
+        else list(map(str, frame[name].tolist()))
+        for name in header
+    }
+    return Table(str(path), columns, has_row_names)
+
+
+def _unreadable(error: Exception, separator: str) -> str:
+    """Say in a user's words why pandas could not read a table."""
+    text = reason(error)
+    if isinstance(error, UnicodeError):
+        return f"{text}; save it as UTF-8"
+    if found := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", text):
+        expected = f"expected {found[1]} cells separated by {separator!r} as in the header"
+        return f"line {found[2]}: {expected}, got {found[3]}"
+    if found := re.search(r"EOF inside string starting at row (\d+)", text):
+        return f'the quote (") opened in row {found[1]} is never closed'
+    return text
+
+
+def check_images(table: Table, column: str) -> list[str]:
+    """Return the image files of a table; a ValueError names the first that is not there."""
+    files = table.column(column)
+    for row, file in enumerate(files, start=1):
+        if os.path.isfile(file):
+            continue
+        where = f"{table.path}: row {row}"
+        if os.path.isfile(file.strip()):
+            raise ValueError(
+                f"{where}: white space around the image file {file!r}, which is a part of its name "
+                "for open_clip; take it off"
+            )
+        why = [] if os.path.isabs(file) else ["paths are relative to the working directory"]
+        if is_missing(file):
+            why = ["the cell is empty or a missing mark such as NA"]
+        elif _WHOLE.fullmatch(file):
+            why.append("open_clip reads a column of numbers as numbers: 000000 as 0")
+        if table.has_row_names:
+            why.append("the rows have more cells than the header, and open_clip skips the first")
+        reasons = f" ({'; '.join(why)})" if why else ""
+        raise ValueError(f"{where}: no image file {file!r}{reasons}")
+    return files
 
 
 def write_table(
@@ -156,14 +231,18 @@ def encode_attributes(
     names: Sequence[str],
     codebook: CodeBook | None = None,
     *,
+    given: Mapping[str, tuple[str, ...]] | None = None,
     others_unknown: Collection[str] = (),
 ) -> tuple[IntArray, CodeBook]:
     """Turn C columns of a table of N rows into group codes, int64 (N, C), and their code book.
 
     A column of whole numbers gets its labels in numerical order, any other in the order of the
-    strings; a label's position is its code. The cells "", NA, N/A, NaN, None, null, unknown (in any
-    case) and -1 are `UNKNOWN`. `codebook` has labels decided earlier, which this table must keep
-    to (None: it decides), `others_unknown` the attributes of which any other value is unknown.
+    strings; a label's position is its code. "1.0" is the label 1, as pandas writes it where cells
+    are missing, "TRUE" and "true" are True, and "007" is not 7. What pandas takes for missing (an
+    empty cell, NA, #N/A, <NA>, NaN, None, null, ...), the word unknown (all in any case) and, where
+    it is no label, -1 are `UNKNOWN`. `codebook` has labels decided earlier, which this table must
+    keep to (None: it decides); `given` the labels of some attributes, `others_unknown` the
+    attributes of which any other value is unknown.
 
     Raises:
         ValueError: no names or one twice, no such column, an attribute that the code book lacks,
@@ -178,7 +257,7 @@ def encode_attributes(
         cells = table.column(name)
         where = f"{table.path}: attribute column {name!r}"
         if codebook is None:
-            labels[name] = attribute_labels(cells, where)
+            labels[name] = (given or {}).get(name) or attribute_labels(cells, where)
         elif name in codebook.labels:
             labels[name] = codebook.labels[name]
         else:
@@ -240,19 +319,6 @@ def encode_labels(table: Table, column: str, num_classes: int) -> tuple[IntArray
     return GroupCoder(labels).encode(cells, where), labels
 
 
-def _records(lines: Iterable[str], separator: str) -> list[tuple[int, list[str]]]:
-    """List the records that are not blank lines, each with the line on which it starts."""
-    reader = csv.reader(lines, delimiter=separator)
-    records, start = [], 1
-    for cells in reader:
-        # An empty cell that is quoted ("") is a row, a line of nothing but spaces is none.
-        blank = not cells or (len(cells) == 1 and cells[0] != "" and not cells[0].strip(" \t"))
-        if not blank:
-            records.append((start, cells))
-        start = reader.line_num + 1
-    return records
-
-
 @dataclass(frozen=True)
 class CodeBook:
     """What the group codes mean: each attribute's labels, a label's position being its code."""
@@ -283,7 +349,9 @@ def attribute_labels(
     distinct = {cell for cell in cells if not is_missing(cell)}
     if all(_WHOLE.fullmatch(value) for value in distinct):
         labels = tuple(sorted(set(map(_canonical, distinct)), key=Decimal))
-    elif all(_NUMBER.fullmatch(value) for value in distinct):
+    elif distinct <= _BOOLEANS.keys():
+        labels = tuple(sorted(set(map(_canonical, distinct))))
+    elif all(_NUMBER.fullmatch(v) and not _ZEROS_FIRST.fullmatch(v) for v in distinct):
         got = f"got the number {min(v for v in distinct if not _WHOLE.fullmatch(v))}"
         raise ValueError(f"{where}: expected whole numbers or names, {got}; bin it first")
     else:
@@ -305,7 +373,9 @@ def given_labels(text: str, where: str) -> tuple[tuple[str, ...], bool]:
     items = [item.strip() for item in text.split(",")]
     others_unknown = items[-1] == OTHERS
     labels = tuple(map(_canonical, items[:-1] if others_unknown else items))
-    expected, missing = "expected labels separated by commas", list(filter(is_missing, labels))
+    expected = "expected labels separated by commas"
+    # -1 is unknown where nothing is said of it; as a label it is a group like any other.
+    missing = [label for label in labels if is_missing(label) and label != str(UNKNOWN)]
     if not labels or OTHERS in labels:
         after = f"and {OTHERS} (any other value is unknown) after the last of them alone"
         raise ValueError(f"{where}: {expected}, {after}")
@@ -316,6 +386,75 @@ def given_labels(text: str, where: str) -> tuple[tuple[str, ...], bool]:
         limit = f"expected each label once and at most {MAX_GROUPS}"
         raise ValueError(f"{where}: {limit}, got {len(labels)} labels")
     return labels, others_unknown
+
+
+def given_attributes(
+    items: Iterable[str], flag: str
+) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """Take attributes apart that are given as NAME or NAME=LABEL,...[,*].
+
+    Returns the names, the labels of those that have some, and the names whose labels end in ``*``.
+
+    Raises:
+        ValueError: labels that `given_labels` refuses; the message begins with the flag.
+    """
+    named = [item.partition("=") for item in items]
+    found = {
+        name: given_labels(text, f"{flag} {name}={text}") for name, sign, text in named if sign
+    }
+    labels = {name: of_one for name, (of_one, _) in found.items()}
+    others_unknown = tuple(name for name, (_, others) in found.items() if others)
+    return tuple(name for name, _, _ in named), labels, others_unknown
+
+
+def lone_group(
+    attribute: str, labels: Sequence[str], codes: IntArray, cells: Iterable[str] = ()
+) -> str | None:
+    """Say that one known group alone is left of an attribute, where that is so.
+
+    Where -1 is among the cells that were coded, how to make it a label is said, too.
+    """
+    counts = np.bincount(codes[codes >= 0], minlength=len(labels))
+    if np.count_nonzero(counts) != 1:
+        return None
+    group, unknown = int(counts.argmax()), len(codes) - int(counts.sum())
+    way = f"; where -1 is a group, give the labels: {attribute}=-1,{labels[group]}"
+    return (
+        f"attribute {attribute!r}: one known group alone, {labels[group]!r} ({counts[group]} of "
+        f"{len(codes)} rows, {unknown} unknown): there is no gap between groups"
+        f"{way if str(UNKNOWN) in set(map(_canonical, cells)) else ''}"
+    )
+
+
+def group_remark(
+    attribute: str,
+    labels: Sequence[str],
+    codes: IntArray,
+    cells: Iterable[str],
+    *,
+    tiny: int = TINY_GROUP_ROWS,
+) -> str | None:
+    """Say that an attribute's groups are one alone, many, or of fewer than ``tiny`` rows."""
+    counts = np.bincount(codes[codes >= 0], minlength=len(labels))
+    lone = lone_group(attribute, labels, codes, cells)
+    if lone or (len(labels) <= MANY_GROUPS and counts.min() >= tiny):
+        return lone
+    order = np.argsort(counts, kind="stable")
+    shown = ", ".join(f"{labels[group]!r} {counts[group]}" for group in order[:8])
+    what = "some too small to be compared" if counts.min() < tiny else "more than a batch can hold"
+    return (
+        f"attribute {attribute!r}: {len(labels)} groups in {len(codes)} rows, {what} "
+        f"({shown}{', ...' * (len(labels) > 8)}); bin or merge them"
+    )
+
+
+def group_remarks(table: Table, codes: IntArray, codebook: CodeBook) -> tuple[str, ...]:
+    """Return `group_remark` of each attribute of a table of which there is one."""
+    said = (
+        group_remark(name, labels, column, table.column(name))
+        for (name, labels), column in zip(codebook.labels.items(), codes.T, strict=True)
+    )
+    return tuple(filter(None, said))
 
 
 class GroupCoder:
@@ -354,10 +493,10 @@ class GroupCoder:
 
 
 def _canonical(value: str) -> str:
-    """Write a whole number in one way ("+1", "01" and "1.0" are "1"); leave the rest alone."""
+    """Write a whole number and a truth value in one way ("+1" and "1.0" are "1")."""
     match = _WHOLE.fullmatch(value)  # not by int, which refuses a few thousand digits
     if match is None:
-        return value
+        return _BOOLEANS.get(value, value)
     return match[2] if match[1] != "-" or match[2] == "0" else f"-{match[2]}"
 
 

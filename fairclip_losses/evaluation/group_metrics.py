@@ -5,7 +5,8 @@ integers from 0 with -1 for unknown, and a sample whose group is unknown counts 
 more than two classes every binary notion is taken one-vs-rest and averaged over the classes without
 weights. ``sample_weight`` (N,) says how often each sample counts: finite, not negative, not all 0;
 None: once each. A value that does not exist is NaN, never 0. Anything `numpy.asarray` takes is
-accepted, CPU tensors included; results are float64.
+accepted, and tensors of any dtype and device, which are detached; results are float64. A gap is
+between groups: with one group alone it does not exist.
 
 The definitions, from `decide` on, take R rows of weights (R, N) and return R results, so that the
 report's bootstrap is one call. Row 0 is the reference: a group that has no value in row 0 is left
@@ -15,10 +16,11 @@ out throughout; where it lacks one in another row, that row's result is NaN.
 from __future__ import annotations
 
 import warnings
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ..data.tables import UNKNOWN, IntArray
 from ..validation import check_choice, check_integer
@@ -95,7 +97,7 @@ def between_group_disparity(overall: float, group_values: npt.ArrayLike) -> Disp
 
     (std_g(M_g) / M, (max_g M_g - min_g M_g) / M), with the population standard deviation, of the
     ``group_values`` M_g, (G,). A group without a value (NaN) is left out; NaN if M is NaN or 0, or
-    all of the group values are NaN.
+    fewer than two of the group values are numbers: one alone has no spread.
     """
     _, std, spread = group_spread(*_overall_and_groups(overall, group_values))
     return Disparity(float(std[0]), float(spread[0]))
@@ -112,7 +114,8 @@ def demographic_parity_difference(
 
     DPD = max_g P(yhat = 1 | g) - min_g P(yhat = 1 | g), in [0, 1], as fairlearn's function of this
     name; with ``num_classes`` K > 2 the mean over the classes k of the same with yhat = k. NaN if
-    no group is known. ``y_pred`` are class codes (N,), ``groups`` group codes (N,).
+    no group is known, or, with a UserWarning, one alone (fairlearn says 0). ``y_pred`` are class
+    codes (N,), ``groups`` group codes (N,).
 
     Raises:
         ValueError: lengths that differ, no samples, class codes outside 0..K-1, group codes
@@ -121,6 +124,7 @@ def demographic_parity_difference(
     p = _check_codes(y_pred, "y_pred", None, 0, check_integer("num_classes", num_classes, 2))
     g, size = check_groups(groups, len(p), None)
     rates = group_rates(_check_weights(sample_weight, len(p)), p, p, g, size, num_classes)
+    _warn_of_one_group(rates)
     return float(mean_gap(gap(rates.selection))[0])
 
 
@@ -138,7 +142,8 @@ def equalized_odds_difference(
     DEOdds = max(gap of P(yhat = 1 | y = 1, g), gap of P(yhat = 1 | y = 0, g)), a gap being the
     largest minus the smallest over the groups g: fairlearn's function of this name, in [0, 1]. With
     ``num_classes`` K > 2 the mean over the classes of the same, one-vs-rest. NaN if no group is
-    known. ``y_true`` and ``y_pred`` are class codes (N,), ``groups`` group codes (N,).
+    known, or, with a UserWarning, one alone (fairlearn says 0). ``y_true`` and ``y_pred`` are class
+    codes (N,), ``groups`` group codes (N,).
 
     A group without positives has no true positive rate, one without negatives no false positive
     rate: ``undefined_rate="zero"`` takes it for 0, as fairlearn does; "skip" leaves the group out
@@ -152,11 +157,19 @@ def equalized_odds_difference(
     y = _check_codes(y_true, "y_true", len(p), 0, num_classes)
     g, size = check_groups(groups, len(y), None)
     found = group_rates(_check_weights(sample_weight, len(y)), y, p, g, size, num_classes)
+    _warn_of_one_group(found)
     rates = [found.true_positive, found.false_positive]
     if undefined_rate == "zero":
         present = ~np.isnan(found.accuracy)[:, :, None]
         rates = [np.where(present & np.isnan(rate), 0.0, rate) for rate in rates]
     return float(mean_gap(odds_gap(*rates))[0])
+
+
+def _warn_of_one_group(rates: Rates) -> None:
+    groups = np.flatnonzero(~np.isnan(rates.accuracy[0]))
+    if len(groups) == 1:
+        what = f"one group alone is known, {groups[0]}: there is no gap, it is NaN"
+        warnings.warn(what, UserWarning, stacklevel=3)
 
 
 def decide(scores: FloatArray, threshold: float) -> IntArray:
@@ -247,8 +260,9 @@ def _largest(values: FloatArray) -> FloatArray:
 
 
 def gap(rates: FloatArray) -> FloatArray:
-    """Largest minus smallest rate over the groups: (R, G, K) -> (R, K)."""
-    return _largest(rates) + _largest(-rates)
+    """Largest minus smallest rate over the groups: (R, G, K) -> (R, K); NaN with one group."""
+    several = (~np.isnan(rates[0])).sum(axis=0) > 1
+    return np.where(several, _largest(rates) + _largest(-rates), np.nan)
 
 
 def odds_gap(true_positive: FloatArray, false_positive: FloatArray) -> FloatArray:
@@ -269,6 +283,8 @@ def group_spread(
     if not values.shape[1]:
         return (np.full_like(overall, np.nan),) * 3
     scaled = overall / (1 + np.abs(overall[:, None] - values).sum(axis=1))
+    if values.shape[1] == 1:
+        return scaled, np.full_like(overall, np.nan), np.full_like(overall, np.nan)
     return scaled, _ratio(values.std(axis=1), overall), _ratio(np.ptp(values, axis=1), overall)
 
 
@@ -284,9 +300,20 @@ def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
     return np.divide(numerator, denominator, out=out, where=denominator > 0)
 
 
+def as_array(values: Any, dtype: type | None = None) -> npt.NDArray[Any]:
+    """Return `numpy.asarray` of values, and of tensors what they hold, wherever and however."""
+    if isinstance(values, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in values):
+        values = [as_array(value) for value in values]
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        # NumPy has no bfloat16 (and no float8); float64 holds all of them.
+        values = (values.double() if values.is_floating_point() else values).numpy()
+    return np.asarray(values, dtype)
+
+
 def check_samples(y_true: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[IntArray, FloatArray, int]:
     """Check true classes and scores against each other; return both and the number of classes."""
-    s = np.asarray(scores, dtype=np.float64)
+    s = as_array(scores, np.float64)
     if s.ndim not in (1, 2) or not len(s) or (s.ndim == 2 and s.shape[1] < 2):
         raise ValueError(f"expected scores (N,) or (N, K), N >= 1, K >= 2, got shape {s.shape}")
     if not np.isfinite(s).all():
@@ -305,7 +332,7 @@ def _check_codes(
     values: npt.ArrayLike, name: str, length: int | None, lowest: int, size: int | None
 ) -> IntArray:
     """Return integer codes (N,) from `lowest` up to below `size`; ValueError for anything else."""
-    codes = np.asarray(values)
+    codes = as_array(values)
     if codes.ndim != 1 or not len(codes) or (length is not None and len(codes) != length):
         expected = "(N,), N >= 1" if length is None else f"({length},)"
         raise ValueError(f"expected {name} of shape {expected}, got {codes.shape}")
@@ -321,7 +348,7 @@ def _check_codes(
 
 def _check_weights(sample_weight: npt.ArrayLike | None, length: int) -> FloatArray:
     """Return the weights as one row (1, N)."""
-    weights = np.asarray(np.ones(length) if sample_weight is None else sample_weight, np.float64)
+    weights = as_array(np.ones(length) if sample_weight is None else sample_weight, np.float64)
     if weights.shape != (length,):
         raise ValueError(f"expected sample_weight of shape ({length},), got {weights.shape}")
     if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
@@ -330,7 +357,7 @@ def _check_weights(sample_weight: npt.ArrayLike | None, length: int) -> FloatArr
 
 
 def _overall_and_groups(overall: float, values: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
-    group_values = np.asarray(values, dtype=np.float64)
+    group_values = as_array(values, np.float64)
     if group_values.ndim != 1:
         raise ValueError(f"expected group values (G,), got shape {group_values.shape}")
-    return np.array([overall], dtype=np.float64), group_values[None]
+    return as_array([overall], np.float64), group_values[None]

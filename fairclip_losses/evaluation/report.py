@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..data.tables import CodeBook, IntArray
+from ..data.tables import CodeBook, IntArray, lone_group
 from ..validation import check_integer
 from . import group_metrics as metrics
 from .group_metrics import FloatArray
@@ -177,9 +177,11 @@ def fairness_report(
         seed: of the resampling; the same seed gives the same intervals.
 
     Returns:
-        A `FairnessReport`. A group that has samples of one class only has AUC NaN, with a
-        UserWarning, and is left out of the equity-scaled AUC and the disparities; a group without
-        positives (negatives) is left out of the true (false) positive rates' gap.
+        A `FairnessReport`. An attribute of which one group alone has samples has no gaps and no
+        equity-scaled metrics: NaN, with a UserWarning. A group that has samples of one class only
+        has AUC NaN, with a UserWarning, and is left out of the equity-scaled AUC and the
+        disparities; a group without positives (negatives) is left out of the true (false) positive
+        rates' gap. A gap that one group alone is left in is NaN.
 
     Raises:
         ValueError: as for `roc_auc`, groups that are no mapping, group codes out of range, an
@@ -210,6 +212,9 @@ def fairness_report(
         counts = np.bincount(codes[codes >= 0], minlength=len(names)).tolist()
         sizes = len(_GAPS), len(names), len(names)
         gaps, *levels = (list(itertools.islice(estimates, size)) for size in sizes)
+        if lone := lone_group(name, names, codes):
+            warnings.warn(lone, UserWarning, stacklevel=2)
+            gaps = [Estimate(math.nan, math.nan, math.nan)] * len(_GAPS)
         members = tuple(map(GroupReport, names, counts, *levels))
         reports[name] = AttributeReport(members, int((codes < 0).sum()), *gaps)
     report = FairnessReport(

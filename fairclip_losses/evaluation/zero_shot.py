@@ -10,6 +10,7 @@ global generators and leaves the model as it was, so that it does not change a t
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,11 +24,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from ..data.tables import CodeBook, IntArray, Table, encode_attributes, encode_labels, write_table
+from ..data.tables import (
+    CodeBook,
+    IntArray,
+    Table,
+    check_images,
+    encode_attributes,
+    encode_labels,
+    group_remarks,
+    write_table,
+)
 from ..errors import reason
 from ..validation import check_integer
 from .group_metrics import FloatArray, decide
 from .report import FairnessReport, fairness_report
+
+# A model that knows nothing stays above it in all but small samples.
+CROSSED_AUC = 0.4
 
 Preprocess = Callable[[Image.Image], Tensor]
 Tokenizer = Callable[[list[str]], Tensor]
@@ -37,7 +50,8 @@ Tokenizer = Callable[[list[str]], Tensor]
 class ZeroShotTask:
     """What to classify: N images, the class of each, one prompt per class, and the groups.
 
-    Made by `from_table`, which checks everything that can be checked without a model.
+    Made by `from_table`, which checks everything that can be checked without a model; `remarks`
+    are lines that it has to say of groups too few, too many or too small.
     """
 
     files: list[str]
@@ -46,6 +60,7 @@ class ZeroShotTask:
     prompts: tuple[str, ...]
     groups: IntArray
     codebook: CodeBook
+    remarks: tuple[str, ...] = ()
 
     @classmethod
     def from_table(
@@ -74,13 +89,11 @@ class ZeroShotTask:
             raise ValueError(f"expected a prompt for each of two or more classes, got {prompts}")
         if len(set(prompts)) != len(prompts):
             raise ValueError(f"expected another prompt for each class, got {list(prompts)}")
-        files = table.column(image_key)
+        table.column(image_key)
         labels, classes = encode_labels(table, label, len(prompts))
         groups, book = encode_attributes(table, attributes, codebook, others_unknown=others_unknown)
-        for row, file in enumerate(files, start=1):
-            if not os.path.isfile(file):
-                raise ValueError(f"{table.path}: row {row}: no image file {file!r}")
-        task = cls(files, labels, classes, tuple(prompts), groups, book)
+        files, remarks = check_images(table, image_key), group_remarks(table, groups, book)
+        task = cls(files, labels, classes, tuple(prompts), groups, book, remarks)
         if twice := [name for name, count in Counter(task.header()).items() if count > 1]:
             raise ValueError(f"attributes named {twice}: taken by other columns of the predictions")
         return task
@@ -186,6 +199,8 @@ def evaluate_task(
     are classified at a time; `workers` processes read them, with 0 this one. The other options are
     those of `fairness_report`.
 
+    A UserWarning says where the AUC is so far below 0.5 that prompts and classes may be crossed.
+
     Raises:
         ValueError: an image that cannot be read, output that is not finite, or a bad setting.
     """
@@ -211,6 +226,17 @@ def evaluate_task(
         confidence=confidence,
         seed=seed,
     )
+    if report.auc.value < CROSSED_AUC:
+        pairs = ", ".join(
+            f"{prompt!r} for class {name!r}"
+            for prompt, name in zip(task.prompts, task.classes, strict=True)
+        )
+        warnings.warn(
+            f"the AUC of {report.auc.value:.3f} is far below 0.5: prompts and classes may be "
+            f"crossed ({pairs})",
+            UserWarning,
+            stacklevel=2,
+        )
     return report, Predictions(task, probabilities, decide(probabilities, threshold))
 
 

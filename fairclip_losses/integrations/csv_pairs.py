@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data.tables import CodeBook, IntArray, Table, encode_attributes, pair_ids, read_table
+from ..data.tables import (
+    CodeBook,
+    IntArray,
+    Table,
+    check_images,
+    encode_attributes,
+    group_remarks,
+    pair_ids,
+    read_table,
+)
 from ..errors import UsageError, usage_errors
 from ..miners import MinerReport
 from .flags import FairOptions
@@ -39,6 +48,7 @@ class PairSource(ABC):
 
     codebook: CodeBook  # what the group codes mean, the same in every process
     num_pairs: int | None = None  # where ids are 0..num_pairs-1; None for any int64 ids
+    remarks: Sequence[str] = ()  # what to warn of once, before training
 
     @abstractmethod
     def attach(self, loader: Any) -> None:
@@ -67,7 +77,7 @@ class PairSource(ABC):
 
 def is_table(path: str | None, args: Any) -> bool:
     """Whether open_clip will read a data path as a CSV or TSV file."""
-    by_name = args.dataset_type == "auto" and str(path).endswith((".csv", ".tsv"))
+    by_name = args.dataset_type == "auto" and str(path).split(".")[-1] in ("csv", "tsv")
     return bool(path) and (args.dataset_type == "csv" or by_name)
 
 
@@ -75,43 +85,42 @@ def read_pairs(path: str, args: Any) -> Table:
     """Read a table of pairs; a UsageError says what of it open_clip could not read either."""
     names = (args.csv_img_key, args.csv_caption_key)
     with usage_errors():
-        table = read_table(path, args.csv_separator)
-        try:
-            images, _ = (table.column(name) for name in names)
-        except ValueError as error:
-            only = next(iter(table.columns))
-            hint = "; is it --csv-separator , ?" if len(table.columns) == 1 and "," in only else ""
-            raise ValueError(f"{error} (see --csv-img-key, --csv-caption-key){hint}") from None
+        table = read_table(path, args.csv_separator, as_open_clip=names)
         for name in names:
-            if table.padded.get(name) == 0:
+            try:
+                table.column(name)
+            except ValueError as error:
+                raise ValueError(f"{error} (see --csv-img-key, --csv-caption-key)") from None
+            if name not in table.columns:
                 raise ValueError(
                     f"{path}: the name of column {name!r} has white space around it, which is a "
                     "part of it for open_clip; take it off"
                 )
-        if row := table.padded.get(names[0]):
-            raise ValueError(
-                f"{path}: row {row}: white space around the image file {images[row - 1]!r}, which "
-                "is a part of its name for open_clip; take it off"
-            )
-        for row, image in enumerate(images, start=1):
-            if not os.path.isfile(image):
-                raise ValueError(f"{path}: row {row}: no image file {image!r}")
+        check_images(table, args.csv_img_key)
     return table
+
+
+def empty_captions(table: Table, column: str) -> tuple[str, ...]:
+    """Say how many captions are empty, and what open_clip trains in their place."""
+    cells = table.column(column)
+    rows = [row for row, cell in enumerate(cells, start=1) if cell == "nan" or not cell.strip()]
+    if not rows:
+        return ()
+    return (
+        f"{table.path}: {len(rows)} of {len(cells)} captions are empty or missing marks such as NA "
+        f"(column {column!r}, first in row {rows[0]}): open_clip trains them as the text 'nan', or "
+        "blank; write captions or leave the rows out",
+    )
 
 
 def read_groups(table: Table, options: FairOptions) -> tuple[IntArray, CodeBook]:
     """Return the codes (N, C) of ``--fair-attributes``, by the labels given or those there are."""
-    labels: dict[str, tuple[str, ...]] = {}
-    codes = [np.empty((len(table), 0), dtype=np.int64)]  # bad pair mining alone goes without
+    names = options.fair_attributes
+    if not names:  # bad pair mining alone goes without
+        return np.empty((len(table), 0), dtype=np.int64), CodeBook({})
     with usage_errors():
-        for name in options.fair_attributes:
-            given = options.fair_labels.get(name)
-            known = None if given is None else CodeBook({name: given})
-            others = options.fair_others_unknown
-            column, book = encode_attributes(table, [name], known, others_unknown=others)
-            codes.append(column)
-            labels |= book.labels
-    return np.hstack(codes), CodeBook(labels)
+        labels, others = options.fair_labels, options.fair_others_unknown
+        return encode_attributes(table, names, given=dict(labels), others_unknown=others)
 
 
 class IndexedDataset(Dataset[Any]):
@@ -141,6 +150,7 @@ class RowSource(PairSource):
     columns: Mapping[str, Sequence[str]]  # what `describe` returns, of all rows
     name: str  # what `identity` returns
     num_pairs: int | None = None
+    remarks: Sequence[str] = ()
 
     def check_one_step(self, args: Any) -> RowSource:
         """Refuse fewer rows than one optimizer step takes: open_clip would train on nothing."""
@@ -211,12 +221,14 @@ def table_source(args: Any, options: FairOptions) -> PairSource:
     names = {"file": args.csv_img_key, "caption": args.csv_caption_key}
     digest = hashlib.sha256()
     for column in names.values():
-        digest.update("\n".join(table.column(column)).encode())
+        cells = (cell.strip() for cell in table.column(column))
+        digest.update("\n".join(cells).encode("utf-8", "surrogatepass"))
     rows = f"{len(table)} rows {digest.hexdigest()[:12]}"
     names |= {attribute_column(name): name for name in book.labels}
     columns = {name: table.column(column) for name, column in names.items()}
     naming = (rows, len(ids)) if id_key is None else ("named by their ids", None)
     source = RowSource(args.train_data, ids, torch.from_numpy(codes), book, columns, *naming)
+    source.remarks = empty_captions(table, args.csv_caption_key) + group_remarks(table, codes, book)
     return source.check_one_step(args)
 
 

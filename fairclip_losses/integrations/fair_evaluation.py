@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ class FairEvaluationCallback(Callback):
     def __init__(self, options: FairOptions) -> None:
         self.options = options
         self.task: ZeroShotTask | None = None
+        self._said: set[str] = set()
 
     def on_args_parsed(self, state: TrainState) -> None:
         """Read and check the validation table."""
@@ -55,6 +58,19 @@ class FairEvaluationCallback(Callback):
                 image_key=args.csv_img_key,
             )
 
+    def on_data_ready(self, state: TrainState) -> None:
+        """Say what is to be said of the groups, now that open_clip has its log."""
+        assert self.task is not None
+        if state.args.rank == 0:
+            self._warn(self.task.remarks)
+
+    def _warn(self, messages: Iterable[str]) -> None:
+        """Log each warning once, not in every epoch."""
+        for message in messages:
+            if not any(said.startswith(message) for said in self._said):
+                self._said.add(message)
+                log.warning("Fair Eval: %s", message)
+
     def on_eval_end(self, state: TrainState) -> None:
         """Evaluate the model that open_clip has just evaluated."""
         args = state.args
@@ -63,16 +79,19 @@ class FairEvaluationCallback(Callback):
         model = getattr(state.model, "_orig_mod", state.model)
         model = getattr(model, "module", model)
         weight = next(p for p in model.parameters() if p.is_floating_point())
-        report, _ = evaluate_task(
-            model,
-            state.preprocess[1],
-            state.tokenizer,
-            self.task,
-            batch_size=args.batch_size,
-            device=torch.device(args.device),
-            input_dtype=weight.dtype,
-            n_bootstrap=0,
-        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            report, _ = evaluate_task(
+                model,
+                state.preprocess[1],
+                state.tokenizer,
+                self.task,
+                batch_size=args.batch_size,
+                device=torch.device(args.device),
+                input_dtype=weight.dtype,
+                n_bootstrap=0,
+            )
+        self._warn(str(warning.message) for warning in caught)
         scalars = _scalars(report)
         shown = "\t".join(f"{name}: {value:.4f}" for name, value in scalars.items())
         log.info("Fair Eval Epoch: %d %s", state.epoch, shown)

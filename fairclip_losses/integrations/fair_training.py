@@ -34,9 +34,9 @@ def pair_source(args: Any, options: FairOptions) -> PairSource:
 
         return ShardSource(args, options)
     raise UsageError(
-        "--fair-loss trains on a table (--train-data FILE.csv or .tsv), on webdataset shards "
-        "(SHARDS.tar) or with --dataset-type synthetic, got "
-        f"--train-data {args.train_data!r} --dataset-type {args.dataset_type}"
+        "--fair-loss trains on a table (--train-data FILE.csv or .tsv, or of another name with "
+        "--dataset-type csv), on webdataset shards (SHARDS.tar) or with --dataset-type synthetic, "
+        f"got --train-data {args.train_data!r} --dataset-type {args.dataset_type}"
     )
 
 
@@ -80,7 +80,10 @@ class FairTrainingCallback(Callback):
             self._build(stand_in, args.epochs, two_each)
 
     def on_data_ready(self, state: TrainState) -> None:
-        """Make the training loader give ids and groups."""
+        """Make the training loader give ids and groups; say what is to be said of the data."""
+        if state.args.rank == 0:
+            for remark in self.source.remarks:
+                log.warning("Fair loss: %s", remark)
         if "train" in state.data:
             self.source.attach(state.data["train"].dataloader)
 

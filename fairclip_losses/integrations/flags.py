@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from ..data.tables import given_labels
+from ..data.tables import given_attributes
 from ..errors import UsageError, one_line, usage_errors
 from ..presets import PRESETS
 from .events import Callback, default_registry
@@ -25,8 +25,8 @@ _FLAGS: tuple[tuple[str, dict[str, Any], str], ...] = (
      "computation, for comparison only)"),
     ("--fair-attributes", {**_SEVERAL, "metavar": "NAME[=LABEL,...[,*]]"},
      "protected attributes: columns of the training CSV, or keys of the json member of a "
-     "webdataset sample; with labels after = only these are groups, and any other value is "
-     "refused, or unknown where the labels end in ,*"),
+     "webdataset sample; with labels after = only these are groups, -1 too where it is listed, and "
+     "any other value is refused, or unknown where the labels end in ,*"),
     ("--fair-weight", {"type": float, "metavar": "LAMBDA"}, "weight of the fairness term"),
     ("--fair-blur", {"type": float, "metavar": "BLUR"},
      "length scale of the Sinkhorn divergence; 0 = exact distance"),
@@ -141,16 +141,9 @@ def split_flags(argv: Sequence[str]) -> tuple[FairOptions, list[str]]:
         # In one order, each once: a resumed run is compared by it.
         parts = tuple(part for part in PARTS if part in (parts or PARTS))
     values["fair_loss"] = parts or ()
-    named = [item.partition("=") for item in values["fair_attributes"]]
-    values["fair_attributes"] = tuple(name for name, _, _ in named)
     with usage_errors():
-        by_name = {
-            name: given_labels(labels, f"--fair-attributes {name}={labels}")
-            for name, sign, labels in named
-            if sign
-        }
-    values["fair_labels"] = {name: labels for name, (labels, _) in by_name.items()}
-    values["fair_others_unknown"] = tuple(name for name, (_, others) in by_name.items() if others)
+        names, labels, others = given_attributes(values["fair_attributes"], "--fair-attributes")
+    values |= {"fair_attributes": names, "fair_labels": labels, "fair_others_unknown": others}
     options = FairOptions(**values)
     _check_values(options)
     _check_parts(options)

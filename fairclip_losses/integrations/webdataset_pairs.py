@@ -29,7 +29,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..data.tables import MAX_GROUPS, UNKNOWN, CodeBook, GroupCoder, IntArray, is_missing, shortened
+from ..data.tables import (
+    MAX_GROUPS,
+    UNKNOWN,
+    CodeBook,
+    GroupCoder,
+    IntArray,
+    group_remark,
+    is_missing,
+    shortened,
+)
 from ..errors import UsageError, one_line
 from ..miners import MinerReport
 from .csv_pairs import PREFIX, PairBatch, PairSource
@@ -71,11 +80,13 @@ def own_id(value: object) -> int | None:
 
     Whole numbers of 64 bits are themselves, also as the strings that they are written as; other
     strings are hashed: a hexadecimal uid, and "007", which is not the id 7. White space around a
-    string is no part of it.
+    string is no part of it. Marks of what is missing (NA, null, ...) are none.
     """
-    if isinstance(value, str) and (text := value.strip()):
-        is_number = _DECIMAL.fullmatch(text) and -(2**63) <= int(text) < 2**63
-        return int(text) if is_number else hashed_id(text)
+    if isinstance(value, str):
+        text = value.strip()
+        if _DECIMAL.fullmatch(text) and -(2**63) <= int(text) < 2**63:
+            return int(text)
+        return None if is_missing(text) else hashed_id(text)
     if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
         return value
     return None
@@ -205,7 +216,8 @@ def _first_pairs(url: str) -> Iterator[dict[str, Any]]:
     from webdataset.gopen import gopen
 
     def content(member: tarfile.TarInfo) -> bytes:
-        file = tar.extractfile(member) if member.name.lower().endswith(".json") else None
+        is_text = member.name.lower().endswith((".json", ".txt"))
+        file = tar.extractfile(member) if is_text else None
         return b"" if file is None else file.read()
 
     stream = gopen(url)
@@ -223,8 +235,12 @@ def _first_pairs(url: str) -> Iterator[dict[str, Any]]:
             stream.close()
 
 
-def look_at(stage: PairStage, urls: Sequence[str], where: str) -> dict[str, int]:
-    """Look at the first pairs of some shards; return how many codes each attribute has.
+def look_at(
+    stage: PairStage, urls: Sequence[str], where: str
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Look at the first pairs of some shards.
+
+    Returns how many codes each attribute has, and what is to be said of groups and captions.
 
     Raises:
         UsageError: shards that cannot be read, keys that are not there, values that are no groups
@@ -265,7 +281,24 @@ def look_at(stage: PairStage, urls: Sequence[str], where: str) -> dict[str, int]
             raise UsageError(f"--fair-attributes {name}: {first}: {stage.expected(name)}, {got}")
     if stage.id_key is not None:
         _check_ids(stage.id_key, members, rows[:, ID].tolist(), first)
-    return num_codes
+    groups = (
+        group_remark(
+            name,
+            stage.coders[name].labels[: None if name in stage.given else count],
+            rows[:, column].numpy(),
+            (_cell(member.get(name)) or "" for member in members),
+            tiny=0,  # of a few pairs
+        )
+        for column, (name, count) in enumerate(num_codes.items(), start=GROUPS)
+    )
+    remarks = [f"{first}: {remark}" for remark in groups if remark]
+    empty = [pair["__key__"] for pair in pairs if not pair.get("txt", b"a").strip()]
+    if empty:
+        remarks.append(
+            f"{first}: {len(empty)} of {len(pairs)} captions are empty (first of sample "
+            f"{_plain(str(empty[0]))}) and trained so; write captions or leave the samples out"
+        )
+    return num_codes, tuple(remarks)
 
 
 def _check_ids(name: str, members: Sequence[Any], ids: Sequence[int], where: str) -> None:
@@ -368,7 +401,7 @@ class ShardSource(PairSource):
         urls = {url: (number, name) for number, (url, name) in enumerate(self.names.items())}
         places = np.linspace(0, len(urls) - 1, LOOK_SHARDS).round().astype(int)
         looked = [list(urls)[place] for place in np.unique(places)]
-        num_codes = look_at(PairStage(urls, options, {}), looked, self.where)
+        num_codes, self.remarks = look_at(PairStage(urls, options, {}), looked, self.where)
         self._stage = PairStage(urls, options, num_codes)
         coders = self._stage.coders.items()
         self.codebook = CodeBook({name: tuple(coder.labels) for name, coder in coders})
