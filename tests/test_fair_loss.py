@@ -749,9 +749,10 @@ class Uneven(OwnLoss):
         ({"image_features": None}, "several processes need image_features"),
     ],
 )
-def test_what_cannot_be_gathered_is_refused_without_an_exchange(wrong, message):
+def test_what_cannot_be_gathered_is_refused_without_an_exchange(monkeypatch, wrong, message):
     fair = parts()
-    fair.processes = Processes(0, 2)
+    monkeypatch.setattr(Processes, "of_group", lambda: Processes(0, 2))
+    vars(fair.base_loss).update(rank=0, world_size=2)
     with pytest.raises(ValueError, match=message):
         fair(**(model_output() | metadata() | wrong))
     assert not fair.miner.memory.visits.any() and fair.fairness.queue.isnan().all()
