@@ -318,6 +318,7 @@ def rewritten(data, tmp_path, change):
     return {**data, "train": str(path)}
 
 
+CAPTIONS_ALONE = (*FAIR, "--model", "coca_ViT-B-32", "--coca-contrastive-loss-weight", "0")
 EVALUATED = ("--fair-eval-label", "bright", *PROMPTS, "--fair-attributes", "sex")
 
 
@@ -338,6 +339,10 @@ EVALUATED = ("--fair-eval-label", "bright", *PROMPTS, "--fair-attributes", "sex"
         ((*FAIR, "--fair-wieght", "1"), "--fair-wieght 1 (did you mean --fair-weight?)"),
         (("--epohcs", "3"), "unrecognized arguments: --epohcs 3"),
         ((*FAIR, "--csv-separator", ";"), "no column 'filepath'"),
+        (
+            CAPTIONS_ALONE,
+            "the contrastive loss, which --coca-contrastive-loss-weight 0 does",
+        ),
         (("--fair-loss", "dbpm", "--batch-size", "64"), "40 pairs, fewer than one step"),
         (("--fair-loss", "dbpm", "--train-data", "/no/such.csv"), "/no/such.csv"),
         (("--fair-loss", "dbpm", "--train-data", "x.parquet"), "trains on a table"),

@@ -41,8 +41,7 @@ def process_count() -> int:
     if count > 1 and not is_using_distributed():
         raise UsageError(
             f"{count} processes were launched by MPI, of which open_clip makes {count} runs of one "
-            "process each: launch them by torchrun or srun, or set RANK, WORLD_SIZE, LOCAL_RANK, "
-            "MASTER_ADDR and MASTER_PORT for each"
+            "process each: launch them by torchrun or srun (or set WORLD_SIZE=1 for such runs)"
         )
     return count
 
