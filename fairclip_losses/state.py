@@ -72,3 +72,4 @@ class StatefulModule(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         with self._state_as_buffers():
             super()._load_from_state_dict(state_dict, prefix, *others)
+        self._apply(lambda tensor: tensor, recurse=False)  # the dtypes, which assign=True replaces
