@@ -29,6 +29,13 @@ class Processes:
         """Read them off a loss as open_clip's losses hold them; other losses run in one process."""
         return cls(int(getattr(loss, "rank", 0)), int(getattr(loss, "world_size", 1)))
 
+    @classmethod
+    def of_group(cls) -> Processes:
+        """Return those of torch's process group; without one there is one process."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size())
+
     def own(self, local_size: int) -> slice:
         """Return the place of this process's pairs in the global batch."""
         return slice(self.rank * local_size, (self.rank + 1) * local_size)

@@ -45,15 +45,14 @@ def pair_terms(loss: nn.Module, model_out: Mapping[str, Any]) -> PairTerms:
     Raises:
         ValueError: a loss that is neither one of open_clip's four nor has ``pair_terms``, or is a
             subclass of these with a forward of its own; terms that are not (B,); model_out lacks
-            what the loss needs; or several processes train and a loss with ``pair_terms`` does not
-            say which of them it is in.
+            what the loss needs; or the ``rank`` and ``world_size`` of the loss are not those of the
+            process group. A loss that is none of open_clip's may say ``world_size = 1`` there.
     """
     name = type(loss).__name__
+    check_processes(loss)
     if getattr(loss, "pair_terms", None) is not None:
         return _own_terms(loss, model_out)
-    # By the names of its classes, so that open_clip need not be imported and subclasses count.
-    # (No `next`: the compiler of torch 2.5 cannot follow it.)
-    known: list[Any] = [cls for cls in type(loss).__mro__ if cls.__name__ in _TERMS]
+    known = _known_classes(loss)
     if not known:
         raise ValueError(
             "expected a ClipLoss, SigLipLoss, CoCaLoss or DistillClipLoss of open_clip or a module "
@@ -72,18 +71,50 @@ def pair_terms(loss: nn.Module, model_out: Mapping[str, Any]) -> PairTerms:
         ) from None
 
 
+def trains_contrastive(loss: nn.Module) -> bool:
+    """Whether the contrastive terms are trained: CoCaLoss leaves them out where they weigh 0."""
+    own = getattr(loss, "pair_terms", None) is not None
+    return own or bool(getattr(loss, "clip_loss_weight", 1))
+
+
+def _known_classes(loss: nn.Module) -> list[Any]:
+    """Return the classes of open_clip that a loss is of, the nearest first.
+
+    By their names, so that open_clip need not be imported and subclasses count. (A list, for the
+    compiler of torch 2.5 cannot follow `next`.)
+    """
+    return [cls for cls in type(loss).__mro__ if cls.__name__ in _TERMS]
+
+
+def check_processes(loss: nn.Module) -> None:
+    """Refuse a loss of other processes than the process group's.
+
+    To take one of several processes for the only one would have each mine for itself.
+    """
+    name, place = type(loss).__name__, Processes.of(loss)
+    group = Processes.of_group()
+    says_nothing, known = not hasattr(loss, "world_size"), _known_classes(loss)
+    if place == group or (place.world_size == 1 and not says_nothing and not known):
+        return
+    if says_nothing:
+        raise ValueError(
+            f"{group.world_size} processes train, and {name} does not say which it is in: give it "
+            "rank and world_size (world_size = 1 has each process mine and compare its own pairs "
+            "alone)"
+        )
+    options = f"rank={group.rank}, world_size={group.world_size}"
+    if hasattr(loss, "local_loss"):
+        options += ", local_loss=True, gather_with_grad=True"
+    raise ValueError(
+        f"this is process {group.rank} of {group.world_size} of torch.distributed, and {name} is "
+        f"built with rank={place.rank}, world_size={place.world_size}: build it as "
+        f"{name}({options})"
+    )
+
+
 def _own_terms(loss: nn.Module, model_out: Mapping[str, Any]) -> PairTerms:
     """Return the terms of a loss with a method for them."""
-    name, dist = type(loss).__name__, torch.distributed
-    # To take one of several processes for the only one would have each mine for itself.
-    if not hasattr(loss, "world_size") and dist.is_available() and dist.is_initialized():
-        count = dist.get_world_size()
-        if count > 1:
-            raise ValueError(
-                f"{count} processes train, and {name} does not say which it is in: give it rank "
-                "and world_size (world_size = 1 has each process mine and compare its own pairs "
-                "alone)"
-            )
+    name = type(loss).__name__
     terms = cast(Any, loss).pair_terms(**model_out)
     if not isinstance(terms, PairTerms):
         raise ValueError(f"{name}.pair_terms must return PairTerms, got {type(terms).__name__}")

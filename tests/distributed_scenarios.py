@@ -5,8 +5,10 @@ Without pytest, so that a process starts quickly.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
+import itertools
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -370,6 +372,91 @@ def own_loss(rank, world_size):
     return getattr(model, "module", model).state_dict(), state, refusal
 
 
+# ------------------------------ losses of other processes than there are
+
+
+class OwnTerms(ClipLoss):
+    """A subclass with terms of its own: world_size=1 is only its default."""
+
+    def pair_terms(self, image_features, text_features, logit_scale):
+        terms = (image_features - text_features).square().sum(1)
+        return PairTerms(terms, {"contrastive_loss": terms})
+
+
+def misplaced(rank, world_size):
+    """By loss: what is said of it in a process that it is not built for, and by its remedy."""
+    losses = {
+        "clip": ClipLoss(),
+        "siglip": SigLipLoss(),
+        "coca": CoCaLoss(1.0, 1.0),
+        "distill": DistillClipLoss(),
+        "own terms": OwnTerms(),
+        "next rank": ClipLoss(rank=(rank + 1) % world_size, world_size=world_size),
+        "more": ClipLoss(rank=rank, world_size=world_size + 1),
+    }
+    made, found = batch(rank, world_size), {}
+    for name, base in losses.items():
+        for parts in ((BadPairMiner(PAIRS),), (None, SinkhornFairnessLoss(num_groups={"a": 2}))):
+            try:
+                FairLoss(base, *parts)(**made)
+            except ValueError as error:
+                found.setdefault(name, []).append(str(error))
+    arguments = {name: made[name] for name in ("image_features", "text_features", "logit_scale")}
+    alone = torch.equal(FairLoss(ClipLoss())(**arguments), ClipLoss()(**arguments))
+    base = eval(found["clip"][0].partition("build it as ")[2])
+    loss = FairLoss(base, BadPairMiner())
+    loss(**made)
+    return found, alone, loss.miner.report().ids
+
+
+class Learnt(nn.Module):
+    """A loss with a parameter, of each process's own pairs alone."""
+
+    world_size = 1
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def pair_terms(self, image_features, text_features, logit_scale):
+        terms = self.scale * (image_features - text_features).square().sum(1)
+        return PairTerms(terms, {"contrastive_loss": terms})
+
+
+class Holds(nn.Module):
+    """A model that holds its loss, as a LightningModule does."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, **made):
+        return self.loss(**made)
+
+
+def broadcast(rank, world_size):
+    """Whether what each process remembers by itself is its own, wrapped by itself or in a model."""
+    same = []
+    for wrap, num_pairs in itertools.product((lambda loss: loss, Holds), (PAIRS, None)):
+        fairness = SinkhornFairnessLoss(num_groups={"a": 2, "b": 3}, queue_size=3)
+        plain = FairLoss(Learnt(), BadPairMiner(num_pairs), fairness)
+        plain(**batch(rank, world_size, 2 + rank))  # memories of several sizes
+        plain.end_epoch()
+        loss = copy.deepcopy(plain)
+        wrapped = nn.parallel.DistributedDataParallel(wrap(loss), broadcast_buffers=True)
+        for _ in range(2):
+            made = batch(rank, world_size)
+            sum(wrapped(**made).values()).backward()
+            plain(**made)
+        state = loss.state_dict()
+        same += [
+            torch.equal(value.nan_to_num(7.0), state[name].nan_to_num(7.0))
+            for name, value in plain.state_dict().items()
+            if isinstance(value, torch.Tensor)
+        ]
+    return same
+
+
 def own_example():
     path = Path(__file__).parents[1] / "examples" / "own_loss.py"
     spec = importlib.util.spec_from_file_location("own_loss", path)
@@ -386,4 +473,6 @@ def everything(rank, world_size, cases):
         "siglip": siglip_memory(rank, world_size),
         "siglip gradients": siglip_gradients(rank, world_size),
         "own": own_loss(rank, world_size),
+        "misplaced": misplaced(rank, world_size),
+        "broadcast": broadcast(rank, world_size),
     }

@@ -14,7 +14,6 @@ import socket
 import sys
 
 import torch
-from cpu_processes import AllowCpu
 from tiny_clip import HAS_LOCAL_DIR, write_model
 
 from fairclip_losses.integrations import events
@@ -129,7 +128,7 @@ def run_two_processes(arguments, folder, moment, callbacks):
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
     arguments = [*arguments, "--dist-backend", "gloo"]
-    return run_together(arguments, folder, moment, (AllowCpu(), *callbacks), ranks)
+    return run_together(arguments, folder, moment, callbacks, ranks)
 
 
 def run_together(arguments, folder, moment, callbacks, environments):

@@ -177,3 +177,35 @@ def test_processes_train_the_example_of_an_own_loss_as_one():
             assert f"{world_size} processes train, and Silent does not say which" in refusal
     faulty = loss.miner.report().kind == "faulty"
     assert faulty[mismatched.numpy()].sum() > 0.5 * faulty.sum() > 0  # mining took part
+
+
+# ------------------------------ losses of other processes than there are
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_loss_that_is_built_for_other_processes_is_refused_with_the_remedy(world_size):
+    everything = ", local_loss=True, gather_with_grad=True"
+    remedies = {
+        "clip": ("ClipLoss", everything),
+        "siglip": ("SigLipLoss", ""),
+        "coca": ("CoCaLoss", everything),
+        "distill": ("DistillClipLoss", everything),
+        "own terms": ("OwnTerms", everything),
+        "next rank": ("ClipLoss", everything),
+        "more": ("ClipLoss", everything),
+    }
+    for rank, found in enumerate(processes(world_size)):
+        refusals, alone, ids = found["misplaced"]
+        assert refusals.keys() == remedies.keys() and alone
+        for name, (loss, options) in remedies.items():
+            mining, fairness = refusals[name]
+            assert mining == fairness and f"process {rank} of {world_size}" in mining
+            place = f"rank={rank}, world_size={world_size}"
+            assert mining.endswith(f"build it as {loss}({place}{options})")
+        assert ids.tolist() == list(range(4 * world_size))  # every process has seen all pairs
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_no_broadcast_overwrites_what_a_process_remembers(world_size):
+    for found in processes(world_size):
+        assert len(found["broadcast"]) > 40 and all(found["broadcast"])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_clip import write_model
 
 from fairclip_losses import FairLoss
@@ -45,7 +48,7 @@ def test_the_readmes_loop_runs(tmp_path):
 
 
 def test_the_pages_on_losses_and_callbacks_run():
-    wrapped, own = blocks(ROOT / "docs" / "losses.md")
+    wrapped, own, *_ = blocks(ROOT / "docs" / "losses.md")
     names = {"torch": torch}
     exec(wrapped, names)
     exec(own, names)
@@ -64,6 +67,57 @@ def test_the_pages_on_losses_and_callbacks_run():
     again = names["Best"]()
     again.load_state_dict(best.state_dict())
     assert again.best == 2.0
+
+
+class Towers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, images, texts):
+        images, texts = (F.normalize(part, dim=1) for part in (images, texts))
+        scale = self.scale.exp()
+        return {"image_features": images, "text_features": texts, "logit_scale": scale}
+
+
+def test_the_recipes_for_lightning_and_accelerate_run(monkeypatch):
+    """On stand-ins for the two, in one process."""
+    of_lightning, of_accelerate = blocks(ROOT / "docs" / "losses.md")[2:]
+    batch = (*torch.randn(2, 6, 3), torch.arange(6), torch.arange(6) % 3)
+
+    class Accelerator(SimpleNamespace):
+        process_index, num_processes = 0, 1
+
+        def prepare(self, *parts):
+            return parts
+
+        def register_for_checkpointing(self, part):
+            self.saved = part
+
+        def backward(self, total):
+            total.backward()
+
+    modules = {"lightning": {"LightningModule": torch.nn.Module},
+               "accelerate": {"Accelerator": Accelerator}}  # fmt: skip
+    for name, content in modules.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+    model = Towers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    names = {"model": model, "optimizer": optimizer, "loader": [batch], "epochs": 2, "num_pairs": 6}
+    exec(of_accelerate, names)
+    assert model.scale != 1 and names["accelerator"].saved is names["loss"]
+    assert (names["loss"].miner.report().visits == 2).all()
+    exec(of_lightning, names)
+    fair = names["FairClip"](model, 6)
+    fair.global_rank, fair.trainer, logged = 0, SimpleNamespace(world_size=1), {}
+    fair.log = lambda name, value, sync_dist: logged.update({name: float(value.detach())})
+    fair.setup("fit")
+    fair.training_step(batch, 0).backward()
+    fair.eval().validation_step(batch[:2], 0)
+    fair.on_train_epoch_end()
+    loss = fair.loss
+    fair.setup("test")
+    assert fair.loss is loss and len(loss.miner.report()) == 6 and logged["val_loss"] > 0
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

@@ -451,6 +451,21 @@ def test_evaluation_needs_no_ids():
     assert torch.equal(fair(**output, groups=groups).detach(), expected.detach())
 
 
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("output_dict", [True, False])
+def test_evaluation_without_groups_leaves_the_fairness_term_out(kind, output_dict):
+    """A validation loop that knows pairs alone sees the base loss, and no term that is 0."""
+    for score in ("loss", "similarity"):
+        fair, output = parts(kind, score=score).eval(), model_output(kind)
+        check_against_base(fair, kind, output, output_dict, {}, to_rounding)
+        assert fair.last.fairness is None and bool((fair.last.weights == 1).all())
+    ids = metadata()["pair_ids"]
+    assert "fairness_loss" not in fair(**output, pair_ids=ids, output_dict=True)
+    with pytest.raises(ValueError, match="the fairness term needs groups"):
+        fair(**output, pair_ids=ids, record=True)  # what the queue would lack
+    assert not fair.miner.memory.visits.any()
+
+
 # ------------------------------ the published unit: the batch by its position
 
 
@@ -635,6 +650,17 @@ def test_the_published_score_is_refused_over_several_processes():
         FairLoss(ClipLoss(world_size=2), score="official")
 
 
+@pytest.mark.parametrize("weight", [0, 0.0])
+@pytest.mark.parametrize("unit", ["pair", "batch"])
+def test_mining_by_a_loss_that_nobody_trains_is_refused(weight, unit):
+    base = CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=weight)
+    with pytest.raises(ValueError, match="CoCaLoss with clip_loss_weight=0 does not train"):
+        FairLoss(base, BadPairMiner(), mining_unit=unit)
+    FairLoss(base, fairness=SinkhornFairnessLoss())
+    base.pair_terms = lambda **out: None  # says itself what is mined
+    FairLoss(base, BadPairMiner(), mining_unit=unit)
+
+
 def test_missing_metadata_is_refused_before_anything_is_recorded():
     fair, output = parts(), model_output()
     given_metadata = metadata()
@@ -749,15 +775,58 @@ class Uneven(OwnLoss):
         ({"image_features": None}, "several processes need image_features"),
     ],
 )
-def test_what_cannot_be_gathered_is_refused_without_an_exchange(wrong, message):
+def test_what_cannot_be_gathered_is_refused_without_an_exchange(monkeypatch, wrong, message):
     fair = parts()
-    fair.processes = Processes(0, 2)
+    monkeypatch.setattr(Processes, "of_group", lambda: Processes(0, 2))
+    vars(fair.base_loss).update(rank=0, world_size=2)
     with pytest.raises(ValueError, match=message):
         fair(**(model_output() | metadata() | wrong))
     assert not fair.miner.memory.visits.any() and fair.fairness.queue.isnan().all()
 
 
 # ------------------------------ precision, devices, compilation
+
+CASTS = {
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.bfloat16(),
+    "double and back": lambda module: module.double().float(),
+    "to": lambda module: module.to(torch.bfloat16),
+    "to device and dtype": lambda module: module.to("cpu", torch.float16),
+    "type": lambda module: module.type(torch.float16),  # casts integers too
+}
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("num_pairs", [40, None])
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_no_cast_touches_the_state(cast, num_pairs, default):
+    def made():
+        fairness = SinkhornFairnessLoss(num_groups=NUM_GROUPS, queue_size=4)
+        return FairLoss(ClipLoss(), BadPairMiner(num_pairs, history="linear"), fairness)
+
+    output, step = model_output(), metadata()
+    plain = made()
+    torch.set_default_dtype(default)
+    try:
+        model = nn.ModuleDict({"loss": made(), "tower": nn.Linear(2, 2)})
+        fair = cast(model)["loss"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for _ in range(2):
+        assert torch.equal(fair(**output, **step), plain(**output, **step))
+        fair.end_epoch(), plain.end_epoch()
+        cast(model)
+    state = fair.state_dict()
+    assert state.keys() == plain.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert state[name].dtype == value.dtype and same(state[name], value), name
+    assert not list(fair.buffers())  # DistributedDataParallel would broadcast them
+    again = made()
+    double = {name: value.double() if "loss" in name else value for name, value in state.items()}
+    again.load_state_dict(double, assign=True)
+    assert again.miner.memory.loss_sum.dtype == torch.float32
+    assert torch.equal(again(**output, **step), plain(**output, **step))
 
 
 @pytest.mark.parametrize("kind", BASES)

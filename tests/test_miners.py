@@ -277,9 +277,9 @@ def test_default_dtype_and_casts_leave_the_memory_alone():
         play(cast, run[1:])
     finally:
         torch.set_default_dtype(torch.float32)
-    for name, buffer in expected.named_buffers():
-        assert torch.equal(buffer, cast.get_buffer(name))
-        assert buffer.dtype == cast.get_buffer(name).dtype
+    state = cast.memory.state()
+    for name, value in expected.memory.state().items():
+        assert torch.equal(value, state[name]) and value.dtype == state[name].dtype
 
 
 # ------------------------------ what is recorded
@@ -378,7 +378,9 @@ def test_bytes_for_each_pair(num_pairs, history, limit, monkeypatch):
     for part in torch.arange(10_000).split(500):
         miner(torch.rand(500), part)
         miner.end_epoch()
-    size = sum(buffer.nbytes for buffer in miner.buffers()) - 5 * 8  # less the five scalars
+    size = (
+        sum(value.nbytes for value in miner.memory.state().values()) - 5 * 8
+    )  # less the five scalars
     assert size <= limit * 10_001
 
 
@@ -522,7 +524,7 @@ def test_the_memory_follows_the_losses(num_pairs):
     miner = warmed(num_pairs)
     weights = miner(torch.rand(4, device="meta"), torch.arange(4))
     assert weights.device.type == "meta"
-    assert {buffer.device.type for buffer in miner.buffers()} == {"meta"}
+    assert {value.device.type for value in miner.memory.state().values()} == {"meta"}
 
 
 @pytest.mark.parametrize("detector", ["threshold", "mixture"])
@@ -531,7 +533,7 @@ def test_a_device_without_float64(detector, monkeypatch):
     arguments = {"faulty_sigma": 1.5, "noisy_sigma": 1.5, "detector": detector}
     expected = BadPairMiner(40, **arguments)
     weights = play(expected, run)
-    monkeypatch.setattr(pair_memory, "_NO_FLOAT64", frozenset({"cpu"}))
+    monkeypatch.setattr("fairclip_losses.state._NO_FLOAT64", frozenset({"cpu"}))
     miner = BadPairMiner(40, **arguments).to("cpu")
     assert miner.memory.mean.dtype == miner.memory.std.dtype == torch.float32
     torch.testing.assert_close(play(miner, run), weights, rtol=1e-5, atol=1e-6)

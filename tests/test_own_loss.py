@@ -12,6 +12,7 @@ from distributed_scenarios import own_example
 from open_clip import ClipLoss
 
 from fairclip_losses import BadPairMiner, FairLoss
+from fairclip_losses.distributed import Processes
 from fairclip_losses.integrations.events import TrainState
 
 own_loss = own_example()
@@ -74,4 +75,4 @@ def test_the_callback_puts_it_before_the_fair_loss():
     state = TrainState(args=SimpleNamespace(rank=1, world_size=2), loss=ClipLoss())
     own_loss.UseIt().on_loss_ready(state)
     assert isinstance(state.loss, own_loss.MarginInfoNCE)
-    assert FairLoss(state.loss).processes.world_size == 2
+    assert Processes.of(state.loss) == Processes(1, 2)

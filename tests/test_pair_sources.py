@@ -221,14 +221,35 @@ def test_what_synthetic_pairs_do_not_have_is_refused(tmp_path, capsys, flags, me
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flags", [("--fair-score", "official"), ("--fair-preset", "official")])
-def test_what_takes_one_process_is_refused_to_several_before_the_model(
-    tmp_path, capsys, monkeypatch, flags
+SLURM = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+SMALL = ("--batch-size", "11")  # of the 20 pairs
+OFFICIAL_ALONE = "comparisons in one process, got a base loss with world_size=2"
+
+
+@pytest.mark.parametrize(
+    ("launched", "flags", "message"),
+    [
+        (
+            {"WORLD_SIZE": "2"},
+            SMALL,
+            "holds 20 pairs, fewer than one step takes (--batch-size",
+        ),
+        (SLURM, SMALL, "--accum-freq 1 x 2 processes)"),
+        ({**SLURM, "PMI_SIZE": "2", "PMI_RANK": "1"}, SMALL, "x 2 processes)"),
+        (SLURM, ("--fair-score", "official"), OFFICIAL_ALONE),
+        ({"WORLD_SIZE": "2"}, ("--fair-preset", "official"), OFFICIAL_ALONE),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, SMALL, "2 processes were launched by MPI, of which"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, (), "2 processes were launched by MPI, of which open_clip"),
+    ],
+)
+def test_the_processes_of_every_launcher_are_known_before_the_model(
+    tmp_path, capsys, monkeypatch, launched, flags, message
 ):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     fair = ("--fair-loss", "--fair-attributes", "kind=a,b", *flags)
     assert train.main(synthetic(tmp_path, "--train-num-samples", "20", *fair)) == 2
-    assert "comparisons in one process, got a base loss with world_size=2" in one_line(capsys)
+    assert message in one_line(capsys)
     assert not (tmp_path / "run").exists()
 
 
@@ -403,7 +424,7 @@ def test_every_worker_needs_a_shard_unless_they_are_resampled(tmp_path, monkeypa
     assert pair_source(open_clip_arguments(**values, workers=2), options("dbpm"))
     resampled = open_clip_arguments(**values, workers=3, dataset_resampled=True)
     assert pair_source(resampled, options("dbpm"))
-    monkeypatch.setenv("WORLD_SIZE", "3")  # a process without workers reads for itself
+    monkeypatch.setenv("SLURM_NTASKS", "3")  # a process without workers reads for itself
     with pytest.raises(UsageError, match="--workers 0 x 3 processes need as many shards, got 2"):
         pair_source(open_clip_arguments(**values), options("dbpm"))
 

@@ -7,7 +7,10 @@ import importlib
 import sys
 
 import pytest
+import torch
+import torch.distributed as dist
 from stub_open_clip import events_of, recorder
+from torch.nn.parallel import DistributedDataParallel
 
 from fairclip_losses.integrations.events import Callback, Event
 from fairclip_losses.integrations.open_clip import HOOKS, PROGRAM, patch, run_training, unpatch
@@ -164,3 +167,26 @@ def test_a_run_that_lost_its_patch_stops_with_the_reason(program, registered):
     patch()
     with pytest.raises(RuntimeError, match=r"no longer hooked: unpatch\(\) was called"):
         program.main(["--epochs", "2"])
+
+
+def test_a_model_on_the_cpu_is_wrapped_in_runs_with_our_flags_alone(program, registered, tmp_path):
+    """open_clip names the CPU to DistributedDataParallel, which refuses it."""
+    wrapped = []
+
+    def evaluate(model, data, epoch, args, tb_writer=None):
+        try:
+            model = DistributedDataParallel(torch.nn.Linear(1, 1), [torch.device("cpu")])
+            wrapped.append(bool(model(torch.ones(1, 1)).requires_grad))
+        except ValueError:
+            wrapped.append(False)
+
+    program.evaluate = evaluate
+    own = DistributedDataParallel.__init__
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert run_training([]) == 0
+        registered(Callback())
+        assert run_training([]) == 0
+    finally:
+        dist.destroy_process_group()
+    assert wrapped == [False, True] and DistributedDataParallel.__init__ is own

@@ -92,7 +92,7 @@ def test_a_weighting_brings_its_detector():
         miner(weighting="relative").detector == miner(weighting="density").detector == "threshold"
     )
     assert miner(weighting="relative", detector="mixture").detector == "mixture"
-    with pytest.raises(ValueError, match="faulty_sigma has no effect .* got 2.0: leave it out"):
+    with pytest.raises(ValueError, match="faulty_sigma has no effect"):
         miner(weighting="posterior", faulty_sigma=2.0)
 
 

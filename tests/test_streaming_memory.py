@@ -20,7 +20,7 @@ def test_distinct_ids_take_less_than_24_bytes_each():
     miner.state_dict()  # joins the log to the table
     assert len(miner.memory.table_ids) == PAIRS
     assert bool((miner.memory.table_ids[1:] > miner.memory.table_ids[:-1]).all())
-    assert sum(buffer.nbytes for buffer in miner.buffers()) < 24 * PAIRS
+    assert sum(value.nbytes for value in miner.memory.state().values()) < 24 * PAIRS
     assert int(miner.memory.visits.sum()) == PAIRS
 
 

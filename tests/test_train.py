@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from open_clip import CoCaLoss
 from tiny_clip import write_model, write_pairs
 from training_runs import (
     BATCH,
@@ -31,7 +32,10 @@ from training_runs import (
 )
 
 from fairclip_losses import train
-from fairclip_losses.integrations.events import Callback
+from fairclip_losses.data import CodeBook
+from fairclip_losses.integrations.events import Callback, TrainState
+from fairclip_losses.integrations.fair_training import FairTrainingCallback
+from fairclip_losses.integrations.flags import split_flags
 
 program = pytest.importorskip("open_clip_train.main")
 
@@ -312,6 +316,18 @@ def test_a_saved_state_that_lacks_what_it_must_have_is_refused(data, one_epoch, 
         assert message in line and "; add --fair-fresh-state" in line
 
 
+def test_a_fairness_term_beside_captions_alone_is_warned_of(caplog):
+    options, _ = split_flags(["--fair-loss", "sinkhorn", "--fair-attributes", "sex"])
+    callback = FairTrainingCallback(options)
+    callback.source = SimpleNamespace(num_pairs=None, codebook=CodeBook({"sex": ("f", "m")}))
+    args = SimpleNamespace(epochs=1, device="cpu", rank=0)
+    for weight in (1.0, 0.0):
+        loss = CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=weight)
+        callback.on_loss_ready(TrainState(args=args, loss=loss))
+        warned = "The fairness term alone trains the scores that it compares" in caplog.text
+        assert warned == (weight == 0)
+
+
 def rewritten(data, tmp_path, change):
     """A copy of the training table with its lines changed."""
     path = tmp_path / "changed.tsv"
@@ -320,6 +336,7 @@ def rewritten(data, tmp_path, change):
     return {**data, "train": str(path)}
 
 
+CAPTIONS_ALONE = (*FAIR, "--model", "coca_ViT-B-32", "--coca-contrastive-loss-weight", "0")
 EVALUATED = ("--fair-eval-label", "bright", *PROMPTS, "--fair-attributes", "sex")
 
 
@@ -340,6 +357,10 @@ EVALUATED = ("--fair-eval-label", "bright", *PROMPTS, "--fair-attributes", "sex"
         ((*FAIR, "--fair-wieght", "1"), "--fair-wieght 1 (did you mean --fair-weight?)"),
         (("--epohcs", "3"), "unrecognized arguments: --epohcs 3"),
         ((*FAIR, "--csv-separator", ";"), "no column 'filepath'"),
+        (
+            CAPTIONS_ALONE,
+            "the contrastive loss, which --coca-contrastive-loss-weight 0 does",
+        ),
         (("--fair-loss", "dbpm", "--batch-size", "64"), "40 pairs, fewer than one step"),
         (("--fair-loss", "dbpm", "--train-data", "/no/such.csv"), "/no/such.csv"),
         (("--fair-loss", "dbpm", "--train-data", "x.parquet"), "trains on a table"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,22 @@ class PairBatch(NamedTuple):
 
     ids: Tensor  # (B,) int64
     groups: Tensor  # (B, C) int64 group codes, -1 unknown
+
+
+def process_count() -> int:
+    """Return how many processes will train, from whatever has launched them.
+
+    By open_clip's own reading of the environment: what its arguments say of it comes later.
+    """
+    from open_clip_train.distributed import is_using_distributed, world_info_from_env
+
+    count = int(world_info_from_env()[2])
+    if count > 1 and not is_using_distributed():
+        raise UsageError(
+            f"{count} processes were launched by MPI, of which open_clip makes {count} runs of one "
+            "process each: launch them by torchrun or srun (or set WORLD_SIZE=1 for such runs)"
+        )
+    return count
 
 
 class PairSource(ABC):
@@ -154,7 +169,7 @@ class RowSource(PairSource):
 
     def check_one_step(self, args: Any) -> RowSource:
         """Refuse fewer rows than one optimizer step takes: open_clip would train on nothing."""
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        processes = process_count()
         if len(self.ids) < args.batch_size * args.accum_freq * processes:
             raise UsageError(
                 f"{self.where} holds {len(self.ids)} pairs, fewer than one step takes "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,17 @@ import torch
 from ..errors import UsageError, usage_errors
 from ..losses import FairLoss
 from ..miners import EpochSummary
+from ..pair_terms import trains_contrastive
 from ..presets import build_fair_loss
-from .csv_pairs import PairBatch, PairSource, is_table, read_pairs, synthetic_source, table_source
+from .csv_pairs import (
+    PairBatch,
+    PairSource,
+    is_table,
+    process_count,
+    read_pairs,
+    synthetic_source,
+    table_source,
+)
 from .events import Callback, TrainState
 from .flags import FairOptions
 from .pair_reports import FlagRates, log_scalars, write_pairs
@@ -65,6 +73,13 @@ class FairTrainingCallback(Callback):
         for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
             if (value := getattr(args, name)) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        captions_alone = "coca" in args.model.lower() and not args.coca_contrastive_loss_weight
+        if captions_alone and "dbpm" in self.options.fair_loss:
+            raise UsageError(
+                "--fair-loss dbpm records the contrastive loss, which "
+                "--coca-contrastive-loss-weight 0 does not train; give it a weight, or use "
+                "--fair-loss sinkhorn alone"
+            )
         local = args.resume not in (None, "latest") and "://" not in args.resume
         if local and not Path(args.resume).is_file():
             raise UsageError(f"--resume: no checkpoint file {args.resume!r}")
@@ -76,7 +91,7 @@ class FairTrainingCallback(Callback):
             # Built for its checks of the options alone; the real one wraps open_clip's loss.
             two_each = (2,) * len(self.options.fair_attributes)
             stand_in = torch.nn.Identity()
-            vars(stand_in).update(rank=0, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+            vars(stand_in).update(rank=0, world_size=process_count())
             self._build(stand_in, args.epochs, two_each)
 
     def on_data_ready(self, state: TrainState) -> None:
@@ -96,6 +111,8 @@ class FairTrainingCallback(Callback):
         self.loss.to(state.args.device)
         if state.args.rank == 0:
             log.info("Fair loss: %s", self.loss)
+            if not trains_contrastive(self.loss.base_loss):
+                log.warning("The fairness term alone trains the scores that it compares")
 
     def on_epoch_start(self, state: TrainState) -> None:
         """Forget pairs of a step that the last epoch did not complete."""

@@ -17,7 +17,9 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
+
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UsageError
 from .events import Event, default_registry
@@ -34,9 +36,24 @@ _mains: list[Call] = []  # calls of main() that go on
 _under_way: list[Run] = []  # at most one: begun where arguments are parsed, and not ended
 
 
+def _wrap_model(call: Call) -> Any:
+    """Name no device for a model on the CPU, where open_clip does and torch refuses it."""
+    if [str(device) for device in call["device_ids"] or ()] != ["cpu"]:
+        return call.proceed()
+    call.bound.arguments["device_ids"] = None
+    return call.original(*call.bound.args, **call.bound.kwargs)
+
+
+# In force while a run is under way.
+_on_cpu = ModulePatch(
+    DistributedDataParallel, (Hook("__init__", _wrap_model, ("device_ids",)),), "torch 2.5 or later"
+)
+
+
 def _end_run(ended_well: bool) -> None:
     """End the run under way, if there is one, and let go of what it holds."""
     while _under_way:
+        _on_cpu.undo()
         run = _under_way.pop()
         try:
             if ended_well and run.state.data is not None:
@@ -64,6 +81,7 @@ def _parse_args(call: Call) -> Any:
     if isinstance(args, HookedArgs):
         _end_run(False)  # one of a main() that was not hooked, and failed
         _under_way.append(args.run)
+        _on_cpu.install()
         args.run.fire(Event.ARGS_PARSED)
     return args
 
@@ -172,7 +190,7 @@ class Patch:
     """What `patch` returns: the patch in force, and a context manager that takes it back."""
 
     def __init__(self, hooks: ModulePatch) -> None:
-        self.program = hooks.module
+        self.program = cast(ModuleType, hooks.module)
         self._hooks = hooks
         self._is_ours = hooks.install()  # False where it was in force before
 

@@ -1,4 +1,4 @@
-"""Replacing functions of a module, and putting them back; knows nothing of what they do."""
+"""Replacing functions of a module or class and putting them back; knows nothing of what they do."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ class Hook:
 
 
 class ModulePatch:
-    """The hooks of one module.
+    """The hooks of one module, or of one class.
 
     ``known`` names the module's package and the versions that have the hook points. A wrapper that
     somebody kept, or has wrapped in turn, passes calls through once it is no longer in force.
     """
 
-    def __init__(self, module: ModuleType, hooks: tuple[Hook, ...], known: str) -> None:
+    def __init__(self, module: ModuleType | type, hooks: tuple[Hook, ...], known: str) -> None:
         self.module = module
         self._hooks = hooks
         self._known = known

@@ -41,7 +41,7 @@ from ..data.tables import (
 )
 from ..errors import UsageError, one_line
 from ..miners import MinerReport
-from .csv_pairs import PREFIX, PairBatch, PairSource
+from .csv_pairs import PREFIX, PairBatch, PairSource, process_count
 from .flags import FairOptions
 from .pair_reports import FlagRates, attribute_column, count_flagged, flag_rates
 
@@ -202,7 +202,7 @@ def _check_sizes(args: Any, shards: int) -> None:
             raise UsageError(f"--train-data: {wrong}; give --train-num-samples")
     elif args.train_num_samples < 1:
         raise UsageError(f"--train-num-samples must be 1 or more, got {args.train_num_samples}")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = process_count()
     if not args.dataset_resampled and shards < max(1, args.workers) * processes:
         raise UsageError(
             f"--workers {args.workers} x {processes} process{'es' * (processes > 1)} need as many "

@@ -23,7 +23,8 @@ from ..functional import (
     weighted_mean,
 )
 from ..miners import BadPairMiner, EpochSummary
-from ..pair_terms import PairTerms, pair_terms
+from ..pair_terms import PairTerms, check_processes, pair_terms, trains_contrastive
+from ..state import StatefulModule
 from ..validation import check_choice, check_finite_number, check_integer, check_limit
 from .sinkhorn_fairness import SinkhornFairnessLoss
 
@@ -39,7 +40,7 @@ class FairLossState(NamedTuple):
     fairness: FairnessTerms | None
 
 
-class FairLoss(nn.Module):
+class FairLoss(StatefulModule):
     r"""Put bad pair mining and the fairness term round an existing image-text loss.
 
     .. math:: L = \frac{1}{B} \sum_i w_i l_i + \lambda F(s, g)
@@ -68,21 +69,25 @@ class FairLoss(nn.Module):
         mining_unit: ``"pair"``, or ``"batch"``: the published code's unit, the batch's mean loss by
             its position in the epoch, for comparison only.
 
-    ``forward`` takes what ``base_loss`` takes and besides ``pair_ids`` (B,) int64 (needed by the
-    miner in training), ``groups`` (needed by the fairness term) and ``record`` (None: record the
-    visit in training mode; False: only read, as for all but the last pass over one accumulated
-    batch, so that every pass sees the same queue). It returns what ``base_loss`` returns; in dict
-    form (``output_dict=True``) the fairness term is the entry ``fairness_loss``, otherwise it is
-    added to the first term. Where miner and fairness are None the base loss is called, and the
-    result is its own bit for bit. Otherwise the loss is computed once, from the per-pair terms,
-    and ``base_loss.forward`` is not called; where all weights are 1 and the fairness weight is 0 it
-    equals the base loss to rounding. Scores that are not finite take no part in the fairness term
-    and are not recorded; the total then is not finite, as the base loss would be.
+    ``forward`` takes what ``base_loss`` takes and besides ``pair_ids`` (B,) int64, ``groups``, and
+    ``record`` (None: record the visit in training mode; False: only read, as for all but the last
+    pass over one accumulated batch, so that every pass sees the same queue). In training the miner
+    needs the ids and the fairness term the groups. In evaluation mode (``loss.eval()``), as in a
+    validation loop, nothing is recorded and both may be missing: without ids every pair weighs 1,
+    and without groups there is no fairness term, and no entry ``fairness_loss``.
 
-    Over several processes (a base loss with ``world_size`` > 1) each process passes its own pairs,
-    as many as every other; mining and fairness see the global batch, every process keeps the
-    same memory, and gradients averaged over processes are those of one process on that batch where
-    the base loss's are (``gather_with_grad``).
+    ``forward`` returns what ``base_loss`` returns; in dict form (``output_dict=True``) the fairness
+    term is the entry ``fairness_loss``, otherwise it is added to the first term. Where miner and
+    fairness are None the base loss is called, and the result is its own bit for bit. Otherwise the
+    loss is computed once, from the per-pair terms, and ``base_loss.forward`` is not called; where
+    all weights are 1 and the fairness weight is 0 it equals the base loss to rounding. Scores that
+    are not finite take no part in the fairness term and are not recorded; the total then is not
+    finite, as the base loss would be.
+
+    In a process group of several, open_clip's losses must be built with its ``rank`` and
+    ``world_size``. Each process passes its own pairs, as many as every other; mining and fairness
+    see the global batch, every process keeps the same memory, and gradients averaged over processes
+    are those of one process on that batch where the base loss's are (``gather_with_grad``).
 
     The defaults are the preset ``aligned``; the published constants are in the presets ``paper``
     and ``official`` (`build_fair_loss`).
@@ -90,10 +95,11 @@ class FairLoss(nn.Module):
     Call `end_epoch` after each epoch. `last` holds the last call's `FairLossState`.
 
     Raises:
-        ValueError: a loss, miner or fairness that is no module, or options out of range; in
-            ``forward`` a base loss whose per-pair terms are not known or not (B,), missing ids or
-            groups, and what miner and fairness refuse. A batch that is refused is recorded nowhere,
-            so that it can be repaired and passed again.
+        ValueError: a loss, miner or fairness that is no module, options out of range, or a miner
+            round a CoCaLoss that does not train its contrastive loss; in ``forward`` a base loss
+            whose per-pair terms are not known or not (B,), or that is built for other processes
+            than there are, missing ids or groups, and what miner and fairness refuse. A batch that
+            is refused is recorded nowhere, so that it can be repaired and passed again.
 
     Source: Bansal et al. (arXiv:2505.03153).
     """
@@ -128,11 +134,10 @@ class FairLoss(nn.Module):
         check_choice("score", score, ("loss", "similarity", "official"))
         check_choice("normalization", normalization, ("batch", "weights"))
         check_choice("mining_unit", mining_unit, ("pair", "batch"))
-        self.processes = Processes.of(base_loss)
-        if score == "official" and self.processes.world_size > 1:
+        if miner is not None and not trains_contrastive(base_loss):
             raise ValueError(
-                "score='official' is for comparisons in one process, got a base loss with "
-                f"world_size={self.processes.world_size}"
+                f"the miner records the contrastive loss, which {type(base_loss).__name__} with "
+                "clip_loss_weight=0 does not train: give it a weight, or leave the miner out"
             )
         self.base_loss = base_loss
         self.miner = miner
@@ -141,9 +146,10 @@ class FairLoss(nn.Module):
         self.weighted_fairness = weighted_fairness
         self.normalization: Normalization = normalization
         self.mining_unit: MiningUnit = mining_unit
-        self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("batch_position", torch.zeros((), dtype=torch.int64))
+        self.register_state("epoch", torch.zeros((), dtype=torch.int64))
+        self.register_state("batch_position", torch.zeros((), dtype=torch.int64))
         self.last: FairLossState | None = None
+        self._processes()
 
     def forward(
         self,
@@ -165,11 +171,12 @@ class FairLoss(nn.Module):
         by_pair = self.miner is not None and self.mining_unit == "pair"
         if by_pair and pair_ids is None and recording:
             raise ValueError("the miner needs pair_ids (B,), got None")
-        if self.fairness is not None and groups is None:
+        if self.fairness is not None and groups is None and (self.training or recording):
             raise ValueError(
                 "the fairness term needs groups (B,), (B, C) or name -> (B,), got None"
             )
-        batch = _Batch.of(self.base_loss, self.processes, model_out)
+        check_processes(self.base_loss)
+        batch = _Batch.of(self.base_loss, self._processes(), model_out)
         pair_ids, groups = batch.gather_metadata(
             pair_ids if by_pair else None, groups if self.fairness is not None else None
         )
@@ -226,6 +233,16 @@ class FairLoss(nn.Module):
             f"normalization={self.normalization!r}, mining_unit={self.mining_unit!r}"
         )
 
+    def _processes(self) -> Processes:
+        """Return the base loss's processes, of which it may have learnt since it was made."""
+        processes = Processes.of(self.base_loss)
+        if self.score == "official" and processes.world_size > 1:
+            raise ValueError(
+                "score='official' is for comparisons in one process, got a base loss with "
+                f"world_size={processes.world_size}"
+            )
+        return processes
+
     def _visits(self, losses: Tensor, pair_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Return the losses and ids that the miner is given, or None where it is given none."""
         if losses.device != self.epoch.device:
@@ -243,11 +260,9 @@ class FairLoss(nn.Module):
         if self.fairness_weight == 0:
             return torch.zeros_like(term)
         term = self.fairness_weight * term
-        return (
-            torch.where(self.epoch >= self.fairness_start, term, 0.0)
-            if self.fairness_start
-            else term
-        )
+        if self.fairness_start:
+            term = torch.where(self.epoch >= self.fairness_start, term, 0.0)
+        return term
 
     def _scores(self, terms: PairTerms, model_out: dict[str, Any], batch: _Batch) -> Tensor:
         """Return the scores of all processes' pairs."""

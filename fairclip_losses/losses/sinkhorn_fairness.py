@@ -7,14 +7,15 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..functional import Detach, FairnessTerms, GroupReduction, group_membership
 from ..functional.fairness import FairnessOptions, check_codes, check_scores, fairness_terms
+from ..state import StatefulModule
 from ..validation import check_integer, is_number, should_validate
 
 
-class SinkhornFairnessLoss(FairnessOptions, nn.Module):
+class SinkhornFairnessLoss(FairnessOptions, StatefulModule):
     r"""Distance between each protected group's score distribution and the whole batch's.
 
     The module form of `fairclip_losses.functional.sinkhorn_fairness`, with an optional queue. Its
@@ -36,8 +37,9 @@ class SinkhornFairnessLoss(FairnessOptions, nn.Module):
         min_group_size: groups of less mass in the batch (and queue) add 0; a member has mass 1, or
             its weight.
         queue_size: recent scores remembered for the batch and for each group, so that a rare group
-            has a distribution at all; 0 is none. Needs ``num_groups``. Queued scores are detached,
-            and are part of the state dict with their weights.
+            has a distribution at all; 0 is none. Needs ``num_groups``. Queued scores and weights
+            are detached and float32, whatever the module is cast to, and are part of the state
+            dict.
         detach: ``"none"``, ``"groups"`` or ``"total"``: the side that gets no gradient.
         divide_by_group_sum: divide each group's scores by their sum and the batch's by nothing:
             what the published code computes, for comparison only.
@@ -71,7 +73,7 @@ class SinkhornFairnessLoss(FairnessOptions, nn.Module):
         divide_by_group_sum: bool = False,
         validate: bool | None = None,
     ) -> None:
-        nn.Module.__init__(self)
+        StatefulModule.__init__(self)
         FairnessOptions.__init__(
             self, p, blur, group_reduction, min_group_size, detach, divide_by_group_sum
         )
@@ -86,9 +88,11 @@ class SinkhornFairnessLoss(FairnessOptions, nn.Module):
         if self.num_groups and (self.attribute_names or not isinstance(attribute_weights, Mapping)):
             _in_order(self.attribute_weights, self.attribute_names, len(self.num_groups))
         rows = 1 + sum(self.num_groups or ()) if queue_size else 0
-        self.register_buffer("queue", torch.full((rows, queue_size), float("nan")))
-        self.register_buffer("queue_weights", torch.zeros((rows, queue_size)))
-        self.register_buffer("queue_next", torch.zeros(rows, dtype=torch.int64))
+        # float32 whatever the default dtype is
+        empty = torch.full((rows, queue_size), float("nan"), dtype=torch.float32)
+        self.register_state("queue", empty)
+        self.register_state("queue_weights", torch.zeros_like(empty))
+        self.register_state("queue_next", torch.zeros(rows, dtype=torch.int64))
         self.last: FairnessTerms | None = None
 
     def forward(

@@ -105,7 +105,7 @@ class BadPairMiner(nn.Module):
             miner.end_epoch()
 
     ``forward`` does not wait for the device, and with `num_pairs` it compiles into one graph. All
-    state is in the buffers of `memory`, so it is saved and resumed by ``state_dict``; on the CPU a
+    state is in `memory`, and it is saved and resumed by ``state_dict``; on the CPU a
     resumed run equals the uninterrupted one bit for bit. (On a GPU an id that is twice in a batch
     may be summed in either order, unless ``torch.use_deterministic_algorithms`` is set.) The memory
     follows the losses to their device at the first batch; casts such as ``.half()`` never change

@@ -1,21 +1,19 @@
-"""The memory of a miner: what every pair's losses have been, by the pair's id, in buffers."""
+"""The memory of a miner: what every pair's losses have been, by the pair's id."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..functional import FAULTY, History, pair_history
+from ..state import StatefulModule, has_float64
 
 Record = Literal["raw", "weighted"]
 
 INT64_MIN = -(1 << 63)
-
-# Device types that have no float64: the statistics are computed on the CPU and kept in float32.
-_NO_FLOAT64 = frozenset({"mps"})
 
 # Visits that the log holds: so many (0.8 MB), or a share of the table if that is more. The table is
 # then sorted anew as often as the logarithm of its size, and the log takes little beside it.
@@ -35,10 +33,10 @@ _PAIR_DTYPES = {
 }
 
 
-class PairMemory(nn.Module):
+class PairMemory(StatefulModule):
     """Sums of every pair's losses, its last loss and its kind, with the statistics over pairs.
 
-    Each pair has a row of the buffers, found by :meth:`rows_of`: with `num_pairs` the row is the
+    Each pair has a row of the state, found by :meth:`rows_of`: with `num_pairs` the row is the
     id; else the ids known are a sorted table, and visits wait in a log until they join it all at
     once. One more row, the last, is spare: unknown ids and losses that are not finite are written
     there, as zeros, so that it stays zero and its kind clean.
@@ -76,22 +74,21 @@ class PairMemory(nn.Module):
         self.history: History = history
         self.total_epochs = total_epochs
         self.record: Record = record
+        self.weighs_by_posterior = weighs_by_posterior
         if num_pairs is None:
             ids = torch.zeros(0, dtype=torch.int64)
-            self.register_buffer("table_ids", ids)
-            self.register_buffer("log_ids", ids.clone(), persistent=False)
-            self.register_buffer("log_losses", ids.float(), persistent=False)
+            self.register_state("table_ids", ids)
+            self.register_state("log_ids", ids.clone(), saved=False)
+            self.register_state("log_losses", ids.float(), saved=False)
             self._log_count = 0
-        left_out = {"weight_sum": history != "linear", "posterior": not weighs_by_posterior}
-        for name, dtype in _PAIR_DTYPES.items():
-            kept = not left_out.get(name)
-            values = torch.zeros((num_pairs or 0) + 1, dtype=dtype) if kept else None
-            self.register_buffer(name, values)
-        self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("std", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("invalid_count", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("invalid_largest", torch.full((), INT64_MIN))
+        self.weight_sum = self.posterior = None
+        for name, dtype in self._pair_dtypes().items():
+            self.register_state(name, torch.zeros((num_pairs or 0) + 1, dtype=dtype))
+        self.register_state("epoch", torch.zeros((), dtype=torch.int64))
+        self.register_state("mean", torch.zeros((), dtype=torch.float64))
+        self.register_state("std", torch.zeros((), dtype=torch.float64))
+        self.register_state("invalid_count", torch.zeros((), dtype=torch.int64))
+        self.register_state("invalid_largest", torch.full((), INT64_MIN))
 
     @property
     def spare_row(self) -> int:
@@ -176,7 +173,7 @@ class PairMemory(nn.Module):
             self.table_ids, order = torch.sort(torch.cat([self.table_ids, fresh]))
             # New rows are zero as the spare one is: that is the first of them, the last is spare.
             order = torch.cat([order, order.new_tensor([len(order)])])
-            for name in self._pair_buffers():
+            for name in self._pair_dtypes():
                 old = getattr(self, name)
                 setattr(self, name, torch.cat([old, old.new_zeros(len(fresh))])[order])
         self._accumulate(self.rows_of(ids, usable), losses, usable)
@@ -184,7 +181,7 @@ class PairMemory(nn.Module):
     def histories(self) -> Tensor:
         """History of each row in float64, NaN without a visit; on the CPU if need be."""
         device = self.visits.device
-        device = torch.device("cpu") if device.type in _NO_FLOAT64 else device
+        device = device if has_float64(device) else torch.device("cpu")
         return pair_history(
             self.loss_sum.to(device),
             self.visits.to(device),
@@ -192,18 +189,9 @@ class PairMemory(nn.Module):
             total_epochs=self.total_epochs,
         )
 
-    def _pair_buffers(self) -> list[str]:
-        return [name for name in _PAIR_DTYPES if getattr(self, name) is not None]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PairMemory:
-        # A cast would round the memory, so only the device is taken from what `fn` does.
-        device = fn(self.last_loss[:0]).device
-        scalar = torch.float32 if device.type in _NO_FLOAT64 else torch.float64
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                dtype = scalar if name in ("mean", "std") else buffer.dtype
-                self._buffers[name] = buffer.to(device=device, dtype=dtype)
-        return self
+    def _pair_dtypes(self) -> dict[str, torch.dtype]:
+        kept = {"weight_sum": self.history == "linear", "posterior": self.weighs_by_posterior}
+        return {name: dtype for name, dtype in _PAIR_DTYPES.items() if kept.get(name, True)}
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the settings that give the memory its meaning, for ``state_dict``."""
@@ -244,6 +232,6 @@ class PairMemory(nn.Module):
         if self.num_pairs is None and ids is not None:
             self._log_count = 0
             self.table_ids = self.table_ids.new_zeros(len(ids))
-            for name in self._pair_buffers():
+            for name in self._pair_dtypes():
                 setattr(self, name, getattr(self, name).new_zeros(len(ids) + 1))
         super()._load_from_state_dict(state_dict, prefix, *others)
