@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from scipy.stats import norm
+from scipy.stats import kurtosis, norm, skew
 from sklearn.mixture import GaussianMixture
 
 from fairclip_losses import BadPairMiner
@@ -111,7 +111,29 @@ def test_a_wide_upper_component_does_not_make_low_histories_faulty():
     history = torch.from_numpy(values)
     assert bool((F.gaussian_mixture_posterior(history)[history < -2] > 0.9).any())
     posterior = F.faulty_posterior(history)
-    assert float(posterior[history < history.mean()].max()) < 0.5 < float(posterior.max())
+    assert float(posterior[history < history.mean()].max()) < 0.5
+
+
+@given(
+    values=st.lists(st.floats(-100, 100), min_size=2, max_size=40),
+    scale=st.sampled_from([1e-3, 1.0, 1e6]),
+)
+def test_bimodality_by_scipys_moments(values, scale):
+    values = np.asarray(values) * scale
+    assume(values.std() > 1e-3 * scale)
+    expected = (skew(values) ** 2 + 1) / kurtosis(values, fisher=False)
+    history = torch.from_numpy(np.append(values, np.nan))
+    np.testing.assert_allclose(float(F.bimodality(history)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [1e3, 9.0])  # of a gamma distribution: skewness 0.06 and 0.7
+def test_of_one_mode_no_pair_is_faulty(shape):
+    values = np.random.default_rng(1).gamma(shape, size=2000)
+    history = torch.from_numpy((values - values.mean()) / values.std() + 5.0)
+    assert int((F.gaussian_mixture_posterior(history) > 0.5).sum()) > 200  # it always divides
+    assert bool((F.faulty_posterior(history) == 0).all())
+    two = torch.cat([history, history[:200] + 9.0])
+    assert 190 < int((F.faulty_posterior(two) > 0.5).sum()) < 210
 
 
 @given(values=st.lists(st.floats(-1e3, 1e3), max_size=40), absent=st.integers(0, 3))

@@ -29,7 +29,7 @@ from .mining import (
     pair_history,
     visit_weight,
 )
-from .mixture import faulty_posterior, gaussian_mixture_posterior
+from .mixture import bimodality, faulty_posterior, gaussian_mixture_posterior
 from .pairs import (
     Normalization,
     caption_pair_losses,
@@ -48,7 +48,7 @@ __all__ += ["sinkhorn_fairness", "stack_groups"]
 __all__ += ["CLEAN", "FAULTY", "KIND_NAMES", "NOISY", "History", "Weighting"]
 __all__ += ["bad_pair_kinds", "bad_pair_weights", "history_statistics", "history_z_score"]
 __all__ += ["pair_history", "visit_weight"]
-__all__ += ["faulty_posterior", "gaussian_mixture_posterior"]
+__all__ += ["bimodality", "faulty_posterior", "gaussian_mixture_posterior"]
 __all__ += ["Normalization", "caption_pair_losses", "clip_pair_losses", "distill_pair_losses"]
 __all__ += ["normalized_weights", "pair_logits", "pair_similarities", "siglip_pair_losses"]
 __all__ += ["weighted_mean"]

@@ -137,9 +137,9 @@ class BadPairMiner(nn.Module):
         record: ``"raw"`` losses, or ``"weighted"``: the losses after they are weighed down, which
             feeds the flags back into the history (a defect of published code, for comparison).
         detector: of faulty pairs: ``"threshold"`` as above, or ``"mixture"``: the posterior of the
-            higher-mean component of a two-component Gaussian mixture fitted to the histories
-            (:func:`~fairclip_losses.functional.faulty_posterior`). Noisy pairs are found by
-            `noisy_sigma` either way.
+            higher-mean component of a two-component Gaussian mixture fitted to the histories, where
+            these have two modes (:func:`~fairclip_losses.functional.faulty_posterior`). Noisy pairs
+            are found by `noisy_sigma` either way.
         mixture_threshold: least posterior of a faulty pair, in (0, 1].
         validate: check the values of the ids at once, which waits for the device; None checks ids
             that are on the CPU. Without the check an id outside the range weighs 1, is not
