@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..validation import broadcast_shapes, is_readable
+from ..validation import broadcast_shapes, is_readable, refuse_second
 
 # Cumulative weights nearer than this are the same: sums of thousands are off by tens of roundings.
 SAME_WEIGHT = 64 * torch.finfo(torch.float64).eps
@@ -114,7 +114,7 @@ class _ExactCost(torch.autograd.Function):
                 m = (x if y is None else y).shape[-2]
                 f, g = _potentials(ctx.p, saved, a, b, x.shape[-2], m)
                 grads[2:] = _by_weights(a, f, grad), _by_weights(b, g, grad)
-        return (*refuse_second(grads, (x, y, a, b)), None)
+        return (*refuse_second("sinkhorn_divergence", grads, (x, y, a, b)), None)
 
 
 def settled(points: Tensor, *weights: Tensor | None) -> Tensor:
@@ -333,27 +333,3 @@ def _potential(x: Tensor, weight_x: Tensor, y: Tensor, weight_y: Tensor) -> Tens
         partner = partner + along(y, torch.searchsorted(weight_y, level.contiguous()))
     rise = 0.5 * x.diff(dim=-1) * (x[..., 1:] + x[..., :-1] - partner)
     return pad(rise.cumsum(-1), (1, 0))
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """Identity on a gradient that refuses to be differentiated, instead of passing as constant."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, source: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        raise RuntimeError(
-            "sinkhorn_divergence is once differentiable: its envelope gradient has no derivative"
-        )
-
-
-def refuse_second(grads: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> list[Any]:
-    """Guard the gradients found under ``create_graph=True``."""
-    if not torch.is_grad_enabled():
-        return list(grads)
-    return [
-        None if grad is None else _OnceDifferentiable.apply(grad, source)
-        for grad, source in zip(grads, sources, strict=True)
-    ]

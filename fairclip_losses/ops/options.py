@@ -181,20 +181,19 @@ def prepare(
 
     Points lie about their mean, which keeps the digits that differ. A row without mass is uniform.
     """
-    same_points = x is y
-    x, y = check_measure_values(x, y, a, b, validate)
+    check_measure_values(x, y, a, b, validate)
     result = torch.promote_types(x.dtype, y.dtype)
     weights_a, weights_b = (
         torch.where(rows.any(-1, keepdim=True), rows, 1.0 / rows.shape[-1])
         for rows in (normalised(a, x[..., 0]), normalised(b, y[..., 0]))
     )
-    settled_x = settled(x, a, b) if same_points else settled(x, a)
+    settled_x = settled(x, a, b) if x is y else settled(x, a)
     everything = list(range(x.dim() - 1))
     mean = settled_x.detach().mean(everything, dtype=working_dtype(x.device))
     centred = settled_x - mean
     return Prepared(
         centred,
-        centred if same_points else settled(y, b) - mean,
+        centred if x is y else settled(y, b) - mean,
         weights_a,
         weights_b,
         has_mass(a, b),
