@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
-from unittest import mock
+from contextlib import contextmanager
 
 import torch
 from hypothesis import strategies as st
@@ -52,17 +51,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@contextmanager
-def as_on_an_accelerator():
-    """Take an accelerator's way on the CPU: torch's solvers, fixed numbers of iterations."""
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch("fairclip_losses.ops.solve.solves_on_cpu", lambda *_: False))
-        for name in ("exact", "options", "sinkhorn_loop", "solve"):
-            unreadable = mock.patch(f"fairclip_losses.ops.{name}.is_readable", lambda *_: False)
-            stack.enter_context(unreadable)
-        yield
 
 
 def value_and_slopes(x, y, a, b, **options):

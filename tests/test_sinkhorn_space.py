@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from no_read_back import as_on_an_accelerator
 from sinkhorn_cases import (
     POWERS,
-    as_on_an_accelerator,
     clustered,
     diameter,
     float64,

@@ -17,8 +17,6 @@ from .sinkhorn_loop import Potentials, epsilon_schedule, marginal_error
 # Largest D for which squared distances come from differences, not from products: those lose half
 # of the digits of the distance of points much nearer to each other than to the mean.
 MAX_DIMENSION_OF_DIFFERENCES = 8
-# Most costs kept in memory for D > 1: 2 MiB in float64, as much as a processor's own cache.
-_MAX_COSTS = 512**2
 # Longest change of one entry of a potential in the first step, in units of epsilon, and the factors
 # by which it grows with a step that helps and shrinks with one that does not.
 _MAX_STEP_EPS, _STEP_GROWTH, _STEP_CUT = 5.0, 2.0, 0.5
@@ -36,22 +34,16 @@ _FIXED_ITERATIONS, _FIXED_STAGE_ITERATIONS = 16, 4
 def costs(x: Tensor, y: Tensor, p: int) -> Tensor:
     """Return ``|x_i - y_j|^p / p`` of x (*, N, D) and y (*, M, D), (*, N, M)."""
     if x.shape[-1] <= MAX_DIMENSION_OF_DIFFERENCES:
-        square = squared_distances(x, y)
+        square = (x[..., :, 0, None] - y[..., None, :, 0]).square_()
+        for k in range(1, x.shape[-1]):
+            difference = x[..., :, k, None] - y[..., None, :, k]
+            square.addcmul_(difference, difference)
         return square.mul_(0.5) if p == 2 else square.sqrt_()
     if p == 1:
         return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
     half_x, half_y = (0.5 * points.square().sum(-1) for points in (x, y))
     products = x @ y.transpose(-1, -2)
     return products.neg_().add_(half_x[..., :, None]).add_(half_y[..., None, :]).clamp_(min=0.0)
-
-
-def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Return ``|x_i - y_j|^2``, (*, N, M), to the last digits of the differences; for few D."""
-    square = (x[..., :, 0, None] - y[..., None, :, 0]).square_()
-    for k in range(1, x.shape[-1]):
-        difference = x[..., :, k, None] - y[..., None, :, k]
-        square.addcmul_(difference, difference)
-    return square
 
 
 class DenseKernel(Kernel):
@@ -61,11 +53,6 @@ class DenseKernel(Kernel):
         """``cost`` (*, N, M), where it is known already."""
         self.x, self.y, self.p = x, y, p
         self.cost = costs(x, y, p) if cost is None else cost
-
-    @staticmethod
-    def fits(n: int, m: int) -> bool:
-        """Whether so many costs may stay in memory."""
-        return n * m <= _MAX_COSTS
 
     @property
     def transposed(self) -> DenseKernel:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..validation import (
+    check_choice,
     check_cost,
     check_integer,
     check_measure_values,
@@ -63,8 +64,7 @@ class SinkhornOptions:
         if not (is_number(self.tol) and self.tol > 0):
             raise ValueError(f"tol must be > 0, got {self.tol!r}")
         check_integer("max_iterations", self.max_iterations, 1)
-        if self.backend not in _BACKENDS:
-            raise ValueError(f"backend must be one of {_BACKENDS}, got {self.backend!r}")
+        check_choice("backend", self.backend, _BACKENDS)
         if self.backend == "prefix" and self.p != 1:
             raise ValueError(f"backend 'prefix' is for p = 1, got p = {self.p}")
 
@@ -124,6 +124,10 @@ class Kernel(Protocol):
 
     def gradient(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """``sum_j P(j | i) grad_x c(x_i, y_j)``, (*, N, D): in each point, per unit of mass."""
+
+    def lead_in(self, epsilon: float) -> tuple[Kernel, float] | None:
+        """A quicker kernel for iterations that only lead on, and the marginal error it gets to."""
+        return None
 
 
 class Prepared(NamedTuple):
