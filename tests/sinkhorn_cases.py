@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -42,15 +40,6 @@ def random_problem(n: int = 7, m: int = 9, rows: int = 2, dimension: int = 1, se
     a = 0.1 + torch.rand(n, generator=draw, dtype=torch.float64)
     b = 0.1 + torch.rand(rows, m, generator=draw, dtype=torch.float64)
     return x, y, a, b
-
-
-@contextmanager
-def one_thread():
-    """Small problems run slower on several threads, most of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def value_and_slopes(x, y, a, b, **options):

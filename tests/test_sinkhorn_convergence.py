@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from sinkhorn_cases import POWERS, one_thread
+from sinkhorn_cases import POWERS
 from sinkhorn_reference import cost_matrix
 
 from fairclip_losses.ops import ConvergenceWarning, sinkhorn_solve
@@ -17,12 +17,6 @@ from fairclip_losses.ops.dense import DenseKernel
 from fairclip_losses.ops.options import SinkhornOptions
 from fairclip_losses.ops.sinkhorn_loop import symmetric_loop
 from fairclip_losses.ops.streamed import StreamedKernel
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
 
 
 def uniform(*shape, seed=0):

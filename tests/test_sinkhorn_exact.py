@@ -12,18 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from no_read_back import as_on_an_accelerator
-from sinkhorn_cases import POWERS, clouds, float64, one_thread
+from sinkhorn_cases import POWERS, clouds, float64
 
 from fairclip_losses.ops import sinkhorn_divergence
 from fairclip_losses.ops.exact import exact_potentials
 
 every_power = pytest.mark.parametrize("p", POWERS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
 
 
 # Nobody looks whether points coincide on an accelerator.
@@ -160,22 +154,6 @@ def test_a_batch_and_its_groups_are_pots(p, batch, seed):
     (rows * expected).sum().backward()
     torch.testing.assert_close(cost, expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
-
-
-@every_device
-def test_tied_points_share_the_gradient_of_p2(device):
-    """Points that coincide are drawn towards one place, each by its own weight."""
-    x = float64([0.0, 0.0, 0.0, 1.0, 2.0])[:, None].requires_grad_()
-    y = float64([[[0.5], [3.0]], [[1.0], [1.0]]]).requires_grad_()
-    a, b = float64([0.1, 0.3, 0.1, 0.25, 0.25]), float64([[0.4, 0.6], [0.25, 0.75]])
-    with device():
-        sinkhorn_divergence(x, y, a, b, blur=0).sum().backward()
-    # To the rows of y the mass 0.5 at 0 moves on average by (0.4 * 0.5 + 0.1 * 3) / 0.5 and by 1.
-    drawn = -0.5 - 0.5
-    want = [drawn / 5, 3 * drawn / 5, drawn / 5, -0.25 * 2, -0.25 * 1 + 0.25 * 1]
-    torch.testing.assert_close(x.grad[:, 0], float64(want))
-    by_y = [[0.4 * 0.5, 0.1 * 3 + 0.25 * 2 + 0.25 * 1], [0.0625, 0.1875]]
-    torch.testing.assert_close(y.grad[..., 0], float64(by_y))
 
 
 @every_power
