@@ -50,7 +50,6 @@ class DenseKernel(Kernel):
     """See `Kernel`; all N x M costs are in memory."""
 
     def __init__(self, x: Tensor, y: Tensor, p: int, cost: Tensor | None = None) -> None:
-        """``cost`` (*, N, M), where it is known already."""
         self.x, self.y, self.p = x, y, p
         self.cost = costs(x, y, p) if cost is None else cost
 
@@ -96,14 +95,13 @@ def newton(
 ) -> Potentials:  # fmt: skip
     """Solve ``OT_eps(a, b)`` from a near g, or by eps-scaling; ``taken`` iterations came before."""
     watched = options.is_watched(kernel.x)
-    stages: list[Tensor | float] = []
+    stages: list[Tensor | float] = [options.epsilon]
     if g is None:
         scaling = options.scaling ** (1 / options.p) if watched else options.scaling
-        *stages, _ = epsilon_schedule(kernel.x, kernel.y, options, scaling)
-        g = torch.zeros_like(log_b)
-    f = kernel.softmin([*stages, options.epsilon][0], log_b, g)
-    for k, epsilon in enumerate([*stages, options.epsilon]):
-        f, iterations = _newton_at(kernel, f, log_a, log_b, options, epsilon, k == len(stages))
+        stages, g = epsilon_schedule(kernel.x, kernel.y, options, scaling), torch.zeros_like(log_b)
+    f = kernel.softmin(stages[0], log_b, g)
+    for left, epsilon in zip(range(len(stages))[::-1], stages, strict=True):
+        f, iterations = _newton_at(kernel, f, log_a, log_b, options, epsilon, not left)
         taken += iterations
     g = kernel.transposed.softmin(options.epsilon, log_a, f)
     met = kernel.softmin(options.epsilon, log_b, g)
@@ -121,10 +119,9 @@ def _newton_at(
     """Return the f that maximises the semi-dual ``<a, f> + <b, softmin f>``, from a near one.
 
     With P the coupling that meets b, the gradient is ``a - P 1`` and the Hessian ``-S / eps``,
-    ``S = diag(P 1) - P diag(1 / b) P^T``, a graph Laplacian; both are scaled by a here. Links that
-    carry next to nothing leave S nearly singular, so each row has a damping that bounds the steps
-    of such modes and of no others. A plain update follows each step, and takes its place where the
-    dual value is higher without the step.
+    ``S = diag(P 1) - P diag(1 / b) P^T``; both are scaled by a here. The damping bounds the steps
+    of modes that hardly any coupling carries. A plain update follows each step, and takes its place
+    where the dual value is higher without the step.
     """
     watched = options.is_watched(kernel.x)
     if at_target:

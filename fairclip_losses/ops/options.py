@@ -24,8 +24,7 @@ from ..validation import (
 from .exact import has_mass, normalised, settled, working_dtype
 
 Backend = Literal["auto", "dense", "streamed", "triton", "prefix"]
-# Read once: torch.compile need not follow typing's functions.
-_BACKENDS: tuple[str, ...] = get_args(Backend)
+_BACKENDS: tuple[str, ...] = get_args(Backend)  # here, where torch.compile need not follow
 
 
 class ConvergenceWarning(UserWarning):

@@ -112,11 +112,7 @@ def epsilon_schedule(
 def marginal_error(
     weights: Tensor, potential: Tensor, c_transform: Tensor, epsilon: Tensor | float
 ) -> Tensor:
-    """Return the L1 error (*,) of a coupling's marginal.
-
-    The ``c_transform`` is the potential that meets the weights: under ``potential`` the coupling
-    gives the points ``weights exp((potential - c_transform) / eps)``.
-    """
+    """Return the L1 error (*,) of the marginal ``weights exp((potential - c_transform) / eps)``."""
     return (weights * torch.expm1((potential - c_transform) / epsilon).abs()).sum(-1)
 
 
@@ -145,10 +141,7 @@ def is_near(errors: list[float], tol: float) -> bool:
 
 
 def is_converged(errors: list[float], tol: float) -> bool:
-    """Whether the last error is below ``tol``, and also what further iterations would change.
-
-    Where each iteration leaves a part r of an error e, that is ``e r / (1 - r)``.
-    """
+    """Whether the last error e is below ``tol``, and ``e r / (1 - r)``, what is left, at rate r."""
     first, last = errors[0], errors[-1]
     if not last <= tol:
         return False
@@ -159,9 +152,8 @@ def is_converged(errors: list[float], tol: float) -> bool:
 class Anderson:
     """Acceleration of a fixed-point iteration over rows of potentials g (*, M).
 
-    It combines the last updates so that their residuals cancel: GMRES on the linear map that an
-    update is near the optimum. Far from there a combination may lower the dual value, which a plain
-    update never does: then the row goes back to that update and forgets.
+    It combines the last updates so that their residuals cancel, GMRES where the map is linear. If
+    that lowers the dual value, as no plain update does, a row goes back to that update and forgets.
     """
 
     def __init__(self, b: Tensor) -> None:

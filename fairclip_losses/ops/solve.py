@@ -134,11 +134,7 @@ def choose_kernel(
 def _solve_between(
     kernel: DenseKernel | Kernel, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
 ) -> Potentials:
-    """Solve ``OT_eps(a, b)``.
-
-    The last update of one potential is a plain one, so ``<a, f> + <b, g>`` is a value of the dual:
-    its error is of 2nd order in that of the potentials.
-    """
+    """Solve ``OT_eps(a, b)``; the last update is a plain one, so that the cost is a dual value."""
     x, y = kernel.x, kernel.y
     dense = kernel if isinstance(kernel, DenseKernel) and fits_newton(x, y) else None
     if x.shape[-1] == 1:
@@ -160,10 +156,7 @@ def _solve_between(
 
 
 def solves_on_cpu(x: Tensor, y: Tensor, options: SinkhornOptions) -> bool:
-    """Whether `solve_on_cpu` takes the problem: a line, but not many rows of few own points.
-
-    Those (p = 1) are faster, and as sure, all at once with their costs in memory.
-    """
+    """Whether `solve_on_cpu` takes the problem: a line, but for p = 1 few rows or many points."""
     if x.shape[-1] > 1 or not is_readable(x) or options.backend not in ("auto", "prefix"):
         return False
     rows = max(x.shape[:-2].numel(), y.shape[:-2].numel())
@@ -173,11 +166,7 @@ def solves_on_cpu(x: Tensor, y: Tensor, options: SinkhornOptions) -> bool:
 def solve_on_cpu(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, potentials: bool
 ) -> tuple[Solution, Slopes]:
-    """Solve for points x (*, N, 1), y (*, M, 1) and weights a (*, N), b (*, M) of sum one.
-
-    Without ``potentials`` these are 0 where there is no weight, and no gradient in the weights is
-    returned.
-    """
+    """See `solve_entropic`; without ``potentials`` these are 0 where there is no weight."""
     lead_a = broadcast_shapes(x.shape[:-2], a.shape[:-1])
     lead_b = broadcast_shapes(y.shape[:-2], b.shape[:-1])
     lead = broadcast_shapes(lead_a, lead_b)

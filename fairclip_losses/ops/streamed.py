@@ -32,15 +32,10 @@ class _Tile(NamedTuple):
     start: int  # the first of these points
     weight: Tensor  # (n, M), exp((g_j - C_ij) / eps + log b_j) by a factor of each row
     total: Tensor  # (n,), its sum over j
-    log_factor: Tensor  # (n,)
+    log_sum: Tensor  # (n,) log sum_j b_j exp((g_j - C_ij) / eps)
     distance: Tensor | None  # (n, M), over eps, for p = 1
     x: Tensor  # (n, D)
     y: Tensor  # (M, D)
-
-    @property
-    def log_sum(self) -> Tensor:
-        """``log sum_j b_j exp((g_j - C_ij) / eps)``, (n,)."""
-        return self.total.log().add_(self.log_factor)
 
 
 class StreamedKernel(Kernel):
@@ -137,11 +132,9 @@ class StreamedKernel(Kernel):
                     weight = torch.sub(heights[index], distance, out=buffers[1])
                 largest = weight.amax(-1)
                 weight.sub_(largest[:, None]).exp_()
-                log_factor = largest + row[points]
-                yield _Tile(
-                    (*index, points), start, weight, weight.sum(-1), log_factor, distance,
-                    x[points], y,
-                )  # fmt: skip
+                total = weight.sum(-1)
+                log_sum = total.log().add_(largest).add_(row[points])
+                yield _Tile((*index, points), start, weight, total, log_sum, distance, x[points], y)
 
     def _factors(
         self, x: Tensor, y: Tensor, epsilon: Tensor | float, height: Tensor
