@@ -133,7 +133,7 @@ class StreamedKernel(Kernel):
                 largest = weight.amax(-1)
                 weight.sub_(largest[:, None]).exp_()
                 total = weight.sum(-1)
-                log_sum = total.log().add_(largest).add_(row[points])
+                log_sum = total.log().add_(largest.add_(row[points]))  # the large ones first
                 yield _Tile((*index, points), start, weight, total, log_sum, distance, x[points], y)
 
     def _factors(
@@ -144,14 +144,15 @@ class StreamedKernel(Kernel):
         For p = 2 their product are the exponents ``h_j - C_ij / eps`` less a number of each row,
         (N,); for p = 1 the squared distances over eps^2, rounding below the last number.
         """
-        transposed, square = y.T / epsilon, x.square().sum(-1, keepdim=True)
+        transposed, x = y.T / epsilon, x if self.p == 2 else x / epsilon
+        square = x.square().sum(-1, keepdim=True)
         if self.p == 2:  # x_i . y_j / eps + (h_j - |y_j|^2 / 2 eps)
             column = height - y.square().sum(-1) * (0.5 / epsilon)
             left = torch.cat([x, torch.ones_like(square)], -1)
             right = torch.cat([transposed, column[None]])
             return left, right, square[:, 0] * (-0.5 / epsilon), square
-        square = square / epsilon**2  # |x_i|^2 - 2 x_i . y_j + |y_j|^2
-        left = torch.cat([x * (-2.0 / epsilon), square, torch.ones_like(square)], -1)
+        # |x_i|^2 - 2 x_i . y_j + |y_j|^2
+        left = torch.cat([-2.0 * x, square, torch.ones_like(square)], -1)
         column = transposed.square().sum(0, keepdim=True)
         right = torch.cat([transposed, torch.ones_like(column), column])
         rounding = torch.finfo(x.dtype)
