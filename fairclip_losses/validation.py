@@ -83,9 +83,13 @@ def check_pair_rows(pair_losses: Tensor, pair_ids: Tensor) -> None:
         )
 
 
+# Devices on which a value is read without waiting for work in their queue.
+READABLE_DEVICES = frozenset({"cpu"})
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Whether reading a value waits for no device and breaks no graph of torch.compile."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type in READABLE_DEVICES and not torch.compiler.is_compiling()
 
 
 def should_validate(tensor: Tensor, validate: bool | None) -> bool:
