@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,9 +90,13 @@ def check_pair_rows(pair_losses: Tensor, pair_ids: Tensor) -> None:
         )
 
 
+# Devices on which a value is read without waiting for work in their queue.
+READABLE_DEVICES = frozenset({"cpu"})
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Whether reading a value waits for no device and breaks no graph of torch.compile."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type in READABLE_DEVICES and not torch.compiler.is_compiling()
 
 
 def should_validate(tensor: Tensor, validate: bool | None) -> bool:
@@ -168,10 +173,10 @@ def check_measures(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> 
 
 def check_measure_values(
     x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, validate: bool | None
-) -> tuple[Tensor, Tensor]:
-    """Refuse points and weights that are no numbers, where asked for; return absent points as 0."""
+) -> None:
+    """Refuse points and weights that are no numbers, where asked for; absent points may be any."""
     if not should_validate(x, validate):
-        return x, y
+        return
     for name, weights in (("a", a), ("b", b)):
         if weights is not None and not all_at_least(weights, 0.0):
             bad = ~(torch.isfinite(weights) & (weights >= 0))
@@ -179,15 +184,15 @@ def check_measure_values(
                 f"weights {name} must be finite and >= 0, got {float(weights[bad][0])} "
                 f"({int(bad.sum())} such of {weights.numel()})"
             )
-    same_points = x is y
-    x = _refuse_bad_points(x, [a, b] if same_points else [a], "x")
-    return x, x if same_points else _refuse_bad_points(y, [b], "y")
+    _refuse_bad_points(x, [a, b] if x is y else [a], "x")
+    if y is not x:
+        _refuse_bad_points(y, [b], "y")
 
 
-def _refuse_bad_points(points: Tensor, weights: Sequence[Tensor | None], name: str) -> Tensor:
-    """Refuse NaN and infinite points that a row of any weights uses; return the absent as 0."""
+def _refuse_bad_points(points: Tensor, weights: Sequence[Tensor | None], name: str) -> None:
+    """Refuse NaN and infinite points that a row of any weights uses."""
     if math.isfinite(points.detach().sum()):  # one pass; an overflow is looked at again
-        return points
+        return
     bad = ~torch.isfinite(points).all(-1)
     used = torch.zeros_like(bad)
     for some in weights:
@@ -197,4 +202,31 @@ def _refuse_bad_points(points: Tensor, weights: Sequence[Tensor | None], name: s
             f"{name} must be finite where it has weight, got NaN or infinity at "
             f"{int(used.sum())} of {used.numel()} points"
         )
-    return torch.where(bad[..., None], 0.0, points)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Identity on a gradient that refuses to be differentiated, instead of passing as constant."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, source: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        raise RuntimeError(f"{ctx.name} is once differentiable: its gradient has no derivative")
+
+
+def refuse_second(
+    name: str, grads: Sequence[Tensor | None], sources: Sequence[Tensor | None]
+) -> list[Any]:
+    """Guard the gradients in ``sources`` that a backward pass found, under ``create_graph=True``.
+
+    Unlike torch's `once_differentiable` also where the incoming gradient is a constant.
+    """
+    if not torch.is_grad_enabled():
+        return list(grads)
+    return [
+        None if grad is None or source is None else _OnceDifferentiable.apply(grad, source, name)
+        for grad, source in zip(grads, sources, strict=True)
+    ]

@@ -8,6 +8,7 @@ import os
 import sys
 
 import pytest
+import torch
 from hypothesis import settings
 from stub_open_clip import make_program
 from stub_open_clip import registered as in_every_run
@@ -50,6 +51,16 @@ def own_handlers():
         if handler not in handlers:
             root.removeHandler(handler)
             handler.close()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread(request):
+    """The kernel's small problems run slower on several threads, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    if request.module.__name__.startswith("test_sinkhorn"):
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
-from unittest import mock
-
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -43,26 +40,6 @@ def random_problem(n: int = 7, m: int = 9, rows: int = 2, dimension: int = 1, se
     a = 0.1 + torch.rand(n, generator=draw, dtype=torch.float64)
     b = 0.1 + torch.rand(rows, m, generator=draw, dtype=torch.float64)
     return x, y, a, b
-
-
-@contextmanager
-def one_thread():
-    """Small problems run slower on several threads, most of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@contextmanager
-def as_on_an_accelerator():
-    """Take an accelerator's way on the CPU: torch's solvers, fixed numbers of iterations."""
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch("fairclip_losses.ops.solve.solves_on_cpu", lambda *_: False))
-        for name in ("exact", "options", "sinkhorn_loop", "solve"):
-            unreadable = mock.patch(f"fairclip_losses.ops.{name}.is_readable", lambda *_: False)
-            stack.enter_context(unreadable)
-        yield
 
 
 def value_and_slopes(x, y, a, b, **options):

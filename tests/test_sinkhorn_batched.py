@@ -6,16 +6,9 @@ import itertools
 
 import pytest
 import torch
-from sinkhorn_cases import POWERS, one_thread
+from sinkhorn_cases import POWERS
 
 from fairclip_losses.ops import sinkhorn_divergence, sinkhorn_solve
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
-
 
 # Leading dimensions of x, y, a and b; None: no weights.
 LEADS = {

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from sinkhorn_cases import POWERS, one_thread
+from sinkhorn_cases import POWERS
 from sinkhorn_reference import cost_matrix
 
 from fairclip_losses.ops import ConvergenceWarning, sinkhorn_solve
@@ -17,12 +17,6 @@ from fairclip_losses.ops.dense import DenseKernel
 from fairclip_losses.ops.options import SinkhornOptions
 from fairclip_losses.ops.sinkhorn_loop import symmetric_loop
 from fairclip_losses.ops.streamed import StreamedKernel
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
 
 
 def uniform(*shape, seed=0):
@@ -67,12 +61,12 @@ def test_a_self_term_that_does_not_converge_says_so(backend, dimension, p):
     x, log_a = uniform(60, dimension), torch.full((60,), -math.log(60)).double()
     options = SinkhornOptions(p, 0.1, True, 0.5, None, 1e-6, 1, backend)
     kernel = (DenseKernel if backend == "dense" else StreamedKernel)(x, x, p)
-    _, found = told(lambda: symmetric_loop(kernel, log_a, options, None))
+    _, found = told(lambda: symmetric_loop(kernel, log_a, options))
     (iterations, error), = found  # fmt: skip
     mass = (-cost_matrix(x, x, p) / options.epsilon).exp().mean(-1)  # that of potentials 0
     assert iterations == 1 and error == pytest.approx((mass - 1).abs().mean().item(), rel=0.06)
     enough = dataclasses.replace(options, max_iterations=1000)
-    assert told(lambda: symmetric_loop(kernel, log_a, enough, None))[1] == []
+    assert told(lambda: symmetric_loop(kernel, log_a, enough))[1] == []
 
 
 @pytest.mark.parametrize("backend", ["dense", "streamed"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from fractions import Fraction
 
 import ot
@@ -10,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sinkhorn_cases import POWERS, clouds, float64, one_thread
+from no_read_back import as_on_an_accelerator
+from sinkhorn_cases import POWERS, clouds, float64
 
 from fairclip_losses.ops import sinkhorn_divergence
 from fairclip_losses.ops.exact import exact_potentials
@@ -18,17 +20,8 @@ from fairclip_losses.ops.exact import exact_potentials
 every_power = pytest.mark.parametrize("p", POWERS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(params=["ties looked for", "not looked for"])
-def looks(request, monkeypatch):
-    """As on the CPU, and as on an accelerator, where nobody looks whether points coincide."""
-    if request.param != "ties looked for":
-        monkeypatch.setattr("fairclip_losses.ops.exact.is_readable", lambda *_: False)
+# Nobody looks whether points coincide on an accelerator.
+every_device = pytest.mark.parametrize("device", [nullcontext, as_on_an_accelerator])
 
 
 def rational(x, y, a, b, p):
@@ -97,16 +90,14 @@ def problems(draw):
 
 @every_power
 @settings(max_examples=60, deadline=None)
-@given(problem=problems(), looks=st.booleans())
-def test_costs_and_gradients_are_those_of_rational_arithmetic(p, looks, problem):
+@given(problem=problems(), device=st.sampled_from([nullcontext, as_on_an_accelerator]))
+def test_costs_and_gradients_are_those_of_rational_arithmetic(p, device, problem):
     """Ties, absent points, rows without mass, N != M; each row's cost has its own factor."""
     x, y, a, b = problem
     common = x is y
     x = x.clone().requires_grad_()
     y = x if common else y.clone().requires_grad_()
-    with pytest.MonkeyPatch.context() as patch:
-        if not looks:
-            patch.setattr("fairclip_losses.ops.exact.is_readable", lambda *_: False)
+    with device():
         cost = sinkhorn_divergence(x, y, a, b, p=p, blur=0)
         factor = 1.0 + torch.arange(cost.numel(), dtype=torch.float64).view(cost.shape)
         (factor * cost).sum().backward()
@@ -130,13 +121,15 @@ def test_costs_and_gradients_are_those_of_rational_arithmetic(p, looks, problem)
 
 
 @every_power
-def test_the_gradient_of_many_scores_is_that_of_rational_arithmetic(p, looks):
+@every_device
+def test_the_gradient_of_many_scores_is_that_of_rational_arithmetic(p, device):
     """A group of a batch of a thousand differs from it in the last digits of long sums."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(1024, 1, generator=draw).double().requires_grad_()
     b = (torch.rand(1024, generator=draw) < 0.3).double()
-    cost = sinkhorn_divergence(x, x, None, b, p=p, blur=0)
-    cost.backward()
+    with device():
+        cost = sinkhorn_divergence(x, x, None, b, p=p, blur=0)
+        cost.backward()
     points = x[:, 0].tolist()
     true, *slopes = rational(points, points, [1.0] * 1024, b, p)
     want = float64([float(one + other) for one, other in zip(*slopes, strict=True)])
@@ -161,20 +154,6 @@ def test_a_batch_and_its_groups_are_pots(p, batch, seed):
     (rows * expected).sum().backward()
     torch.testing.assert_close(cost, expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
-
-
-def test_tied_points_share_the_gradient_of_p2(looks):
-    """Points that coincide are drawn towards one place, each by its own weight."""
-    x = float64([0.0, 0.0, 0.0, 1.0, 2.0])[:, None].requires_grad_()
-    y = float64([[[0.5], [3.0]], [[1.0], [1.0]]]).requires_grad_()
-    a, b = float64([0.1, 0.3, 0.1, 0.25, 0.25]), float64([[0.4, 0.6], [0.25, 0.75]])
-    sinkhorn_divergence(x, y, a, b, blur=0).sum().backward()
-    # To the rows of y the mass 0.5 at 0 moves on average by (0.4 * 0.5 + 0.1 * 3) / 0.5 and by 1.
-    drawn = -0.5 - 0.5
-    want = [drawn / 5, 3 * drawn / 5, drawn / 5, -0.25 * 2, -0.25 * 1 + 0.25 * 1]
-    torch.testing.assert_close(x.grad[:, 0], float64(want))
-    by_y = [[0.4 * 0.5, 0.1 * 3 + 0.25 * 2 + 0.25 * 1], [0.0625, 0.1875]]
-    torch.testing.assert_close(y.grad[..., 0], float64(by_y))
 
 
 @every_power

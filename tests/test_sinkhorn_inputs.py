@@ -8,22 +8,17 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from no_read_back import NoReadBack
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from no_read_back import NoReadBack, as_on_an_accelerator
 from sinkhorn_cases import (
     BLURS,
     POWERS,
     low_precision_loses_only_its_own_rounding,
-    one_thread,
     random_problem,
 )
 
 from fairclip_losses.ops import sinkhorn_divergence, sinkhorn_solve
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
 
 
 def scores(n: int = 16, seed: int = 0) -> torch.Tensor:
@@ -147,20 +142,48 @@ def test_points_that_are_not_finite(blur, wrong, side):
         sinkhorn_divergence(*pair, blur=blur)
 
 
-@pytest.mark.parametrize("blur", BLURS)
-def test_an_absent_point_may_be_nan(blur):
-    x = scores().requires_grad_()
-    with_nan = torch.cat([x.detach(), torch.tensor([[math.nan]])]).requires_grad_()
-    weights = torch.cat([groups(), torch.zeros(3, 1)], 1)
-    expected = sinkhorn_divergence(x, x, torch.ones(16), groups(), blur=blur)
-    actual = sinkhorn_divergence(
-        with_nan, with_nan, 1.0 * (torch.arange(17) < 16), weights, blur=blur
-    )
-    torch.testing.assert_close(actual, expected)
-    expected.sum().backward()
-    actual.sum().backward()
-    torch.testing.assert_close(with_nan.grad[:16], x.grad)
-    assert with_nan.grad[16] == 0
+@pytest.mark.parametrize(
+    ("p", "dimension", "blur", "backend"),
+    [
+        *((p, 1, blur, "auto") for p in POWERS for blur in BLURS),
+        *(
+            (p, d, 0.3, backend)
+            for p in POWERS
+            for d in (1, 2)
+            for backend in ("dense", "streamed")
+        ),
+        (1, 1, 0.3, "prefix"),
+    ],
+)
+@settings(max_examples=4, deadline=None)
+@given(
+    absent=st.lists(st.integers(0, 15), min_size=1, max_size=9, unique=True),
+    bad=st.sampled_from([math.nan, math.inf, -math.inf, 1e30]),
+    common=st.booleans(),
+    device=st.sampled_from([nullcontext, as_on_an_accelerator]),
+)
+def test_absent_points_may_be_anything(p, dimension, blur, backend, absent, bad, common, device):
+    """Cost and gradients are those of the points there are, and 0 at the others."""
+    whole = torch.randn(16, dimension, generator=torch.Generator().manual_seed(0))
+    whole[absent] = bad
+    there = [k for k in range(16) if k not in absent]
+    weights = groups() + 0.1
+    weights[:, absent] = 0
+    found = []
+    for kept in (list(range(16)), there):
+        points = [whole[kept].requires_grad_() for _ in range(2 - common)]
+        pair = weights[0, kept], weights[:, kept]
+        with device():
+            value = sinkhorn_divergence(
+                points[0], points[-1], *pair, p=p, blur=blur, backend=backend
+            )
+            value.sum().backward()
+        found.append((value, torch.cat([entry.grad for entry in points])))
+    (value, grad), (expected, expected_grad) = found
+    torch.testing.assert_close(value, expected)
+    every = [k + 16 * side for side in range(2 - common) for k in there]
+    torch.testing.assert_close(grad[every], expected_grad)
+    assert grad.count_nonzero() <= expected_grad.numel()
 
 
 @pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf])

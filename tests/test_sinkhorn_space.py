@@ -11,13 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from no_read_back import as_on_an_accelerator
 from sinkhorn_cases import (
     POWERS,
-    as_on_an_accelerator,
     clustered,
     diameter,
     float64,
-    one_thread,
     random_problem,
     value_and_slopes,
 )
@@ -27,12 +26,6 @@ from torch.profiler import ProfilerActivity, profile
 from fairclip_losses.ops import ConvergenceWarning, sinkhorn_divergence, sinkhorn_solve
 from fairclip_losses.ops.sinkhorn_loop import Anderson, is_converged, is_near
 from fairclip_losses.ops.streamed import StreamedKernel
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.mark.parametrize("p", POWERS)
@@ -153,14 +146,6 @@ def test_laws(p, backend):
     torch.testing.assert_close(scaled, 7**p * expected, **close)
 
 
-@pytest.mark.parametrize("backend", ["dense", "streamed"])
-def test_a_shift_costs_half_its_square(backend):
-    x, _, a, _ = random_problem(50, dimension=3)
-    shift = float64([0.3, -0.5, 0.1])
-    value = sinkhorn_divergence(x, x + shift, a, a, blur=0.5, backend=backend)
-    assert value.item() == pytest.approx(0.5 * float(shift.square().sum()), rel=1e-7)
-
-
 def test_what_does_not_converge_says_so():
     x, y, a, b = clustered(60, 60, 2)
     for backend in ("dense", "streamed"):
@@ -277,12 +262,13 @@ def peak_bytes(run):
 
 
 @pytest.mark.parametrize("p", POWERS)
-def test_memory_is_linear(p):
-    """4096 x 4096 costs would be 64 MiB in float32."""
-    x = torch.randn(4096, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+@pytest.mark.parametrize("dimension", [1, 3])
+def test_memory_is_linear(p, dimension):
+    """4096 x 4096 costs would be 64 MiB in float32; of NumPy's see test_sinkhorn_smooth.py."""
+    x = torch.randn(4096, dimension, generator=torch.Generator().manual_seed(0)).requires_grad_()
     y = x.detach() + 0.5
 
     def run():
         sinkhorn_divergence(x, y, p=p, blur=0.5, iterations=2).backward()
 
-    assert 2**18 < peak_bytes(run) < 8 * 2**20
+    assert 2**14 < peak_bytes(run) < 8 * 2**20

@@ -11,9 +11,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..validation import check_choice
+from ..validation import check_choice, refuse_second
 
 Normalization = Literal["batch", "weights"]
 
@@ -137,17 +136,17 @@ class _SymmetricCrossEntropy(torch.autograd.Function):
         return 0.5 * (row_sum.log() + column_sum.log() + (row_max - own) + (column_max - own))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Any:
         logits, row_max, row_sum, column_max, column_sum = ctx.saved_tensors
-        per_row, per_column = 0.5 * grad / row_sum, 0.5 * grad / column_sum
-        result = torch.empty_like(logits)
-        for block in _row_blocks(logits):
-            part = logits[block]
-            by_row = (part - row_max[block, None]).exp_().mul_(per_row[block, None])
-            result[block] = (part - column_max).exp_().mul_(per_column).add_(by_row)
-        result.diagonal().sub_(grad)
-        return result
+        with torch.no_grad():
+            per_row, per_column = 0.5 * grad / row_sum, 0.5 * grad / column_sum
+            result = torch.empty_like(logits)
+            for block in _row_blocks(logits):
+                part = logits[block]
+                by_row = (part - row_max[block, None]).exp_().mul_(per_row[block, None])
+                result[block] = (part - column_max).exp_().mul_(per_column).add_(by_row)
+            result.diagonal().sub_(grad)
+        return refuse_second("clip_pair_losses", [result], [logits])[0]
 
 
 class _SymmetricSigmoid(torch.autograd.Function):
@@ -166,14 +165,14 @@ class _SymmetricSigmoid(torch.autograd.Function):
         return 0.5 * (rows + columns)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (logits,) = ctx.saved_tensors
-        half, result = 0.5 * grad, torch.empty_like(logits)
-        for block in _row_blocks(logits):
-            result[block] = logits[block].sigmoid().mul_(half[block, None] + half)
-        result.diagonal().copy_(-grad * (-logits.diagonal()).sigmoid())
-        return result
+        with torch.no_grad():
+            half, result = 0.5 * grad, torch.empty_like(logits)
+            for block in _row_blocks(logits):
+                result[block] = logits[block].sigmoid().mul_(half[block, None] + half)
+            result.diagonal().copy_(-grad * (-logits.diagonal()).sigmoid())
+        return refuse_second("siglip_pair_losses", [result], [logits])[0]
 
 
 def caption_pair_losses(logits: Tensor, labels: Tensor, pad_id: int = 0) -> Tensor:

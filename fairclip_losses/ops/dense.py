@@ -17,8 +17,6 @@ from .sinkhorn_loop import Potentials, epsilon_schedule, marginal_error
 # Largest D for which squared distances come from differences, not from products: those lose half
 # of the digits of the distance of points much nearer to each other than to the mean.
 MAX_DIMENSION_OF_DIFFERENCES = 8
-# Most costs kept in memory for D > 1: 2 MiB in float64, as much as a processor's own cache.
-_MAX_COSTS = 512**2
 # Longest change of one entry of a potential in the first step, in units of epsilon, and the factors
 # by which it grows with a step that helps and shrinks with one that does not.
 _MAX_STEP_EPS, _STEP_GROWTH, _STEP_CUT = 5.0, 2.0, 0.5
@@ -36,7 +34,10 @@ _FIXED_ITERATIONS, _FIXED_STAGE_ITERATIONS = 16, 4
 def costs(x: Tensor, y: Tensor, p: int) -> Tensor:
     """Return ``|x_i - y_j|^p / p`` of x (*, N, D) and y (*, M, D), (*, N, M)."""
     if x.shape[-1] <= MAX_DIMENSION_OF_DIFFERENCES:
-        square = squared_distances(x, y)
+        square = (x[..., :, 0, None] - y[..., None, :, 0]).square_()
+        for k in range(1, x.shape[-1]):
+            difference = x[..., :, k, None] - y[..., None, :, k]
+            square.addcmul_(difference, difference)
         return square.mul_(0.5) if p == 2 else square.sqrt_()
     if p == 1:
         return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
@@ -45,27 +46,12 @@ def costs(x: Tensor, y: Tensor, p: int) -> Tensor:
     return products.neg_().add_(half_x[..., :, None]).add_(half_y[..., None, :]).clamp_(min=0.0)
 
 
-def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Return ``|x_i - y_j|^2``, (*, N, M), to the last digits of the differences; for few D."""
-    square = (x[..., :, 0, None] - y[..., None, :, 0]).square_()
-    for k in range(1, x.shape[-1]):
-        difference = x[..., :, k, None] - y[..., None, :, k]
-        square.addcmul_(difference, difference)
-    return square
-
-
 class DenseKernel(Kernel):
     """See `Kernel`; all N x M costs are in memory."""
 
     def __init__(self, x: Tensor, y: Tensor, p: int, cost: Tensor | None = None) -> None:
-        """``cost`` (*, N, M), where it is known already."""
         self.x, self.y, self.p = x, y, p
         self.cost = costs(x, y, p) if cost is None else cost
-
-    @staticmethod
-    def fits(n: int, m: int) -> bool:
-        """Whether so many costs may stay in memory."""
-        return n * m <= _MAX_COSTS
 
     @property
     def transposed(self) -> DenseKernel:
@@ -109,14 +95,13 @@ def newton(
 ) -> Potentials:  # fmt: skip
     """Solve ``OT_eps(a, b)`` from a near g, or by eps-scaling; ``taken`` iterations came before."""
     watched = options.is_watched(kernel.x)
-    stages: list[Tensor | float] = []
+    stages: list[Tensor | float] = [options.epsilon]
     if g is None:
         scaling = options.scaling ** (1 / options.p) if watched else options.scaling
-        *stages, _ = epsilon_schedule(kernel.x, kernel.y, options, scaling)
-        g = torch.zeros_like(log_b)
-    f = kernel.softmin([*stages, options.epsilon][0], log_b, g)
-    for k, epsilon in enumerate([*stages, options.epsilon]):
-        f, iterations = _newton_at(kernel, f, log_a, log_b, options, epsilon, k == len(stages))
+        stages, g = epsilon_schedule(kernel.x, kernel.y, options, scaling), torch.zeros_like(log_b)
+    f = kernel.softmin(stages[0], log_b, g)
+    for left, epsilon in zip(range(len(stages))[::-1], stages, strict=True):
+        f, iterations = _newton_at(kernel, f, log_a, log_b, options, epsilon, not left)
         taken += iterations
     g = kernel.transposed.softmin(options.epsilon, log_a, f)
     met = kernel.softmin(options.epsilon, log_b, g)
@@ -134,10 +119,9 @@ def _newton_at(
     """Return the f that maximises the semi-dual ``<a, f> + <b, softmin f>``, from a near one.
 
     With P the coupling that meets b, the gradient is ``a - P 1`` and the Hessian ``-S / eps``,
-    ``S = diag(P 1) - P diag(1 / b) P^T``, a graph Laplacian; both are scaled by a here. Links that
-    carry next to nothing leave S nearly singular, so each row has a damping that bounds the steps
-    of such modes and of no others. A plain update follows each step, and takes its place where the
-    dual value is higher without the step.
+    ``S = diag(P 1) - P diag(1 / b) P^T``; both are scaled by a here. The damping bounds the steps
+    of modes that hardly any coupling carries. A plain update follows each step, and takes its place
+    where the dual value is higher without the step.
     """
     watched = options.is_watched(kernel.x)
     if at_target:

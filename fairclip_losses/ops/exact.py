@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..validation import broadcast_shapes, is_readable
+from ..validation import broadcast_shapes, is_readable, refuse_second
 
 # Cumulative weights nearer than this are the same: sums of thousands are off by tens of roundings.
 SAME_WEIGHT = 64 * torch.finfo(torch.float64).eps
@@ -71,8 +71,7 @@ def exact_cost(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, p: int)
 def exact_potentials(x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: int) -> tuple[Tensor, Tensor]:
     """Return Kantorovich potentials f (*, N) and g (*, M), each up to a constant of its row.
 
-    x (*, N) and y (*, M) are points, a (*, N) and b (*, M) weights. Where cumulative weights of a
-    and b meet, potentials are free within an interval: these are in its middle.
+    Where cumulative weights of a and b meet they are free within an interval: these are its middle.
     """
     _, saved, _ = (_areas if p == 1 else _coupling)(x, y, a, b)
     return _potentials(p, saved, a, b, x.shape[-1], y.shape[-1])
@@ -105,16 +104,14 @@ class _ExactCost(torch.autograd.Function):
                 grad = grad * measured
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
                 by_points = _area_gradients if ctx.p == 1 else _coupling_gradients
-                shapes = x.shape[:-1], None if y is None else y.shape[:-1]
-                by_x, by_y = by_points(saved, a, b, grad, shapes, ctx.tied)
-                grads[0] = by_x[..., None].to(x.dtype)
-                if y is not None and by_y is not None:
-                    grads[1] = by_y[..., None].to(y.dtype)
+                found = by_points(saved, a, b, grad, x.shape[-2], y is None, ctx.tied)
+                for k, (points, by) in enumerate(zip((x, y), found, strict=False)):
+                    grads[k] = by.sum_to_size(points.shape[:-1])[..., None].to(points.dtype)
             if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
                 m = (x if y is None else y).shape[-2]
                 f, g = _potentials(ctx.p, saved, a, b, x.shape[-2], m)
                 grads[2:] = _by_weights(a, f, grad), _by_weights(b, g, grad)
-        return (*refuse_second(grads, (x, y, a, b)), None)
+        return (*refuse_second("sinkhorn_divergence", grads, (x, y, a, b)), None)
 
 
 def settled(points: Tensor, *weights: Tensor | None) -> Tensor:
@@ -206,9 +203,9 @@ def _side_by_side(one: Tensor, other: Tensor) -> Tensor:
 
 def _area_gradients(
     saved: Sequence[Tensor], a: Tensor | None, b: Tensor | None, grad: Tensor,
-    shapes: tuple[torch.Size, torch.Size | None], tied: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Return the gradients in x and y of W_1 whose own is ``grad``."""
+    n: int, common: bool, tied: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Return the gradients in x (and y, where not ``common``) of W_1 whose own is ``grad``."""
     points, order, surplus, excess = saved
     if tied:
         points = points.contiguous()
@@ -223,11 +220,7 @@ def _area_gradients(
         area = (excess.abs() * grad[..., None]).sum_to_size(*points.shape[:-1], excess.shape[-1])
         found = area[..., :-1] - area[..., 1:]
     found = unsort(found, order)
-    shape_x, shape_y = shapes
-    if shape_y is None:
-        return found, None
-    n = shape_x[-1]
-    return found[..., :n].sum_to_size(shape_x), found[..., n:].sum_to_size(shape_y)
+    return [found] if common else [found[..., :n], found[..., n:]]
 
 
 def _coupling(
@@ -271,16 +264,16 @@ def _between(weights: Tensor | None, order: Tensor, dtype: torch.dtype) -> Tenso
 
 def _coupling_gradients(
     saved: Sequence[Tensor], a: Tensor | None, b: Tensor | None, grad: Tensor,
-    shapes: tuple[torch.Size, torch.Size | None], tied: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Return the gradients in x and y of ``W_2^2 / 2`` whose own is ``grad``."""
+    n: int, common: bool, tied: bool,
+) -> list[Tensor]:  # fmt: skip
+    """See `_area_gradients`; those of ``W_2^2 / 2``."""
     x, y, order_x, order_y, at_x, at_y, moved = saved
     moved = moved * grad[..., None]
     by_x = _gathered(moved, at_x, x, order_x, a, tied)
     by_y = _gathered(moved, at_y, y, order_y, b, tied)
-    if shapes[1] is None:
-        return unsort(by_x - by_y, order_x), None
-    return unsort(by_x, order_x), unsort(-by_y, order_y)
+    if common:
+        return [unsort(by_x - by_y, order_x)]
+    return [unsort(by_x, order_x), unsort(-by_y, order_y)]
 
 
 def _gathered(
@@ -320,10 +313,7 @@ def _potentials(
 
 
 def _potential(x: Tensor, weight_x: Tensor, y: Tensor, weight_y: Tensor) -> Tensor:
-    """Return f at the points x in order, from the cumulative weights between points: f' = x - Q_b.
-
-    Where that is between two points of y, Q_b is their mean.
-    """
+    """Return f at the points x in order: f' = x - Q_b at the cumulative weights between points."""
     lead = broadcast_shapes(weight_x.shape[:-1], weight_y.shape[:-1])
     weight_y = weight_y.expand(*lead, -1).contiguous()
     partner: Tensor | float = 0.0
@@ -333,27 +323,3 @@ def _potential(x: Tensor, weight_x: Tensor, y: Tensor, weight_y: Tensor) -> Tens
         partner = partner + along(y, torch.searchsorted(weight_y, level.contiguous()))
     rise = 0.5 * x.diff(dim=-1) * (x[..., 1:] + x[..., :-1] - partner)
     return pad(rise.cumsum(-1), (1, 0))
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """Identity on a gradient that refuses to be differentiated, instead of passing as constant."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, source: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        raise RuntimeError(
-            "sinkhorn_divergence is once differentiable: its envelope gradient has no derivative"
-        )
-
-
-def refuse_second(grads: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> list[Any]:
-    """Guard the gradients found under ``create_graph=True``."""
-    if not torch.is_grad_enabled():
-        return list(grads)
-    return [
-        None if grad is None else _OnceDifferentiable.apply(grad, source)
-        for grad, source in zip(grads, sources, strict=True)
-    ]

@@ -1,11 +1,10 @@
 """Cells of a line in which the coupling of p = 2 is smooth, so that a few points stand for many.
 
 Seen from y, the coupling's density at x is ``exp((f(x) - x^2 / 2 + x y) / eps)`` but for a factor:
-an analytic function of x that changes over a length of ``eps / sd(y | x)``. Where the mass of x
-goes to two places alone, half to each, its singularities lie ``pi eps / (2 sd)`` off the line; that
-is the worst case. In a cell whose length is a small multiple of ``eps / sd`` a polynomial of low
-degree thus stands for the density: its integrals are those of Gauss points with the cell's moments
-(`gauss_points`), and a potential read at Chebyshev points is known at all points (`Interpolation`).
+an analytic function of x whose singularities lie ``pi eps / (2 sd)`` off the line or more, sd that
+of y given x. So in a cell of some ``eps / sd`` a polynomial of low degree stands for the density:
+its integrals are those of Gauss points with the cell's moments (`gauss_points`), and a potential
+read at Chebyshev points is known at all points (`Interpolation`).
 
 A cell set is its edges (C + 1,): cell k has the points ``edges[k]`` to ``edges[k + 1] - 1`` of the
 sorted, distinct points (N,).
@@ -58,10 +57,9 @@ def divide(
     """Return edges of cells of ``own`` no longer than ``max_length * eps / sd``.
 
     The optimal transport map T to ``image`` tells sd before anything is solved: ``sd^2`` is near
-    ``eps T'``, with T' the length of the image over that of the cell, both of thrice the cell, as
-    the blur smooths T. Where T jumps over a gap, sd is half of the gap. Cells of at most
-    ``max_points`` are left as they are, and the outermost points stand for themselves, however
-    light they are: potentials beyond the outermost nodes would be extrapolated.
+    ``eps T'``, taken over thrice the cell, as the blur smooths T; where T jumps, sd is half of the
+    gap. Cells of at most ``max_points`` are left as they are. The outermost points stand for
+    themselves: potentials beyond the outermost nodes would be extrapolated.
     """
     x, y = own.points, image.points
     gaps, cumulative = np.append(np.diff(y), 0.0), np.append(0.0, own.cumulative)
@@ -100,8 +98,7 @@ def cut(x: Array, edges: Array, parts: Array) -> Array:
 def gauss_points(x: Array, weights: Array, edges: Array, order: int) -> tuple[Array, Array, Array]:
     """Return nodes, their weights and each cell's first node (C,): at most ``order`` a cell.
 
-    Gauss quadrature: ``q`` nodes integrate polynomials up to degree ``2 q - 1`` as the cell's own
-    points do, with positive weights, so the problem between nodes is one of the same kind.
+    By Gauss quadrature: ``q`` nodes have the cell's moments up to the ``2 q - 1``th.
     """
     sizes = np.diff(edges)
     many = sizes > order
@@ -151,10 +148,7 @@ def _quadrature(x: Array, weights: Array, sizes: Array, order: int) -> tuple[Arr
 
 
 class Interpolation:
-    """Functions that are smooth in each cell, read at ``places`` and known at all points.
-
-    Cells of more than ``order`` points have Chebyshev points, the others their own.
-    """
+    """Smooth functions by each cell's ``places``: Chebyshev points, or its own if they are few."""
 
     def __init__(self, x: Array, edges: Array, order: int) -> None:
         sizes = np.diff(edges)

@@ -131,10 +131,7 @@ class _Side:
         self.nodes, self.weights, self._starts = gauss_points(own.points, own.weights, edges, NODES)
 
     def judge(self, sd: Array) -> float:
-        """Return the most that cells add to the marginal error; ``sd`` is that of the nodes.
-
-        Cells of points that stand for themselves add nothing.
-        """
+        """Return the most that cells add to the marginal error; ``sd`` is that of the nodes."""
         length = self.own.points[self._edges[1:] - 1] - self.own.points[self._edges[:-1]]
         length[np.diff(self._edges) <= NODES] = 0.0
         k = length * np.maximum.reduceat(sd, self._starts) / self._epsilon
@@ -165,10 +162,7 @@ class _Side:
 def _solve_nodes(
     one: _Side, other: _Side, start: Array | None, options: SinkhornOptions
 ) -> tuple[Array, _Solved, _Solved, int]:
-    """Solve between nodes, from a potential near ``start`` or the optimal coupling's.
-
-    Return the cost (1,), what is known of both sides, and the iterations taken.
-    """
+    """Solve from a potential near ``start`` or the optimal coupling's; the cost is (1,)."""
     x, y, a, b, epsilon = one.nodes, other.nodes, one.weights, other.weights, options.epsilon
     crossings, exact = _optimal_coupling(x, y, a, b)
     kernel = _kernel(one, other, epsilon, crossings)
@@ -190,10 +184,7 @@ def _solve_nodes(
 
 
 def _optimal_coupling(x: Array, y: Array, a: Array, b: Array) -> tuple[Array, Array]:
-    """Return where the coupling goes over from each point of x to the next, and its potential at x.
-
-    That is the point of y that holds the cumulative weight between them; between two, their middle.
-    """
+    """Return the y at which the coupling goes over to the next x, or the middle of two; and f."""
     weight, others, last = np.add.accumulate(a)[:-1], np.add.accumulate(b), y.size - 1
     before = np.minimum(others.searchsorted(weight - CUMULATIVE_WEIGHT_TOL), last)
     after = np.minimum(others.searchsorted(weight + CUMULATIVE_WEIGHT_TOL, "right"), last)
@@ -203,12 +194,10 @@ def _optimal_coupling(x: Array, y: Array, a: Array, b: Array) -> tuple[Array, Ar
 
 
 def _kernel(one: _Side, other: _Side, epsilon: float, crossings: Array | None) -> GaussKernel:
-    """Return the kernel between nodes, its costs reduced where the crossings are given.
+    """Return the kernel between nodes, its costs less the optimal coupling's potentials.
 
-    They are what the optimal coupling's potentials leave. Along x the rest falls while the
-    crossings lie below y and rises beyond, by the gap of x times the distance from y: summed away
-    from its zero it is exact to its last digits, where a difference of costs and potentials is
-    lost in their rounding at a small blur.
+    Along x the rest falls while the crossings lie below y and rises beyond: summed away from its
+    zero it is exact, where a difference of costs and potentials is lost in their rounding.
     """
     x, y, logs = one.nodes, other.nodes, [np.log(one.weights), np.log(other.weights)]
     farthest = max(y[-1] - x[0], x[-1] - y[0])
@@ -228,14 +217,12 @@ class GaussKernel:
     """The kernel between x (N,) and y (M,), with costs and potentials in units of epsilon.
 
     Products are sums of numbers, not of logs: those with the entries ``exp(u_i + v_j - C_ij)`` of
-    potentials u and v which the ones that follow differ from by little. All of them are kept here,
-    those in windows by `BandKernel`. The transposed kernel is a view: both use the same entries.
+    potentials u and v near the ones that are asked for. The transposed kernel shares the entries.
     """
 
     max_change = 300.0  # of a potential, up to which the entries serve
 
     def __init__(self, cost: Array, log_weights: list[Array]) -> None:
-        """Take costs (N, M), and the logs of both sides' weights."""
         self.side = 0  # 1: the view from y to x
         self.cost, self.log_weights = cost, log_weights
         self.potentials = [np.full(logs.size, np.inf) for logs in log_weights]  # u, v
@@ -260,10 +247,7 @@ class GaussKernel:
         return product[None]
 
     def moments(self, g: Array, y: Array) -> tuple[Array, Array]:
-        """Return mean and deviation (N,) of y (M,) in the coupling out of each x, at potentials g.
-
-        ``x - mean`` is the gradient of the cost in x, per unit of its mass.
-        """
+        """Return mean and deviation (N,) of y (M,) in the coupling out of each x, at g (M,)."""
         total, *sums = self._sums(g, y, y * y)
         mean, square = (part / total for part in sums)
         return mean, np.sqrt(np.maximum(square - mean * mean, 0.0))
@@ -318,11 +302,10 @@ class GaussKernel:
         self.potentials[side], self.potentials[1 - side] = potential, across
 
     def solve(self, left: Array, right: Array, roots: list[Array], violation: Array) -> Array:
-        """Solve ``(D_a - B D_b^-1 B^T) d = violation`` (N,) for entries B, scaled on either side.
+        """Solve ``(D_a - B D_b^-1 B^T) d = violation`` (N,) for scaled entries B, or LinAlgError.
 
-        The diagonals are those with which the roots of the weights, (N,) and (M,), are the null
-        vectors: entries and diagonals agree beyond the rounding of the potentials. LinAlgError if
-        there is no solution.
+        Diagonals by the null vectors, the roots of the weights, agree with the entries beyond the
+        rounding of the potentials.
         """
         plan = self.entries * left[:, None]
         plan *= right
@@ -376,11 +359,7 @@ class BandKernel(GaussKernel):
         self.potentials[side], self.potentials[1 - side] = potential, across
 
     def solve(self, left: Array, right: Array, roots: list[Array], violation: Array) -> Array:
-        """See `GaussKernel.solve`.
-
-        The equations are those of both sides' points, ``[[D_a, B], [B^T, D_b]]``, in the order in
-        which the plan runs through them: a band.
-        """
+        """See `GaussKernel.solve`; the equations of both sides, in the plan's order, are a band."""
         plan = self.entries.tocoo()
         rows, columns = plan.row, plan.col
         middle = np.bincount(rows, columns, left.size) / np.bincount(rows, minlength=left.size)

@@ -86,10 +86,8 @@ class LaplaceLineSolver:
 
     def _within(self, a: Array) -> Within:
         """Solve for weights a (R, K) of all points of the line."""
-        epsilon, (f, f_next) = (
-            self.options.epsilon,
-            heavy_ball_within(self._kernel, a, self.options),
-        )
+        epsilon = self.options.epsilon
+        f, f_next = heavy_ball_within(self._kernel, a, self.options)
         grad = self._kernel.mean_sign(log_weights(a) + f)
         return Within(epsilon * (a * (f + f_next)).sum(-1), epsilon * f_next, grad)
 
@@ -193,10 +191,7 @@ class LaplaceKernel:
         return step
 
     def _scaled(self, exponent: Array) -> tuple[Array, Array]:
-        """Return what the logs of the products are near to, and the weights in that scale.
-
-        A number a row; on long lines one a point, the log of what the largest term is there.
-        """
+        """Return the largest log of a row, or at each point of a long line, and weights by it."""
         if self._is_long:
             left = np.maximum.accumulate(exponent + self.t, -1) - self.t
             right = np.maximum.accumulate((exponent - self.t)[:, ::-1], -1)[:, ::-1] + self.t

@@ -6,10 +6,9 @@ blur, with an error of the potentials near ``rounding * diameter``, not ``roundi
 eps``.
 
 An update moves an error of the potential as a step of a random walk does: from x to where the
-coupling sends it, and back. What the walk spreads slowly, over lengths far above one step, the
-updates remove slowly: in 1 / eps of them. At those lengths the walk is a diffusion, which two
-running sums invert. So each update adds, to its own step, the diffusion's answer to the mass still
-in the wrong place: 10 to 40 iterations do where thousands did, at any blur.
+coupling sends it, and back. Over lengths far above one step that takes 1 / eps updates; there the
+walk is a diffusion, which two running sums invert. So each update adds the diffusion's step for the
+mass still in the wrong place: 10 to 40 iterations do, at any blur.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ from .sinkhorn_loop import Potentials, marginal_error
 
 # Most iterations, and how many where nothing may be read back from the device.
 _ITERATIONS, _FIXED_ITERATIONS = 100, 80
-# The diffusion is measured anew in the first iterations, where the coupling changes most, and in
-# one of so many later.
+# The diffusion is measured anew in so many first iterations, and in one of so many later.
 _MEASURED_FIRST, _MEASURED_EVERY = 3, 3
 # Part of the diffusion's step that is taken: all of it overshoots at the length of one update.
 _STEP_FRACTION = 0.7
@@ -131,7 +129,6 @@ class _Diffusion:
     """The points of a measure in order, and how fast mass diffuses between neighbours."""
 
     def __init__(self, points: Tensor, weights: Tensor) -> None:
-        """Points (*, N) and weights (*, N)."""
         ordered, self._order = points.sort(-1)
         self._points, self._gaps, self._weights = points, ordered.diff(dim=-1), weights
         self._conductance = self._gaps
@@ -139,10 +136,9 @@ class _Diffusion:
     def measure(
         self, kernel: Kernel, f: Tensor, g: Tensor, log_a: Tensor, log_b: Tensor, epsilon: float
     ) -> None:
-        """Find the conductance of the gaps, (*, N - 1), and where there is none a negative number.
+        """Find the conductance of the gaps, (*, N - 1), the sum of ``W_ij (x_j - x_i)`` across one.
 
-        With W the flow of mass from x_i to x_j of one update, it is the sum of ``W_ij (x_j - x_i)``
-        over the flows across a gap. From gap to gap that grows by mass times mean move.
+        W_ij is the mass that an update moves: from gap to gap that grows by mass times mean move.
         """
         home = _average(kernel.transposed, epsilon, log_a, f, self._points)  # E[x' | y]
         move = _average(kernel, epsilon, log_b, g, home) - self._points
@@ -150,7 +146,7 @@ class _Diffusion:
         self._conductance = torch.where(found > 0, found, -torch.inf)
 
     def step(self, missing: Tensor) -> Tensor:
-        """Return the stationary answer to sources of mass (*, N), in units of epsilon."""
+        """Return the stationary potential of sources of mass (*, N), in units of epsilon."""
         a = self._weights
         balanced = missing - a * missing.sum(-1, keepdim=True)
         flow = along(balanced, self._order).cumsum(-1)[..., :-1]

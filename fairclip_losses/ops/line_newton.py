@@ -104,11 +104,7 @@ def log_weights(weights: Array) -> Array:
 
 
 def marginal_violation(weights: Array, f: Array, f_next: Array) -> Array:
-    """Return by how much mass the marginal is off at each point.
-
-    ``f_next`` is the c-transform that meets the weights: under f the coupling gives the points
-    ``weights exp(f - f_next)``.
-    """
+    """Return by how much the marginal ``weights exp(f - f_next)`` is off; f_next meets it."""
     excess: Array = np.expm1(np.minimum(f - f_next, MAX_EXPONENT))
     return weights * np.abs(excess)
 

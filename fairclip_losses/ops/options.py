@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..validation import (
+    check_choice,
     check_cost,
     check_integer,
     check_measure_values,
@@ -23,8 +24,7 @@ from ..validation import (
 from .exact import has_mass, normalised, settled, working_dtype
 
 Backend = Literal["auto", "dense", "streamed", "triton", "prefix"]
-# Read once: torch.compile need not follow typing's functions.
-_BACKENDS: tuple[str, ...] = get_args(Backend)
+_BACKENDS: tuple[str, ...] = get_args(Backend)  # here, where torch.compile need not follow
 
 
 class ConvergenceWarning(UserWarning):
@@ -63,8 +63,7 @@ class SinkhornOptions:
         if not (is_number(self.tol) and self.tol > 0):
             raise ValueError(f"tol must be > 0, got {self.tol!r}")
         check_integer("max_iterations", self.max_iterations, 1)
-        if self.backend not in _BACKENDS:
-            raise ValueError(f"backend must be one of {_BACKENDS}, got {self.backend!r}")
+        check_choice("backend", self.backend, _BACKENDS)
         if self.backend == "prefix" and self.p != 1:
             raise ValueError(f"backend 'prefix' is for p = 1, got p = {self.p}")
 
@@ -125,6 +124,10 @@ class Kernel(Protocol):
     def gradient(self, epsilon: Tensor | float, log_b: Tensor, g: Tensor) -> Tensor:
         """``sum_j P(j | i) grad_x c(x_i, y_j)``, (*, N, D): in each point, per unit of mass."""
 
+    def lead_in(self, epsilon: float) -> tuple[Kernel, float] | None:
+        """A quicker kernel for iterations that only lead on, and the marginal error it gets to."""
+        return None
+
 
 class Prepared(NamedTuple):
     """A problem in the working precision."""
@@ -181,20 +184,19 @@ def prepare(
 
     Points lie about their mean, which keeps the digits that differ. A row without mass is uniform.
     """
-    same_points = x is y
-    x, y = check_measure_values(x, y, a, b, validate)
+    check_measure_values(x, y, a, b, validate)
     result = torch.promote_types(x.dtype, y.dtype)
     weights_a, weights_b = (
         torch.where(rows.any(-1, keepdim=True), rows, 1.0 / rows.shape[-1])
         for rows in (normalised(a, x[..., 0]), normalised(b, y[..., 0]))
     )
-    settled_x = settled(x, a, b) if same_points else settled(x, a)
+    settled_x = settled(x, a, b) if x is y else settled(x, a)
     everything = list(range(x.dim() - 1))
     mean = settled_x.detach().mean(everything, dtype=working_dtype(x.device))
     centred = settled_x - mean
     return Prepared(
         centred,
-        centred if same_points else settled(y, b) - mean,
+        centred if x is y else settled(y, b) - mean,
         weights_a,
         weights_b,
         has_mass(a, b),

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..validation import check_measure_values
-from .exact import exact_cost, refuse_second
+from ..validation import check_measure_values, refuse_second
+from .exact import exact_cost
 from .options import Backend, SinkhornOptions, prepare
 from .solve import solve_entropic
 
@@ -114,7 +114,7 @@ def divergence(
         return _no_measure(x, y, a, b)
     with torch.autocast(x.device.type, enabled=False):
         if options.blur == 0:
-            x, y = check_measure_values(x, y, a, b, options.validate)
+            check_measure_values(x, y, a, b, options.validate)
             return exact_cost(x, y, a, b, options.p)
         entropic = _outside_of_graphs if torch.compiler.is_compiling() else _entropic_cost
         return entropic(x, y, a, b, options)
@@ -165,4 +165,4 @@ class _Divergence(torch.autograd.Function):
                 if slope is not None and ctx.needs_input_grad[k]:
                     scale = grad[..., None, None] if k < 2 else grad[..., None]
                     grads[k] = (slope * scale).sum_to_size(shape)
-        return (*refuse_second(grads, graphs), *[None] * 5)
+        return (*refuse_second("sinkhorn_divergence", grads, graphs), *[None] * 5)

@@ -45,11 +45,6 @@ _MAX_STEP_EPS = 5.0
 _GRAM_RIDGE, _MIN_GRAM_DIAGONAL = 1e-12, 0.5
 
 
-# A kernel for the iterations that only lead towards the solution, and the marginal error that it
-# gets to.
-LeadIn = tuple[Kernel, float]
-
-
 class Potentials(NamedTuple):
     """Potentials f (*, N) and g (*, M), its c-transform."""
 
@@ -60,9 +55,8 @@ class Potentials(NamedTuple):
 
 
 def sinkhorn_loop(
-    kernel: Kernel, log_a: Tensor, log_b: Tensor, options: SinkhornOptions, max_iterations: int,
-    lead_in: LeadIn | None,
-) -> Potentials:  # fmt: skip
+    kernel: Kernel, log_a: Tensor, log_b: Tensor, options: SinkhornOptions, max_iterations: int
+) -> Potentials:
     """Solve ``OT_eps(a, b)`` in about ``max_iterations`` iterations at most.
 
     With ``options.iterations`` there are exactly so many: one at each epsilon above the target, as
@@ -71,9 +65,9 @@ def sinkhorn_loop(
     watched = options.is_watched(kernel.x)
     *stages, target = epsilon_schedule(kernel.x, kernel.y, options, options.scaling)
     left = options.iterations or (max_iterations if watched else len(stages) + _FIXED_ITERATIONS)
-    quick, quick_tol = lead_in or (kernel, 0.0)
     plan = [(epsilon, _STAGE_TOL, _STAGE_ITERATIONS if watched else 1) for epsilon in stages]
-    if lead_in is not None:
+    quick, quick_tol = kernel.lead_in(options.epsilon) or (kernel, None)
+    if quick_tol is not None:
         plan.append((target, max(quick_tol, options.tol), left))
     g, taken = torch.zeros_like(log_b), 0
     for epsilon, tol, most in plan:
@@ -118,11 +112,7 @@ def epsilon_schedule(
 def marginal_error(
     weights: Tensor, potential: Tensor, c_transform: Tensor, epsilon: Tensor | float
 ) -> Tensor:
-    """Return the L1 error (*,) of a coupling's marginal.
-
-    The ``c_transform`` is the potential that meets the weights: under ``potential`` the coupling
-    gives the points ``weights exp((potential - c_transform) / eps)``.
-    """
+    """Return the L1 error (*,) of the marginal ``weights exp((potential - c_transform) / eps)``."""
     return (weights * torch.expm1((potential - c_transform) / epsilon).abs()).sum(-1)
 
 
@@ -151,10 +141,7 @@ def is_near(errors: list[float], tol: float) -> bool:
 
 
 def is_converged(errors: list[float], tol: float) -> bool:
-    """Whether the last error is below ``tol``, and also what further iterations would change.
-
-    Where each iteration leaves a part r of an error e, that is ``e r / (1 - r)``.
-    """
+    """Whether the last error e is below ``tol``, and ``e r / (1 - r)``, what is left, at rate r."""
     first, last = errors[0], errors[-1]
     if not last <= tol:
         return False
@@ -165,9 +152,8 @@ def is_converged(errors: list[float], tol: float) -> bool:
 class Anderson:
     """Acceleration of a fixed-point iteration over rows of potentials g (*, M).
 
-    It combines the last updates so that their residuals cancel: GMRES on the linear map that an
-    update is near the optimum. Far from there a combination may lower the dual value, which a plain
-    update never does: then the row goes back to that update and forgets.
+    It combines the last updates so that their residuals cancel, GMRES where the map is linear. If
+    that lowers the dual value, as no plain update does, a row goes back to that update and forgets.
     """
 
     def __init__(self, b: Tensor) -> None:
@@ -211,7 +197,7 @@ class Anderson:
 
 
 def symmetric_loop(
-    kernel: Kernel, log_a: Tensor, options: SinkhornOptions, lead_in: LeadIn | None
+    kernel: Kernel, log_a: Tensor, options: SinkhornOptions
 ) -> tuple[Tensor, Tensor]:
     """Return the potential f of ``OT_eps(a, a)`` and that cost, ``<a, f' + f''>``, a dual value.
 
@@ -222,9 +208,7 @@ def symmetric_loop(
     a, tested = log_a.exp(), is_readable(kernel.x)
     most = options.iterations or (options.max_iterations if tested else _FIXED_SELF_ITERATIONS)
     f, taken, errors = torch.zeros_like(log_a), 0, [0.0]
-    for each, tol in (
-        [(kernel, options.tol)] if lead_in is None else [lead_in, (kernel, options.tol)]
-    ):
+    for each, tol in filter(None, (kernel.lead_in(options.epsilon), (kernel, options.tol))):
         done, errors = is_converged if each is kernel else is_near, []
         while taken < most - (each is not kernel):
             f_1, f_2 = each.update(options.epsilon, log_a, log_a, f)

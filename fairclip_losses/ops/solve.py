@@ -19,11 +19,13 @@ from .gauss_line import solve_between, solve_within
 from .laplace_line import LaplaceLineSolver
 from .line import LaplaceLine, diffusion_loop
 from .line_newton import Array, Between, Within, join_rows
-from .options import Backend, Kernel, SinkhornOptions, runs_triton, warn_unconverged
-from .sinkhorn_loop import LeadIn, Potentials, marginal_error, sinkhorn_loop, symmetric_loop
+from .options import Kernel, SinkhornOptions, runs_triton, warn_unconverged
+from .sinkhorn_loop import Potentials, marginal_error, sinkhorn_loop, symmetric_loop
 from .streamed import StreamedKernel
 
 Shape = tuple[int, ...]
+# Most costs kept in memory for D > 1: 2 MiB in float64, as much as a processor's own cache.
+_MAX_COSTS_IN_SPACE = 512**2
 # On a line, by p: costs of one row up to which they are kept in memory for Newton's method, and of
 # all rows. For p = 1 prefix sums follow sooner, though not as surely.
 _MAX_COSTS_OF_A_ROW = {1: 96**2, 2: 512**2}
@@ -74,7 +76,7 @@ def solve_entropic(
         in_points = kernel.gradient(epsilon, other_logs, other) if wanted[k] else None
         if options.debias:
             kernel = choose_kernel(points, points, weights, weights, options)
-            own, own_cost = symmetric_loop(kernel, logs, options, _lead_in(kernel, options))
+            own, own_cost = symmetric_loop(kernel, logs, options)
             cost, in_weights, selves[k] = cost - 0.5 * own_cost, in_weights - own, own
             if in_points is not None:
                 in_points = in_points - kernel.gradient(epsilon, logs, own)
@@ -105,41 +107,34 @@ def choose_kernel(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions
 ) -> DenseKernel | Kernel:
     """Return the kernel of ``options.backend``."""
-    backend = options.backend
+    backend, p, costs = options.backend, options.p, x.shape[-2] * y.shape[-2]
     if backend == "auto":
-        lead = broadcast_shapes(x.shape[:-2], y.shape[:-2], a.shape[:-1], b.shape[:-1])
-        backend = _automatic_backend(x, y, options.p, math.prod(lead))
+        fused = x.is_cuda and runs_triton(x)
+        backend = "triton" if fused else "streamed"
+        if x.shape[-1] == 1:
+            lead = broadcast_shapes(x.shape[:-2], y.shape[:-2], a.shape[:-1], b.shape[:-1])
+            few = (
+                costs <= _MAX_COSTS_OF_A_ROW[p] or lead.numel() * costs <= _MAX_COSTS_OF_ALL_ROWS[p]
+            )
+            if few and fits_newton(x, y):
+                backend = "dense"
+            elif p == 1:
+                backend = "prefix"
+        elif not fused and costs <= _MAX_COSTS_IN_SPACE:
+            backend = "dense"
     if backend == "prefix":
         return LaplaceLine(x, y)
     if backend == "triton":
         from .triton_softmin import TritonKernel  # here, since Triton is not everywhere
 
-        return TritonKernel(x, y, options.p)
-    return (DenseKernel if backend == "dense" else StreamedKernel)(x, y, options.p)
-
-
-def _automatic_backend(x: Tensor, y: Tensor, p: int, rows: int) -> Backend:
-    n, m = x.shape[-2], y.shape[-2]
-    fused = x.is_cuda and runs_triton(x)
-    if x.shape[-1] == 1:
-        few = n * m <= _MAX_COSTS_OF_A_ROW[p] or rows * n * m <= _MAX_COSTS_OF_ALL_ROWS[p]
-        if few and fits_newton(x, y):
-            return "dense"
-        if p == 1:
-            return "prefix"
-    elif not fused and DenseKernel.fits(n, m):
-        return "dense"
-    return "triton" if fused else "streamed"
+        return TritonKernel(x, y, p)
+    return (DenseKernel if backend == "dense" else StreamedKernel)(x, y, p)
 
 
 def _solve_between(
     kernel: DenseKernel | Kernel, log_a: Tensor, log_b: Tensor, options: SinkhornOptions
 ) -> Potentials:
-    """Solve ``OT_eps(a, b)``.
-
-    The last update of one potential is a plain one, so ``<a, f> + <b, g>`` is a value of the dual:
-    its error is of 2nd order in that of the potentials.
-    """
+    """Solve ``OT_eps(a, b)``; the last update is a plain one, so that the cost is a dual value."""
     x, y = kernel.x, kernel.y
     dense = kernel if isinstance(kernel, DenseKernel) and fits_newton(x, y) else None
     if x.shape[-1] == 1:
@@ -151,9 +146,8 @@ def _solve_between(
     watched, taken = options.is_watched(x), 0
     if dense is None or watched or options.iterations is not None:
         most = options.max_iterations
-        if dense is not None:
-            most = min(most, _ITERATIONS_BEFORE_NEWTON)
-        found = sinkhorn_loop(kernel, log_a, log_b, options, most, _lead_in(kernel, options))
+        most = most if dense is None else min(most, _ITERATIONS_BEFORE_NEWTON)
+        found = sinkhorn_loop(kernel, log_a, log_b, options, most)
         error, taken = found.marginal_error, found.iterations
         if dense is None or error is None or error <= options.tol:
             warn_unconverged(error, options, taken)
@@ -161,18 +155,9 @@ def _solve_between(
     return newton(dense, log_a, log_b, options, None, taken)
 
 
-def _lead_in(kernel: Kernel, options: SinkhornOptions) -> LeadIn | None:
-    if not isinstance(kernel, StreamedKernel) or not is_readable(kernel.x):
-        return None
-    return kernel.in_float32(options.epsilon)
-
-
 def solves_on_cpu(x: Tensor, y: Tensor, options: SinkhornOptions) -> bool:
-    """Whether `solve_on_cpu` takes the problem: a line, but not many rows of few own points.
-
-    Those (p = 1) are faster, and as sure, all at once with their costs in memory.
-    """
-    if x.shape[-1] > 1 or not x.is_cpu or options.backend not in ("auto", "prefix"):
+    """Whether `solve_on_cpu` takes the problem: a line, but for p = 1 few rows or many points."""
+    if x.shape[-1] > 1 or not is_readable(x) or options.backend not in ("auto", "prefix"):
         return False
     rows = max(x.shape[:-2].numel(), y.shape[:-2].numel())
     return options.p == 2 or rows <= _MAX_ROWS_OF_FEW or max(x.shape[-2], y.shape[-2]) > _FEW_POINTS
@@ -181,11 +166,7 @@ def solves_on_cpu(x: Tensor, y: Tensor, options: SinkhornOptions) -> bool:
 def solve_on_cpu(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, options: SinkhornOptions, potentials: bool
 ) -> tuple[Solution, Slopes]:
-    """Solve for points x (*, N, 1), y (*, M, 1) and weights a (*, N), b (*, M) of sum one.
-
-    Without ``potentials`` these are 0 where there is no weight, and no gradient in the weights is
-    returned.
-    """
+    """See `solve_entropic`; without ``potentials`` these are 0 where there is no weight."""
     lead_a = broadcast_shapes(x.shape[:-2], a.shape[:-1])
     lead_b = broadcast_shapes(y.shape[:-2], b.shape[:-1])
     lead = broadcast_shapes(lead_a, lead_b)

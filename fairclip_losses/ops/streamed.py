@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..validation import broadcast_shapes
+from ..validation import broadcast_shapes, is_readable
 from .options import Kernel
 
 # Entries of a tile: 1 MiB in float64, so that a tile and its distances fit into a cache of 2 MiB;
@@ -32,15 +32,10 @@ class _Tile(NamedTuple):
     start: int  # the first of these points
     weight: Tensor  # (n, M), exp((g_j - C_ij) / eps + log b_j) by a factor of each row
     total: Tensor  # (n,), its sum over j
-    log_factor: Tensor  # (n,)
+    log_sum: Tensor  # (n,) log sum_j b_j exp((g_j - C_ij) / eps)
     distance: Tensor | None  # (n, M), over eps, for p = 1
     x: Tensor  # (n, D)
     y: Tensor  # (M, D)
-
-    @property
-    def log_sum(self) -> Tensor:
-        """``log sum_j b_j exp((g_j - C_ij) / eps)``, (n,)."""
-        return self.total.log().add_(self.log_factor)
 
 
 class StreamedKernel(Kernel):
@@ -49,12 +44,10 @@ class StreamedKernel(Kernel):
     def __init__(self, x: Tensor, y: Tensor, p: int) -> None:
         self.x, self.y, self.p = x, y, p
 
-    def in_float32(self, epsilon: float) -> tuple[StreamedKernel, float] | None:
-        """Return the kernel in float32, twice as fast, and the marginal error it can get to.
-
-        It is for iterations that only lead towards the solution; None where its exponents would be
-        off by more than `_MAX_EXPONENT_ERROR`. The reach of the points is read back.
-        """
+    def lead_in(self, epsilon: float) -> tuple[StreamedKernel, float] | None:
+        """Return the kernel in float32, twice as fast, unless its exponents have no digits left."""
+        if not is_readable(self.x):
+            return None
         reach = max(float(points.square().sum(-1).max()) for points in (self.x, self.y)) ** 0.5
         error = 2.0 * reach**self.p / epsilon * torch.finfo(torch.float32).eps
         if error > _MAX_EXPONENT_ERROR:
@@ -118,62 +111,50 @@ class StreamedKernel(Kernel):
         """Yield the kernel of each row of weights, tile by tile."""
         n, m = self.x.shape[-2], self.y.shape[-2]
         entries = _TILE_ENTRIES if self.x.device.type == "cpu" else _TILE_ENTRIES_OF_ACCELERATOR
-        size = max(entries // m, 1)
+        size = min(max(entries // m, 1), n)
         heights = (log_b + g / epsilon).to(self.x.dtype).expand(*lead, m)
         # of absent points: -inf times 0 would be NaN
         heights = heights.clamp(min=torch.finfo(heights.dtype).min / 8)
         xs, ys = (points.expand(*lead, *points.shape[-2:]) for points in (self.x, self.y))
+        memory, distance = self.x.new_empty(3 - self.p, size, m), None  # used again by each tile
         for index in itertools.product(*map(range, lead)):
             x = xs[index]
             y = x if self.y is self.x else ys[index]
-            exponents = _Exponents(x, y, self.p, epsilon, heights[index], size)
+            left, right, row, least = self._factors(x, y, epsilon, heights[index])
             for start in range(0, n, size):
                 points = slice(start, min(start + size, n))
-                weight, distance = exponents.tile(points)
+                buffers = memory[:, : points.stop - start]
+                weight = torch.mm(left[points], right, out=buffers[0])
+                if self.p == 1:
+                    distance = weight.clamp_(min=least).sqrt_()
+                    if y is x:
+                        distance.diagonal(start).zero_()
+                    weight = torch.sub(heights[index], distance, out=buffers[1])
                 largest = weight.amax(-1)
                 weight.sub_(largest[:, None]).exp_()
-                log_factor = largest if exponents.row is None else largest + exponents.row[points]
-                yield _Tile(
-                    (*index, points), start, weight, weight.sum(-1), log_factor, distance,
-                    x[points], y,
-                )  # fmt: skip
+                total = weight.sum(-1)
+                log_sum = total.log().add_(largest.add_(row[points]))  # the large ones first
+                yield _Tile((*index, points), start, weight, total, log_sum, distance, x[points], y)
 
+    def _factors(
+        self, x: Tensor, y: Tensor, epsilon: Tensor | float, height: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return factors (N, K) and (K, M) for x (N, D) and y (M, D), and what is left to do.
 
-class _Exponents:
-    """The exponents ``h_j - C_ij / eps`` between x (N, D) and y (M, D), ``size`` rows at a time."""
-
-    def __init__(
-        self, x: Tensor, y: Tensor, p: int, epsilon: Tensor | float, height: Tensor, size: int
-    ) -> None:
-        self._height, self._common, self._p = height, x is y, p
-        self.row: Tensor | None = None  # (N,) what of the exponents `tile` leaves out
-        ones, transposed = torch.ones_like(x[:, :1]), y.T / epsilon
-        if p == 2:  # x_i . y_j / eps + (h_j - |y_j|^2 / 2 eps), and a number of each row
-            self.row = x.square().sum(-1) * (-0.5 / epsilon)
-            column = height - y.square().sum(-1) * (0.5 / epsilon)
-            self._x = torch.cat([x, ones], -1)
-            self._y = torch.cat([transposed, column[None]])
-        else:  # |x_i|^2 - 2 x_i . y_j + |y_j|^2, over eps^2
-            x = x / epsilon
-            square = x.square().sum(-1, keepdim=True)
-            self._x = torch.cat([-2.0 * x, square, ones], -1)
-            column = transposed.square().sum(0, keepdim=True)
-            self._y = torch.cat([transposed, torch.ones_like(column), column])
-            # below this a squared distance is rounding
-            rounding = torch.finfo(x.dtype)
-            self._least = (8.0 * rounding.eps * square.amax()).clamp(min=rounding.tiny)
-        self._buffers = x.new_empty(3 - p, min(size, len(x)), len(y))
-
-    def tile(self, points: slice) -> tuple[Tensor, Tensor | None]:
-        """Return the exponents (n, M) of these points and, for p = 1, the distances over eps.
-
-        Both are in memory that the next call uses again.
+        For p = 2 their product are the exponents ``h_j - C_ij / eps`` less a number of each row,
+        (N,); for p = 1 the squared distances over eps^2, rounding below the last number.
         """
-        memory = self._buffers[:, : points.stop - points.start]
-        product = torch.mm(self._x[points], self._y, out=memory[0])
-        if self._p == 2:
-            return product, None
-        distance = product.clamp_(min=self._least).sqrt_()
-        if self._common:
-            distance.diagonal(points.start).zero_()
-        return torch.sub(self._height, distance, out=memory[1]), distance
+        transposed, x = y.T / epsilon, x if self.p == 2 else x / epsilon
+        square = x.square().sum(-1, keepdim=True)
+        if self.p == 2:  # x_i . y_j / eps + (h_j - |y_j|^2 / 2 eps)
+            column = height - y.square().sum(-1) * (0.5 / epsilon)
+            left = torch.cat([x, torch.ones_like(square)], -1)
+            right = torch.cat([transposed, column[None]])
+            return left, right, square[:, 0] * (-0.5 / epsilon), square
+        # |x_i|^2 - 2 x_i . y_j + |y_j|^2
+        left = torch.cat([-2.0 * x, square, torch.ones_like(square)], -1)
+        column = transposed.square().sum(0, keepdim=True)
+        right = torch.cat([transposed, torch.ones_like(column), column])
+        rounding = torch.finfo(x.dtype)
+        least = (8.0 * rounding.eps * square.amax()).clamp(min=rounding.tiny)
+        return left, right, torch.zeros_like(square[:, 0]), least
