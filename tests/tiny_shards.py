@@ -34,10 +34,11 @@ def attributes_of(number):
     }
 
 
-def write_shards(folder, sizes, *, member=attributes_of):
+def write_shards(folder, sizes, *, member=attributes_of, draw=picture):
     """Write shards of so many pairs, keys starting anew in each; return the urls in braces.
 
-    ``member`` gives the content of a pair's json member by its number, or None for no member.
+    ``member`` gives the content of a pair's json member by its number, or None for no member, and
+    ``draw`` that of its image.
     """
     folder.mkdir(parents=True, exist_ok=True)
     number = 0
@@ -45,7 +46,7 @@ def write_shards(folder, sizes, *, member=attributes_of):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for position in range(size):
                 content = member(number)
-                parts = {"png": picture(number), "txt": f"picture number {number}".encode()}
+                parts = {"png": draw(number), "txt": f"picture number {number}".encode()}
                 if content is not None:
                     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
                     parts["json"] = raw

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +64,15 @@ class FairEvaluationCallback(Callback):
         model = getattr(state.model, "_orig_mod", state.model)
         model = getattr(model, "module", model)
         weight = next(p for p in model.parameters() if p.is_floating_point())
-        report, _ = evaluate_task(
-            model,
-            state.preprocess[1],
-            state.tokenizer,
-            self.task,
-            batch_size=args.batch_size,
-            device=torch.device(args.device),
-            input_dtype=weight.dtype,
-            n_bootstrap=0,
-        )
+        how = {"device": torch.device(args.device), "input_dtype": weight.dtype, "n_bootstrap": 0}
+        with warnings.catch_warnings():  # into the run's log too, and not after every epoch
+            warnings.simplefilter("once")
+            warnings.showwarning = lambda text, *_, **__: log.warning("Fair Eval: %s", text)
+            report, _ = evaluate_task(
+                *(model, state.preprocess[1], state.tokenizer, self.task),
+                batch_size=args.batch_size,
+                **how,
+            )
         scalars = _scalars(report)
         shown = "\t".join(f"{name}: {value:.4f}" for name, value in scalars.items())
         log.info("Fair Eval Epoch: %d %s", state.epoch, shown)
