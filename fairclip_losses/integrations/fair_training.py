@@ -197,12 +197,10 @@ class FairTrainingCallback(Callback):
                 f"--warmup {warmup} is longer than the {steps} steps of the run, whose learning "
                 f"rate ends at {steps / warmup:.2%} of --lr; give --warmup {steps // 10} or so"
             )
-        if (
-            self._device is not None
-            and self._device.split(":")[0] != str(args.device).split(":")[0]
-        ):
+        asked = self._device or str(args.device)
+        if asked.split(":")[0] != str(args.device).split(":")[0]:
             yield (
-                f"--device {self._device} is not there: the run trains on {args.device}; give "
+                f"--device {asked} is not there: the run trains on {args.device}; give "
                 f"--device {args.device} if that is meant"
             )
         if (term := self.loss.fairness) is not None:

@@ -101,8 +101,7 @@ class DecodeStage:
     def __init__(self, inner: Any, shards: Shards) -> None:
         self.inner = inner
         self.shards = shards
-        self.where = self.member = ""
-        self.is_deep = False
+        self.sample: dict[str, Any] = {}  # that is being decoded
 
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Pass the decoded samples on, each with the field `DEEP`."""
@@ -113,7 +112,7 @@ class DecodeStage:
 
     def _noted(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for sample in samples:
-            self.where, self.is_deep = place(sample, self.shards), False
+            self.sample, self.member, self.is_deep = sample, "", False
             yield sample
 
     def _look(self, member: str, content: bytes) -> None:
@@ -122,7 +121,7 @@ class DecodeStage:
         self.is_deep |= member in IMAGES and holds_deep_image(content)
 
     def _leave_out(self, error: Exception) -> Any:
-        error.args = (*error.args, f"{self.where}, member {self.member}")
+        error.args = (*error.args, f"{place(self.sample, self.shards)}, member {self.member}")
         return self.inner.kw["handler"](error)
 
 
