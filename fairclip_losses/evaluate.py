@@ -257,9 +257,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{PROGRAM}: error: {message}\n")  # one line, without the usage
 
 
+class _WithDefaults(argparse.HelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        said = action.default in (None, argparse.SUPPRESS) or "(default:" in text
+        return text if said else f"{text} (default: %(default)s)"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
+        formatter_class=_WithDefaults,
         description="Evaluate a CLIP checkpoint zero-shot: group fairness metrics with intervals.",
     )
     add = parser.add_argument
@@ -275,14 +283,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--csv-separator", default="\t", metavar="CHAR", help="as for pandas (default: tab)")
     add("--batch-size", type=int, default=64, metavar="N", help="images per forward pass")
     add("--workers", type=int, default=0, metavar="N", help="processes that read images")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: cuda if there is one)")
     add("--precision", default="fp32", choices=list(_PRECISIONS), help="of the model")
     add("--threshold", type=float, default=0.5, help="positive from here on, with two classes")
     add("--bootstrap", dest="n_bootstrap", type=int, default=1000, metavar="N", help="resamples")
     add("--confidence", type=float, default=0.95, help="coverage of the intervals")
     add("--seed", type=int, default=0, help="of the resampling")
     add("--output", metavar="DIR", help="where to write (default: beside the checkpoint)")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    add("--debug", action="store_true", help="show the traceback of an error (default: one line)")
     return parser
 
 

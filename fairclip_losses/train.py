@@ -20,8 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the training program; return its exit status (0 good, 1 failed, 2 wrong usage)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        from .integrations.open_clip import run_training
+        from .integrations.open_clip import check_flags, run_training
 
+        check_flags(arguments)
         return run_training(arguments)
     except UsageError as error:
         return _report(error, 2, arguments)

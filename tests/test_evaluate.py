@@ -170,6 +170,30 @@ def test_an_image_that_cannot_be_read_is_named(loaded, task, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("mode", "name", "workers"),
+    [("I;16", "x.png", 2), ("I;16", "x.tif", 0), ("I;16B", "x.tif", 0), ("I", "x.tif", 0),
+     ("F", "x.tif", 0)],
+)  # fmt: skip
+def test_grey_values_of_more_than_8_bits_are_warned_of_once_with_the_way_out(
+    loaded, task, tmp_path, mode, name, workers
+):
+    values = np.linspace(0, 4095, 32 * 32).reshape(32, 32).astype({"I": "<i4", "F": "f4"}.get(
+        mode, ">u2" if mode == "I;16B" else "<u2"))  # fmt: skip
+    Image.frombytes(mode, (32, 32), values.tobytes()).save(tmp_path / name)
+    files = [*task.files[:3], *[str(tmp_path / name)] * 3, *task.files[6:]]
+    deep = ZeroShotTask(files, task.labels, task.classes, task.prompts, task.groups, task.codebook)
+    with pytest.warns(UserWarning, match=rf"^row 4: image '.*{name}' has grey values") as caught:
+        evaluate_task(*loaded, deep, n_bootstrap=0, batch_size=4, workers=workers)
+    (warning,) = caught
+    snippet = str(warning.message).partition(" them, as ")[2].partition("; said")[0]
+    with Image.open(tmp_path / name) as image:
+        assert image.mode == mode
+        known = {"np": np, "Image": Image, "image": image, "low": 0, "high": 4095}
+        written = np.asarray(eval(snippet, known).convert("RGB"))[..., 1]
+    assert np.abs(written - values / 4095 * 255).max() < 1.01 and written.max() == 255
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"label": "titel"}, "no column 'titel'; the columns are 'pair', 'filepath', 'title'"),
@@ -435,6 +459,17 @@ def test_an_image_error_in_a_worker_is_one_line(run, tmp_path, capsys):
     start = f"fairclip_losses.evaluate: error: row 1: cannot read image '{broken}': cannot identify"
     message = capsys.readouterr().err
     assert message.startswith(start) and message.count("\n") == 1
+
+
+def test_help_shows_every_default(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for default in ("filepath", "tab", "64", "0", "auto", "fp32", "0.5", "1000", "0.95",
+                    "beside the checkpoint", "that of the run's params.txt"):  # fmt: skip
+        assert f"(default: {default})" in shown
+    optional = [action for action in evaluate._parser()._actions if not action.required]
+    assert shown.count("(default: ") == len(optional) - 1  # --help has none
 
 
 def test_an_unexpected_error_is_one_line_unless_debugged(run, tmp_path, capsys, monkeypatch):

@@ -53,8 +53,8 @@ def make_program(loss):
         parser.add_argument("--train-data")
         constants = {
             "dataset_type": "csv", "csv_separator": "\t", "csv_img_key": "filepath", "rank": 0,
-            "csv_caption_key": "title", "device": "cpu", "batch_size": BATCH, "val_data": None,
-            "model": "towers", "save_logs": False, "logs": "none", "resume": None,
+            "world_size": 1, "csv_caption_key": "title", "device": "cpu", "batch_size": BATCH,
+            "val_data": None, "model": "towers", "save_logs": False, "logs": "none", "resume": None,
             "log_every_n_steps": 1, "save_frequency": 0, "save_most_recent": False,
         }  # fmt: skip
         return parser.parse_args(args, argparse.Namespace(**constants))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import subprocess
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from stub_open_clip import events_of, recorder
 from torch.nn.parallel import DistributedDataParallel
 
+from fairclip_losses import train
 from fairclip_losses.integrations.events import Callback, Event
 from fairclip_losses.integrations.open_clip import HOOKS, PROGRAM, patch, run_training, unpatch
 
@@ -128,6 +130,49 @@ def test_a_missing_program_is_refused_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, PROGRAM, None)
     with pytest.raises(ImportError, match=r"cannot import open_clip_train.main.*\[train\]"):
         patch()
+
+
+def test_flags_and_help_need_nothing_of_the_training_program(monkeypatch, capsys):
+    pytest.importorskip("open_clip_train.params")
+    monkeypatch.setitem(sys.modules, PROGRAM, None)
+    for argv, message in (
+        (["--epohcs", "3"], "unrecognized arguments: --epohcs 3"),
+        (["--fair-wieght=3"], "(did you mean --fair-weight?)"),
+        (["--epochs", "x"], "argument --epochs: invalid int value: 'x'"),
+        (["--fair-weight", "1"], "--fair-weight has no effect without --fair-loss"),
+    ):
+        assert train.main(argv) == 2
+        assert message in capsys.readouterr().err
+    for flags in (["--help"], ["--fair-loss", "-h"]):
+        with pytest.raises(SystemExit, match=r"^0$"):
+            train.main(flags)
+        shown = capsys.readouterr().out
+        assert "--fair-attributes NAME" in shown and "--train-data TRAIN_DATA" in shown
+        assert "pip install" not in shown
+    # Without the extra our flags are shown, and what to install for the rest.
+    for name in ("webdataset", "open_clip_train.params"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        train.main(["--help"])
+    shown = capsys.readouterr().out
+    assert "--fair-attributes NAME" in shown and "--train-data" not in shown
+    assert "pip install 'fairclip_losses[train]'" in shown
+    assert train.main([]) == 1
+    assert "pip install 'fairclip_losses[train]'" in capsys.readouterr().err
+
+
+def test_what_is_imported_before_it_is_needed():
+    """In a process of its own: here all of it is loaded."""
+    code = (
+        "import sys, fairclip_losses; from fairclip_losses import train, evaluate\n"
+        "for main in (train.main, evaluate.main):\n"
+        "    try: main(['--help'])\n"
+        "    except SystemExit: pass\n"
+        "heavy = 'open_clip timm webdataset pandas torchvision matplotlib scipy.linalg'.split()\n"
+        "sys.exit(', '.join(name for name in heavy if name in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_main_taken_before_the_patch_is_patched_too(program, registered):

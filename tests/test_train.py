@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from open_clip import CoCaLoss
-from tiny_clip import write_model, write_pairs
+from PIL import Image
+from tiny_clip import HAS_LOCAL_DIR, write_model, write_pairs
 from training_runs import (
     BATCH,
     EPOCHS,
@@ -328,12 +330,12 @@ def test_a_fairness_term_beside_captions_alone_is_warned_of(caplog):
         assert warned == (weight == 0)
 
 
-def rewritten(data, tmp_path, change):
-    """A copy of the training table with its lines changed."""
+def rewritten(data, tmp_path, change, table="train"):
+    """A copy of a table, the training's, with its lines changed."""
     path = tmp_path / "changed.tsv"
-    with open(data["train"]) as file:
+    with open(data[table]) as file:
         path.write_text("".join(change(file.readlines())))
-    return {**data, "train": str(path)}
+    return {**data, table: str(path)}
 
 
 CAPTIONS_ALONE = (*FAIR, "--model", "coca_ViT-B-32", "--coca-contrastive-loss-weight", "0")
@@ -404,15 +406,68 @@ def test_a_broken_table_stops_before_training(data, tmp_path, capsys, change, me
     assert not (tmp_path / "bad").exists()
 
 
-def test_a_broken_image_is_one_line_and_leaves_no_half_checkpoint(data, tmp_path, capsys):
-    picture = tmp_path / "broken.png"
-    picture.write_bytes(b"no picture")
-    image = str(Path(data["train"]).with_name("train_3.png"))
-    broken = rewritten(data, tmp_path, replaced(image, str(picture)))
-    assert train.main(arguments(broken, tmp_path, "bad", *FAIR, "--workers", "2")) == 1
-    assert "cannot identify image file" in one_line(capsys)
-    assert not list((tmp_path / "bad" / "checkpoints").iterdir())
-    assert "Traceback" in (tmp_path / "bad" / "out.log").read_text()
+@pytest.mark.parametrize(
+    ("damage", "workers", "message"),
+    [
+        (lambda file: file.write_bytes(b"no picture"), "2", "UnidentifiedImageError: cannot ident"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-900]), "1", "OSError: image file is tr"),
+        (Path.unlink, "0", "No such file or directory"),
+    ],
+)
+@pytest.mark.parametrize("table", ["train", "val"])
+def test_a_broken_image_is_named_and_leaves_no_half_checkpoint(
+    data, tmp_path, capsys, damage, workers, message, table
+):
+    """Broken once all tables have been looked at."""
+    picture, image = tmp_path / "own.png", str(Path(data[table]).with_name(f"{table}_3.png"))
+    shutil.copy(image, picture)
+    broken = rewritten(data, tmp_path, replaced(image, str(picture)), table)
+    breaks = Callback()
+    breaks.on_epoch_start = lambda state: damage(picture)
+    flags = (*FAIR, "--workers", workers, "--val-data", broken["val"])
+    with registered(breaks):
+        assert train.main(arguments(broken, tmp_path, "bad", *flags, epochs=1)) == 1
+    where = f"changed.tsv: row 4: cannot read image '{picture}': {message}"
+    assert where in one_line(capsys)
+    assert not list((tmp_path / "bad" / "checkpoints").glob("*.pt"))
+    log = (tmp_path / "bad" / "out.log").read_text()
+    assert "Traceback" in log and where in log
+
+
+def test_traps_are_warned_of_at_the_start_once_each(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.arange(1024, dtype="uint16").reshape(32, 32) * 64).save(deep)
+
+    def change(lines):
+        for row, sex in ((3, "x"), (5, "f"), (17, "m")):
+            image = str(Path(data["train"]).with_name(f"train_{row}.png"))
+            cells = lines[row + 1].replace(image, str(deep)).split("\t")
+            lines[row + 1] = "\t".join([*cells[:3], sex, *cells[4:]])
+        return lines
+
+    changed = rewritten(data, tmp_path, change)
+    flags = ("--fair-loss", "--fair-attributes", "sex", "--warmup", "100", "--workers", "2")
+    flags += ("--device", "cuda") if HAS_LOCAL_DIR else ()
+    assert train.main(arguments(changed, tmp_path, "run", *flags)) == 0
+    log = (tmp_path / "run" / "out.log").read_text()
+    said = [line.partition("| Fair loss: ")[2] for line in log.splitlines() if "WARNING" in line]
+    said = [line for line in said if line]
+    assert said[0] == (
+        "--warmup 100 is longer than the 10 steps of the run, whose learning rate ends at 10.00% "
+        "of --lr; give --warmup 1 or so"
+    )
+    if HAS_LOCAL_DIR:
+        expected = "--device cuda is not there: the run trains on cpu; give --device cpu if that is"
+        assert said.pop(1).startswith(expected)
+    assert "a batch of 8 holds fewer than 2 of it" in said[1]
+    assert "sex=x (1 of 40 pairs, 0.2 a batch); add --fair-queue 8, " in said[1]
+    assert re.match(rf"\S+changed.tsv: row (4|6|18): image '{deep}' has grey values", said[2])
+    assert len(said) == 3
+    # Not where there is nothing of the kind, nor without the flag.
+    for name, of, more in (("well", data, ("--fair-loss", "dbpm")), ("plain", changed, flags[3:])):
+        assert train.main(arguments(of, tmp_path, name, *more, epochs=1)) == 0
+        assert "WARNING | Fair" not in (tmp_path / name / "out.log").read_text()
 
 
 def test_a_poisoned_step_does_not_enter_the_memory(data, tmp_path):

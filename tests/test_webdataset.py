@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import lzma
+import re
 
 import numpy as np
 import pytest
 from killed_runs import run_two_processes
+from PIL import Image
 from tiny_clip import write_model
-from tiny_shards import RACES, attributes_of, hashed, number_in, read_shards, write_shards
+from tiny_shards import (
+    RACES,
+    attributes_of,
+    hashed,
+    number_in,
+    picture,
+    read_shards,
+    write_shards,
+)
 from training_runs import (
     BATCH,
     EPOCHS,
@@ -182,7 +195,8 @@ def test_what_samples_lack_is_said_once_with_the_count(data, tmp_path, record):
     flags = (*FAIR, "--fair-id-key", "uid", "--workers", "2")
     assert train.main(streamed(lacks, tmp_path, "run", *flags)) == 0
     numbers = [number % 6 for number, _, _ in record.given[:PAIRS]]
-    (warning,) = warnings_of(tmp_path / "run")
+    rare, warning = warnings_of(tmp_path / "run")
+    assert "race=White (7 of 48 pairs, 1.2 a batch); add --fair-queue 8, " in rare
     for part in (
         f"of {PAIRS} pairs in epoch 0, {numbers.count(1)} have no json member",
         f"{numbers.count(5)} have no id under 'uid' (named by shard and key instead)",
@@ -374,6 +388,42 @@ def test_missing_and_broken_shards(data, tmp_path, capsys, shards, message):
     assert train.main(streamed(broken, tmp_path, "bad", *FAIR)) == 2
     assert message in one_line(capsys)
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("shard", "damaged"),
+    [
+        (0, lambda content: gzip.compress(content)[:12] + b"\xff" * 500),
+        (1, lambda content: b"\x1f\x8b\x08"),
+        (0, lambda content: lzma.compress(content[:5632]) * 2),
+        (1, lambda content: lzma.compress(content)[:14] + b"\xff" * 500),
+        (0, lambda content: content[:6000]),
+    ],
+    ids=["gz", "gz-head", "xz-twice", "xz", "tar-cut"],
+)
+def test_what_cannot_be_read_is_named_and_left_out_as_upstream_does(data, tmp_path, damaged, shard):
+    """In a shard that is looked at before the run, and in one that is not."""
+
+    def draw(number):
+        if number <= 23:  # the third shard begins at 20
+            return picture(number)[: 40 if number == 23 else None]
+        file = io.BytesIO()
+        Image.fromarray(np.full((32, 32), 4000, "uint16")).save(file, "png")
+        return file.getvalue()
+
+    shards = write_shards(tmp_path / "shards", (10,) * 4, draw=draw)
+    path = tmp_path / "shards" / f"0000{shard}.tar"
+    path.write_bytes(damaged(path.read_bytes()))
+    # Each worker takes 24 pairs, and so passes over all of its two shards of 10.
+    argv = streamed({**data, "train": shards}, tmp_path, "run", *FAIR, "--workers", "2", epochs=1)
+    assert train.main(argv) == 0
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert re.search(rf"Handling webdataset error .*/{path.name}'", log)
+    where = "shard 00002.tar, sample 0003, member .png"
+    assert re.search(rf"Handling webdataset error .*, '{where}'\)\)\. Ignoring", log)
+    assert set(re.findall("sample ([0-9]+), member", log)) == {"0003"}
+    (deep,) = (line for line in warnings_of(tmp_path / "run") if "grey values" in line)
+    assert re.search(r"shard 0000[23].tar, sample 000\d: the image has grey values", deep)
 
 
 def test_without_the_flag_shards_train_as_upstream(data, tmp_path, monkeypatch):

@@ -34,11 +34,13 @@ def attributes_of(number):
     }
 
 
-def write_shards(folder, sizes, *, member=attributes_of, caption="picture number {}".format):
+def write_shards(
+    folder, sizes, *, member=attributes_of, caption="picture number {}".format, draw=picture
+):
     """Write shards of so many pairs, keys starting anew in each; return the urls in braces.
 
     ``member`` gives the content of a pair's json member by its number, or None for no member,
-    ``caption`` its caption.
+    ``caption`` its caption and ``draw`` that of its image.
     """
     folder.mkdir(parents=True, exist_ok=True)
     number = 0
@@ -46,7 +48,7 @@ def write_shards(folder, sizes, *, member=attributes_of, caption="picture number
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for position in range(size):
                 content = member(number)
-                parts = {"png": picture(number), "txt": caption(number).encode()}
+                parts = {"png": draw(number), "txt": caption(number).encode()}
                 if content is not None:
                     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
                     parts["json"] = raw

@@ -18,7 +18,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "digits"))
 
-from make_data import PROMPTS, SPLITS, Recipe, plant  # noqa: E402
+from make_data import PROMPTS, SPLITS, Recipe, plant
 
 __all__ = ["CONDITIONS", "PROMPTS", "Condition", "Split", "make_splits"]
 

@@ -11,7 +11,7 @@ from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 from training import GROUPS, MakeLoss, Run, Sampler, uniform_batches
 
-from fairclip_losses import BadPairMiner, FairLoss, SinkhornFairnessLoss, build_fair_loss
+from fairclip_losses import BadPairMiner, FairLoss, build_fair_loss
 from fairclip_losses.pair_terms import PairTerms, pair_terms
 
 
@@ -129,7 +129,7 @@ class GroupDro(nn.Module):
 
 
 class MeanGap(nn.Module):
-    """A penalty in the manner of fairret (Buyl et al. 2024): distance of the groups' mean losses."""
+    """A penalty in fairret's manner (Buyl et al. 2024): how far the groups' mean losses lie."""
 
     def forward(self, scores: Tensor, groups: Tensor, **others: Any) -> Tensor:
         """Return the mean over the groups of |mean of the group - mean of the batch|."""

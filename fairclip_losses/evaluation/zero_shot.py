@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from ..data.images import deep_warning, is_deep
 from ..data.tables import (
     CodeBook,
     IntArray,
@@ -200,6 +201,7 @@ def evaluate_task(
     those of `fairness_report`.
 
     A UserWarning says where the AUC is so far below 0.5 that prompts and classes may be crossed.
+    Warns once of the first image of more than 8 bits, of which the transform keeps 0 to 255.
 
     Raises:
         ValueError: an image that cannot be read, output that is not finite, or a bad setting.
@@ -216,7 +218,8 @@ def evaluate_task(
         generator=torch.Generator(),
     )
     texts = tokenizer(list(task.prompts))
-    probabilities = zero_shot_probabilities(model, loader, texts, device, input_dtype=input_dtype)
+    images = _without_deep(loader)
+    probabilities = zero_shot_probabilities(model, images, texts, device, input_dtype=input_dtype)
     groups = dict(zip(task.codebook.labels, task.groups.T, strict=True))
     report = fairness_report(
         *(task.labels, probabilities, groups),
@@ -240,9 +243,22 @@ def evaluate_task(
     return report, Predictions(task, probabilities, decide(probabilities, threshold))
 
 
-def _read_images(preprocess: Preprocess, rows: Sequence[tuple[int, str]]) -> Tensor:
-    """Read image files, each with its row; one that is no image is a ValueError that names it."""
-    images = []
+def _without_deep(batches: Iterable[tuple[Tensor, str]]) -> Iterator[Tensor]:
+    """Yield the images of `_read_images`; warn of the first deep one, whichever process read it."""
+    warned = False
+    for images, deep in batches:
+        if deep and not warned:
+            warnings.warn(deep_warning(deep), UserWarning, stacklevel=2)
+            warned = True
+        yield images
+
+
+def _read_images(preprocess: Preprocess, rows: Sequence[tuple[int, str]]) -> tuple[Tensor, str]:
+    """Read image files, each with its row; say which is the first deep one, nothing for none.
+
+    One that is no image is a ValueError that names it.
+    """
+    images, deep = [], ""
     for row, file in rows:
         try:
             with Image.open(file) as image:
@@ -251,5 +267,7 @@ def _read_images(preprocess: Preprocess, rows: Sequence[tuple[int, str]]) -> Ten
         except Exception as error:
             where = f"row {row}: cannot read image {file!r}"
             raise ValueError(f"{where}: {reason(error)}") from error
+        if is_deep(image):
+            deep = deep or f"row {row}: image {file!r}"
         images.append(preprocess(image))
-    return torch.stack(images)
+    return torch.stack(images), deep

@@ -6,13 +6,14 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..data.images import is_deep
 from ..data.tables import (
     CodeBook,
     IntArray,
@@ -23,7 +24,7 @@ from ..data.tables import (
     pair_ids,
     read_table,
 )
-from ..errors import UsageError, usage_errors
+from ..errors import UsageError, one_line, usage_errors
 from ..miners import MinerReport
 from .flags import FairOptions
 from .pair_reports import FlagRates, attribute_column, count_flagged, flag_rates
@@ -64,6 +65,8 @@ class PairSource(ABC):
     codebook: CodeBook  # what the group codes mean, the same in every process
     num_pairs: int | None = None  # where ids are 0..num_pairs-1; None for any int64 ids
     remarks: Sequence[str] = ()  # what to warn of once, before training
+    codes: Tensor  # (n, C) int64 group codes of all pairs, or of those first looked at
+    deep: str | None = None  # the first image of more than 8 bits that was taken, in words
 
     @abstractmethod
     def attach(self, loader: Any) -> None:
@@ -138,20 +141,53 @@ def read_groups(table: Table, options: FairOptions) -> tuple[IntArray, CodeBook]
         return encode_attributes(table, names, given=dict(labels), others_unknown=others)
 
 
-class IndexedDataset(Dataset[Any]):
-    """A dataset of pairs, tuples or dicts, that gives each sample's row number beside it."""
+class NamedDataset(Dataset[Any]):
+    """A dataset of rows that names the row, and the file, of what cannot be read."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, where: str) -> None:
         self.inner = inner
+        self.where = where
 
     def __len__(self) -> int:
         return len(self.inner)
 
     def __getitem__(self, index: int) -> Any:
-        sample = self.inner[index]
+        try:
+            return self.inner[index]
+        except Exception as error:  # Pillow raises more than OSError for broken files
+            text, row = one_line(error), f"{self.where}: row {index + 1}"
+            if (files := getattr(self.inner, "images", None)) is not None:
+                text = text.removeprefix(f"{files[index]}: ")
+                row = f"{row}: cannot read image {str(files[index])!r}"
+            raise ValueError(f"{row}: {text}") from error
+
+
+class IndexedDataset(NamedDataset):
+    """A dataset of pairs, tuples or dicts, that gives each sample's row number beside it.
+
+    The number of a row whose image is deep is given as its complement, which is negative: so the
+    first process hears of it, whichever process has read the image.
+    """
+
+    def __init__(self, inner: Any, where: str) -> None:
+        super().__init__(inner, where)
+        self._is_deep = False  # the image read last
+        self._transform = getattr(inner, "transforms", None)
+        if self._transform is not None:
+            inner.transforms = self._look_at
+
+    def _look_at(self, image: Any) -> Any:
+        """Look at an image between open_clip's opening and its transform: its mode is there."""
+        self._is_deep = is_deep(image)
+        return cast(Any, self._transform)(image)
+
+    def __getitem__(self, index: int) -> Any:
+        self._is_deep = False
+        sample = super().__getitem__(index)
+        row = ~index if self._is_deep else index
         if isinstance(sample, Mapping):
-            return {**sample, f"{PREFIX}row": index}
-        return (*sample, index)
+            return {**sample, f"{PREFIX}row": row}
+        return (*sample, row)
 
 
 @dataclass
@@ -187,11 +223,16 @@ class RowSource(PairSource):
             )
         # DataLoader refuses a new dataset after construction, because its samplers know the old
         # one's length; the wrapper has the same length and the same samples.
-        vars(loader)["dataset"] = IndexedDataset(loader.dataset)
+        vars(loader)["dataset"] = IndexedDataset(loader.dataset, self.where)
 
     def take(self, batch: Sequence[Any]) -> tuple[tuple[Any, ...], PairBatch]:
         """Take the row numbers off the batch."""
         *pair, rows = batch
+        deep = rows < 0
+        rows = torch.where(deep, ~rows, rows)
+        if self.deep is None and deep.any():
+            row = int(rows[deep][0])
+            self.deep = f"{self.where}: row {row + 1}: image {self.columns['file'][row]!r}"
         return tuple(pair), PairBatch(self.ids[rows], self.codes[rows])
 
     def end_epoch(self, epoch: int, report: MinerReport | None, everything: bool) -> FlagRates:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..data.images import deep_warning
+from ..distributed import gather_objects
 from ..errors import UsageError, usage_errors
 from ..losses import FairLoss
 from ..miners import EpochSummary
 from ..pair_terms import trains_contrastive
 from ..presets import build_fair_loss
 from .csv_pairs import (
+    NamedDataset,
     PairBatch,
     PairSource,
     is_table,
@@ -25,7 +29,7 @@ from .csv_pairs import (
 )
 from .events import Callback, TrainState
 from .flags import FairOptions
-from .pair_reports import FlagRates, log_scalars, write_pairs
+from .pair_reports import FlagRates, log_scalars, rare_groups, write_pairs
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +67,13 @@ class FairTrainingCallback(Callback):
         self.rates: FlagRates = {}
         self.summary: EpochSummary | None = None
         self._pairs: deque[PairBatch] = deque()
+        self._device: str | None = None  # that asked for, where this open_clip asks
+        self._has_warned_of_deep = False
 
     def on_args_parsed(self, state: TrainState) -> None:
         """Look at the training data and refuse what cannot work."""
         args = state.args
+        self._device = getattr(args, "device", None)
         for name in ("horovod", "fsdp", "use_naflex"):  # each known to some versions alone
             if getattr(args, name, False):
                 raise UsageError(f"--fair-loss does not support --{name.replace('_', '-')}")
@@ -96,11 +103,15 @@ class FairTrainingCallback(Callback):
 
     def on_data_ready(self, state: TrainState) -> None:
         """Make the training loader give ids and groups; say what is to be said of the data."""
-        if state.args.rank == 0:
+        args, data = state.args, state.data
+        if args.rank == 0:
             for remark in self.source.remarks:
                 log.warning("Fair loss: %s", remark)
-        if "train" in state.data:
-            self.source.attach(state.data["train"].dataloader)
+        if "train" in data:
+            self.source.attach(data["train"].dataloader)
+        if "val" in data and is_table(args.val_data, args):
+            loader = data["val"].dataloader
+            vars(loader)["dataset"] = NamedDataset(loader.dataset, args.val_data)
 
     def on_loss_ready(self, state: TrainState) -> None:
         """Wrap open_clip's loss."""
@@ -113,6 +124,8 @@ class FairTrainingCallback(Callback):
             log.info("Fair loss: %s", self.loss)
             if not trains_contrastive(self.loss.base_loss):
                 log.warning("The fairness term alone trains the scores that it compares")
+            for trap in self._traps(state):
+                log.warning("Fair loss: %s", trap)
 
     def on_epoch_start(self, state: TrainState) -> None:
         """Forget pairs of a step that the last epoch did not complete."""
@@ -133,6 +146,8 @@ class FairTrainingCallback(Callback):
             )
         state.batch, pairs = self.source.take(state.batch)
         self._pairs.append(pairs)
+        if state.args.rank == 0:
+            self._warn_of_deep([self.source.deep])
 
     def on_loss_start(self, state: TrainState) -> None:
         """Give the loss the ids and groups of the pairs it sees, in their order."""
@@ -164,6 +179,8 @@ class FairTrainingCallback(Callback):
         report = None
         if state.args.rank == 0 and self.loss.miner is not None and self.loss.mining_unit == "pair":
             report = self.loss.miner.report()
+        found = gather_objects(self.source.deep)  # in every process
+        self._warn_of_deep(found if state.args.rank == 0 else [])
         everything = self.options.fair_save_pairs
         self.rates = self.source.end_epoch(state.epoch, report, everything)
         if report is None or summary is None:
@@ -182,6 +199,41 @@ class FairTrainingCallback(Callback):
             for name in ("flagged", "pairs") if everything else ("flagged",):
                 path = Path(state.args.checkpoint_path) / f"{name}_epoch_{state.epoch + 1}.csv"
                 write_pairs(path, report, self.source.describe, flagged_only=name == "flagged")
+
+    def _traps(self, state: TrainState) -> Iterator[str]:
+        """Yield what of this run is allowed, and seldom meant."""
+        args = state.args
+        steps = state.data["train"].dataloader.num_batches // args.accum_freq * args.epochs
+        warmup = 0 if getattr(args, "skip_scheduler", False) else getattr(args, "warmup", 0)
+        if warmup > steps:
+            yield (
+                f"--warmup {warmup} is longer than the {steps} steps of the run, whose learning "
+                f"rate ends at {steps / warmup:.2%} of --lr; give --warmup {steps // 10} or so"
+            )
+        asked = self._device or str(args.device)
+        if asked.split(":")[0] != str(args.device).split(":")[0]:
+            yield (
+                f"--device {asked} is not there: the run trains on {args.device}; give "
+                f"--device {args.device} if that is meant"
+            )
+        if (term := self.loss.fairness) is not None:
+            batch = args.batch_size * args.accum_freq * args.world_size
+            least = term.min_group_size - term.queue_size
+            rare = rare_groups(self.source.codes.numpy(), self.source.codebook, batch, least)
+            if rare:
+                shown = ", ".join(rare[:5]) + f" and {len(rare) - 5} more" * (len(rare) > 5)
+                yield (
+                    f"a group has distance 0 where a batch of {batch} holds fewer than "
+                    f"{term.min_group_size} of it, as is to be expected of {shown}; add "
+                    f"--fair-queue {batch}, which compares the last {batch} scores of each group"
+                )
+
+    def _warn_of_deep(self, found: Iterable[str | None]) -> None:
+        """Warn of the first image of more than 8 bits, once a run."""
+        first = next(filter(None, found), None)
+        if first is not None and not self._has_warned_of_deep:
+            self._has_warned_of_deep = True
+            log.warning("Fair loss: %s", deep_warning(first))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loss's state, the meaning of the group codes, and the flags it depends on."""

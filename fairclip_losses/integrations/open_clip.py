@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import importlib.util
 import io
 import re
 import sys
@@ -23,12 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UsageError
 from .events import Event, default_registry
-from .flags import build_parser, split_flags
+from .flags import FairOptions, build_parser, split_flags
 from .hooked import HookedArgs, HookedLoader, HookedLoss, of_a_run
 from .patching import Call, Hook, ModulePatch
 from .run import Run
 
 PROGRAM = "open_clip_train.main"
+INSTALL = "pip install 'fairclip_losses[train]'"
+_NEEDED = ("open_clip_train", "pandas", "webdataset", "braceexpand")  # which the extra brings
 KNOWN_VERSIONS = "open_clip_torch 2.26.1 to 3.3.0"
 _EVALUATED = ("val", "imagenet-val", "imagenet-v2")  # open_clip evaluates where it has one of these
 
@@ -88,12 +91,7 @@ def _parse_args(call: Call) -> Any:
 
 def parse_arguments(parse: Callable[[list[str]], argparse.Namespace], argv: Sequence[str]) -> Any:
     """Return open_clip's own arguments where nothing was asked, `HookedArgs` otherwise."""
-    if any(word in ("-h", "--help") for word in argv):
-        usage = "usage: python -m fairclip_losses.train [open_clip's flags] [--fair-loss ...]\n"
-        print(usage, build_parser().format_help(), "open_clip's own flags, unchanged:\n", sep="\n")
-        return parse(list(argv))
-    options, rest = split_flags(argv)
-    args = _parse_quietly(parse, rest)
+    options, args = _parse_both(parse, argv)
     if not (options.active or len(default_registry)):
         return args
     hooked = HookedArgs(**vars(args))
@@ -101,6 +99,40 @@ def parse_arguments(parse: Callable[[list[str]], argparse.Namespace], argv: Sequ
         vars(hooked).update(vars(options))
     hooked.run = Run(options, hooked)
     return hooked
+
+
+def _parse_both(parse: Callable[[list[str]], Any], argv: Sequence[str]) -> tuple[FairOptions, Any]:
+    """Return our options and open_clip's arguments; ``--help`` shows the flags of both."""
+    if any(word in ("-h", "--help") for word in argv):
+        usage = "usage: python -m fairclip_losses.train [open_clip's flags] [--fair-loss ...]\n"
+        print(usage, build_parser().format_help(), sep="\n")
+        if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+            print(f"{', '.join(missing)} is not here, and training needs it: {INSTALL}\n")
+        print("open_clip's own flags, unchanged:\n")
+        parse(["--help"])
+    options, rest = split_flags(argv)
+    return options, _parse_quietly(parse, rest)
+
+
+def check_flags(argv: Sequence[str]) -> None:
+    """Refuse wrong flags, or show the help, before open_clip with all that it needs is imported.
+
+    `parse_arguments` parses them again, once the program is there: that takes no time.
+    """
+    if sys.modules.get(PROGRAM) is not None:
+        return
+    try:
+        parse = importlib.import_module("open_clip_train.params").parse_args
+    except ImportError:
+        parse = _say_what_is_missing
+    _parse_both(parse, argv)
+
+
+def _say_what_is_missing(argv: list[str]) -> None:
+    """Stand in for open_clip's parser where there is none; `patch` refuses what is no help."""
+    if "--help" in argv:
+        print(f"(shown once it is installed: {INSTALL})")
+        raise SystemExit(0)
 
 
 def _parse_quietly(parse: Callable[[list[str]], Any], argv: list[str]) -> Any:
@@ -223,9 +255,8 @@ def patch() -> Patch:
     try:
         program = importlib.import_module(PROGRAM)
     except ImportError as error:
-        install = "pip install 'fairclip_losses[train]'"
         raise ImportError(
-            f"cannot import {PROGRAM} ({error}); install it with {install}"
+            f"cannot import {PROGRAM} ({error}); install it with {INSTALL}"
         ) from error
     return Patch(_patches.setdefault(program, _patch_of(program)))
 

@@ -67,6 +67,21 @@ def count_flagged(
     return counts
 
 
+def rare_groups(
+    codes: npt.NDArray[np.integer[Any]], codebook: CodeBook, batch: int, least: int
+) -> list[str]:
+    """Return in words the groups of which fewer than ``least`` pairs are expected in a batch."""
+    pairs, rare = len(codes), []
+    counts = count_flagged(np.zeros(pairs, dtype=np.bool_), codes, codebook)
+    for (attribute, labels), of_one in zip(codebook.labels.items(), counts, strict=True):
+        for label, (_, seen) in zip(labels, of_one.tolist(), strict=True):
+            if (expected := batch * seen / pairs) < least:
+                rare.append(
+                    f"{attribute}={label} ({seen} of {pairs} pairs, {expected:.2g} a batch)"
+                )
+    return rare
+
+
 def flag_rates(counts: Iterable[IntArray], codebook: CodeBook) -> FlagRates:
     """Return the flag rates of what `count_flagged` counted.
 

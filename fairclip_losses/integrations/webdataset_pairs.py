@@ -21,7 +21,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..data.images import holds_deep_image
 from ..data.tables import (
     MAX_GROUPS,
     UNKNOWN,
@@ -39,6 +40,7 @@ from ..data.tables import (
     is_missing,
     shortened,
 )
+from ..distributed import gather_objects
 from ..errors import UsageError, one_line
 from ..miners import MinerReport
 from .csv_pairs import PREFIX, PairBatch, PairSource, process_count
@@ -46,13 +48,15 @@ from .flags import FairOptions
 from .pair_reports import FlagRates, attribute_column, count_flagged, flag_rates
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 # Columns of a sample's row: id, shard number, what it lacks, group codes. Of what it lacks bit 0 is
-# the json member, bit 1 the id asked for, bit 2 + c the key of attribute c.
+# the json member, bit 1 the id asked for, bit 2 + c the key of attribute c; the bit past these says
+# that the image has more than 8 bits.
 ID, SHARD, LACKS, GROUPS = 0, 1, 2, 3
 
 FIELDS = (f"{PREFIX}row", f"{PREFIX}key")  # names under which a sample carries its row and its key
+DEEP = "__deep__"  # that of whether its image has more than 8 bits
+IMAGES = (".jpg", ".png", ".jpeg", ".webp")  # open_clip's
 
 Shards = Mapping[str, tuple[int, str]]  # url -> number and name
 Place = tuple[int, str, tuple[int, ...]]  # of a streamed pair: shard number, key, group codes
@@ -99,6 +103,39 @@ def _cell(value: object) -> str | None:
     return _plain(str(value)).strip() if isinstance(value, (str, int, float)) else None
 
 
+class DecodeStage:
+    """open_clip's stage that decodes a sample's members, and leaves out what it cannot decode.
+
+    The line that open_clip logs of these gets their names, and a sample says if its image is deep.
+    """
+
+    def __init__(self, inner: Any, shards: Shards) -> None:
+        self.inner = inner
+        self.shards = shards
+        self.sample: dict[str, Any] = {}  # that is being decoded
+
+    def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Pass the decoded samples on, each with the field `DEEP`."""
+        options = {**self.inner.kw, "handler": self._leave_out}
+        decoded = self.inner.f(self._noted(samples), self._look, *self.inner.args, **options)
+        for sample in decoded:
+            yield {**sample, DEEP: self.is_deep}
+
+    def _noted(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for sample in samples:
+            self.sample, self.member, self.is_deep = sample, "", False
+            yield sample
+
+    def _look(self, member: str, content: bytes) -> None:
+        """Look at a member just before it is decoded."""
+        self.member = member
+        self.is_deep |= member in IMAGES and holds_deep_image(content)
+
+    def _leave_out(self, error: Exception) -> Any:
+        error.args = (*error.args, f"{place(self.sample, self.shards)}, member {self.member}")
+        return self.inner.kw["handler"](error)
+
+
 class PairStage:
     """A stage of open_clip's pipeline that puts each sample's row and key beside its members.
 
@@ -139,10 +176,11 @@ class PairStage:
         """
         key, (number, shard) = str(sample["__key__"]), self.shards[sample["__url__"]]
         found, codes = sample.get("json"), [UNKNOWN] * len(self.coders)
+        deep = sample.get(DEEP, False) << 2 + len(codes)
         if not isinstance(found, Mapping):
-            return [hashed_id(shard, key), number, 1, *codes]
+            return [hashed_id(shard, key), number, 1 | deep, *codes]
         identity = None if self.id_key is None else own_id(found.get(self.id_key))
-        lacks = 2 * (self.id_key is not None and identity is None)
+        lacks = deep | 2 * (self.id_key is not None and identity is None)
         for position, (name, coder) in enumerate(self.coders.items()):
             if name not in found:
                 lacks |= 4 << position
@@ -150,11 +188,16 @@ class PairStage:
             code = coder.code(_cell(found[name]))
             if code is None:
                 raise ValueError(
-                    f"shard {shard}, sample {_plain(key)}: key {name!r} of the json member: "
+                    f"{place(sample, self.shards)}: key {name!r} of the json member: "
                     f"{self.expected(name)}, got {reprlib.repr(found[name])}"
                 )
             codes[position] = code
         return [hashed_id(shard, key) if identity is None else identity, number, lacks, *codes]
+
+
+def place(sample: Mapping[str, Any], shards: Shards) -> str:
+    """Return where a sample comes from, in words."""
+    return f"shard {shards[sample['__url__']][1]}, sample {_plain(str(sample['__key__']))}"
 
 
 def shard_names(urls: Iterable[str]) -> dict[str, str]:
@@ -237,10 +280,11 @@ def _first_pairs(url: str) -> Iterator[dict[str, Any]]:
 
 def look_at(
     stage: PairStage, urls: Sequence[str], where: str
-) -> tuple[dict[str, int], tuple[str, ...]]:
+) -> tuple[dict[str, int], Tensor, tuple[str, ...]]:
     """Look at the first pairs of some shards.
 
-    Returns how many codes each attribute has, and what is to be said of groups and captions.
+    Returns how many codes each attribute has, those of the pairs, and what is to be said of groups
+    and captions.
 
     Raises:
         UsageError: shards that cannot be read, keys that are not there, values that are no groups
@@ -298,7 +342,7 @@ def look_at(
             f"{first}: {len(empty)} of {len(pairs)} captions are empty (first of sample "
             f"{_plain(str(empty[0]))}) and trained so; write captions or leave the samples out"
         )
-    return num_codes, tuple(remarks)
+    return num_codes, rows[:, GROUPS:], tuple(remarks)
 
 
 def _check_ids(name: str, members: Sequence[Any], ids: Sequence[int], where: str) -> None:
@@ -325,6 +369,8 @@ def insert_stage(loader: Any, stage: PairStage) -> None:
         stages: list[Any] = getattr(getattr(source, "dataset", None), "pipeline", [])
         for position, step in enumerate(stages):
             made_by = getattr(getattr(step, "f", None), "__name__", "")
+            if made_by == "_decode" and "handler" in step.kw:
+                stages[position] = DecodeStage(step, stage.shards)
             if made_by == "_to_tuple" and tuple(step.args) == ("image", "text"):
                 wider = type(step)(step.f, *step.args, *FIELDS, **step.kw)
                 stages[position : position + 1] = [stage, wider]
@@ -375,15 +421,6 @@ class SeenPairs:
         return places
 
 
-def _of_all_processes(value: T) -> list[T]:
-    """Return the values of all processes, rank by rank; every process must call it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 class ShardSource(PairSource):
     """The samples of webdataset shards: ids and groups come with each from its json member.
 
@@ -401,7 +438,8 @@ class ShardSource(PairSource):
         urls = {url: (number, name) for number, (url, name) in enumerate(self.names.items())}
         places = np.linspace(0, len(urls) - 1, LOOK_SHARDS).round().astype(int)
         looked = [list(urls)[place] for place in np.unique(places)]
-        num_codes, self.remarks = look_at(PairStage(urls, options, {}), looked, self.where)
+        found = look_at(PairStage(urls, options, {}), looked, self.where)
+        num_codes, self.codes, self.remarks = found
         self._stage = PairStage(urls, options, num_codes)
         coders = self._stage.coders.items()
         self.codebook = CodeBook({name: tuple(coder.labels) for name, coder in coders})
@@ -436,13 +474,18 @@ class ShardSource(PairSource):
         *pair, (rows, keys) = batch
         self._pairs += len(rows)
         self._lacks += (rows[:, LACKS, None] >> torch.arange(len(self._lacks)) & 1).sum(dim=0)
+        deep = (rows[:, LACKS] >> len(self._lacks)).tolist()
+        if self.deep is None and any(deep):
+            first = deep.index(1)
+            shard = list(self.names.values())[rows[first, SHARD]]
+            self.deep = f"shard {shard}, sample {keys[first]}: the image"
         if self._keeps_places:
             self._seen.add(rows, keys)
         return tuple(pair), PairBatch(rows[:, ID].clone(), rows[:, GROUPS:].clone())
 
     def end_epoch(self, epoch: int, report: MinerReport | None, everything: bool) -> FlagRates:
         """Bring together what the processes have seen; return the rates of the epoch's pairs."""
-        flagged, *_ = _of_all_processes(None if report is None else report.flagged().ids)
+        flagged, *_ = gather_objects(None if report is None else report.flagged().ids)
         own_counts: list[IntArray] = []
         own_places: dict[int, Place] = {}
         if flagged is not None:
@@ -450,7 +493,7 @@ class ShardSource(PairSource):
             own_counts = count_flagged(np.isin(ids, flagged), codes, self.codebook)
             own_places = self._seen.places(None if everything else flagged.tolist())
         own = (self._pairs, self._lacks, own_counts, own_places)
-        pairs, lacks, counts, places = zip(*_of_all_processes(own), strict=True)
+        pairs, lacks, counts, places = zip(*gather_objects(own), strict=True)
         self._start_epoch()
         self._warn_once(epoch, sum(pairs), sum(lacks))
         if report is None:

@@ -16,8 +16,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.linalg import solveh_banded
-from scipy.linalg.lapack import dposv
+import scipy  # loads what is used of it, and that when it is used
 
 from .gauss_cells import Interpolation, Measure, cut, divide, gauss_points
 from .line_newton import (
@@ -314,7 +313,7 @@ class GaussKernel:
         plan *= np.sqrt(1.0 / _null_diagonal(roots[0] @ plan, roots[1]))
         matrix = -(plan @ plan.T)
         matrix[np.diag_indices(left.size)] += of_rows + MIN_SHIFT
-        _, solved, info = dposv(matrix, violation, overwrite_a=True)
+        _, solved, info = scipy.linalg.lapack.dposv(matrix, violation, overwrite_a=True)
         if info:
             raise np.linalg.LinAlgError("not positive definite")
         return np.asarray(solved)
@@ -378,7 +377,9 @@ class BandKernel(GaussKernel):
         bands[place_y, 0] = _null_diagonal(sums_y, roots[1]) + self._shift
         right = np.zeros(len(bands))
         right[place_x] = violation
-        solved = solveh_banded(bands.T, right, True, True, lower=True, check_finite=False)
+        solved = scipy.linalg.solveh_banded(
+            bands.T, right, True, True, lower=True, check_finite=False
+        )
         return np.asarray(solved)[place_x]
 
 

@@ -10,7 +10,7 @@ equations are banded for the same reason. All rows share the sorted points z (K,
 from __future__ import annotations
 
 import numpy as np
-from scipy.linalg.lapack import dgbsv, dgttrs, dpttrs
+import scipy  # loads what is used of it, and that when it is used
 
 from .line_newton import (
     CUMULATIVE_WEIGHT_TOL,
@@ -180,7 +180,7 @@ class LaplaceKernel:
         bands[:, :, 0, 5] = -mass_b
         bands[:, :, 1, 3] = (np.maximum(damping, MIN_DAMPING) - 1.0) * mass_a
         for own_bands, own_right in zip(bands, right, strict=True):
-            own_right[:] = dgbsv(
+            own_right[:] = scipy.linalg.lapack.dgbsv(
                 2, 2, own_bands.reshape(-1, 7).T, own_right.reshape(-1, 1),
                 overwrite_ab=True, overwrite_b=True,
             )[2].reshape(-1, 2)  # fmt: skip
@@ -203,7 +203,9 @@ class LaplaceKernel:
     def _product(self, scale: Array, weight: Array) -> Array:
         """Multiply scaled weights, which are overwritten, with the scaled kernel."""
         if not self._is_long:
-            solved: Array = dpttrs(self._diagonal, self._below, weight.T, overwrite_b=True)[0]
+            solved: Array = scipy.linalg.lapack.dpttrs(
+                self._diagonal, self._below, weight.T, overwrite_b=True
+            )[0]
             return solved.T
         return self._solve(scale, weight)
 
@@ -218,7 +220,7 @@ class LaplaceKernel:
         above = -diagonal * np.exp(change - self.gap)
         if only_left:
             diagonal, above = np.ones(weight.shape), np.zeros(weight.shape)
-        solved: Array = dgttrs(
+        solved: Array = scipy.linalg.lapack.dgttrs(
             below[:-1], diagonal.reshape(-1), above.reshape(-1)[:-1], np.zeros(weight.size - 2),
             np.arange(1, weight.size + 1, dtype=np.int32), weight.reshape(-1, 1), overwrite_b=True,
         )[0]  # fmt: skip
