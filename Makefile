@@ -60,10 +60,10 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 unit: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 oldest: $(OLDEST)/.test
-	$(OLDEST)/bin/python -m pytest -rs
+	$(OLDEST)/bin/python -m pytest -n auto -rs
 
 upstream: $(VENV)/.test
 	$(BIN)/python tests/upstream_tests.py
