@@ -9,10 +9,11 @@ SOURCES := setup.cfg pyproject.toml
 OLDEST ?= .venv-oldest
 OLDEST_PYTHON ?= $(PYTHON)
 
-.PHONY: help demo test lint types unit oldest upstream upstream-oldest docs clean
+.PHONY: help demo evidence test lint types unit oldest upstream upstream-oldest docs clean
 
 help:
 	@echo "make demo      set up and run the main job end to end on real images (about 5 minutes)"
+	@echo "make evidence  run the study of examples/evidence; it takes up where it stopped"
 	@echo "make test      set up and run lint, types and tests, on the newest releases"
 	@echo "make oldest    set up the oldest releases supported and run the tests on them"
 	@echo "make upstream  run open_clip's own tests with the patch in force; upstream-oldest likewise"
@@ -49,6 +50,9 @@ $(OLDEST)/.test: build/oldest.txt pyproject.toml
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits/run.py
+
+evidence: $(VENV)/.test
+	$(BIN)/python examples/evidence/study.py
 
 test: lint types unit
 

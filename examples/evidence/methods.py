@@ -58,17 +58,20 @@ class PermutedWeights(BadPairMiner):
         assert mined.miner is not None
         super().__init__(**{name: getattr(mined.miner, name) for name in _OPTIONS})
         self.draw = torch.Generator().manual_seed(run.seed + 1)
-        self.whose = torch.arange(len(run.data.caption))
+        self.dealt = torch.ones(len(run.data.caption))
 
     def forward(self, pair_losses: Tensor, ids: Tensor, *, record: bool | None = None) -> Tensor:
         """Record each pair's own loss, and weigh it by another pair's weight."""
         super().forward(pair_losses, ids, record=record)
-        return super().forward(pair_losses, self.whose[ids], record=False)
+        return self.dealt[ids]
 
     def end_epoch(self) -> Any:
-        """Deal the weights out anew."""
-        self.whose = torch.randperm(len(self.whose), generator=self.draw)
-        return super().end_epoch()
+        """Deal out the weights that the pairs of this epoch now have."""
+        summary, report = super().end_epoch(), self.report()
+        weights = torch.ones_like(self.dealt)
+        weights[torch.from_numpy(report.ids)] = torch.from_numpy(report.weight).float()
+        self.dealt = weights[torch.randperm(len(weights), generator=self.draw)]
+        return summary
 
 
 _OPTIONS = (
