@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import encode_attributes, read_table, write_table, write_text
-from .data.tables import given_attributes, shortened
+from .data.groups import given_attributes, shortened
 from .errors import one_line
 from .evaluation.zero_shot import Preprocess, Tokenizer, ZeroShotTask, evaluate_task
 

@@ -27,7 +27,8 @@ from fairclip_losses.data import (
     write_table,
     write_text,
 )
-from fairclip_losses.data.tables import check_images, given_labels, group_remarks
+from fairclip_losses.data.groups import given_attributes, group_remarks
+from fairclip_losses.data.images import check_images
 from fairclip_losses.errors import UsageError
 
 
@@ -95,7 +96,7 @@ def test_every_mark_of_pandas_is_unknown_and_none_is_a_label(tmp_path):
         assert codes[:, 0].tolist() == [0, *[UNKNOWN] * (len(cells) - 2), 1]
     for mark in STR_NA_VALUES:
         with pytest.raises(ValueError, match="which stands for an unknown value"):
-            given_labels(f"a,{mark}", "g")
+            given_attributes([f"g=a,{mark}"], "--fair-attributes")
 
 
 @settings(deadline=None, max_examples=20)

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..data.tables import UNKNOWN, IntArray
+from ..data.groups import UNKNOWN
+from ..data.tables import IntArray
 from ..validation import check_choice, check_integer
 
 FloatArray = npt.NDArray[np.float64]

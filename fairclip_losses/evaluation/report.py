@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..data.tables import CodeBook, IntArray, lone_group
+from ..data.groups import CodeBook, group_remark
+from ..data.tables import IntArray
 from ..validation import check_integer
 from . import group_metrics as metrics
 from .group_metrics import FloatArray
@@ -212,7 +213,7 @@ def fairness_report(
         counts = np.bincount(codes[codes >= 0], minlength=len(names)).tolist()
         sizes = len(_GAPS), len(names), len(names)
         gaps, *levels = (list(itertools.islice(estimates, size)) for size in sizes)
-        if lone := lone_group(name, names, codes):
+        if lone := group_remark(name, names, codes, tiny=0, many=math.inf):
             warnings.warn(lone, UserWarning, stacklevel=2)
             gaps = [Estimate(math.nan, math.nan, math.nan)] * len(_GAPS)
         members = tuple(map(GroupReport, names, counts, *levels))

@@ -24,17 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from ..data.images import deep_warning, is_deep
-from ..data.tables import (
-    CodeBook,
-    IntArray,
-    Table,
-    check_images,
-    encode_attributes,
-    encode_labels,
-    group_remarks,
-    write_table,
-)
+from ..data.groups import CodeBook, encode_attributes, encode_labels, group_remarks
+from ..data.images import check_images, deep_warning, is_deep
+from ..data.tables import IntArray, Table, write_table
 from ..errors import reason
 from ..validation import check_integer
 from .group_metrics import FloatArray, decide
