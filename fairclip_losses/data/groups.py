@@ -17,20 +17,11 @@ import numpy as np
 
 from .tables import IntArray, Table, write_text
 
-UNKNOWN = -1
-"""Group code of a value that is not known: it counts in the whole and in no group."""
-
-MAX_GROUPS = 64
-"""A column with more distinct values is an id or a measurement, not a protected attribute."""
-
-MANY_GROUPS = 20
-"""With more groups than this a batch of usual size holds a few pairs of each."""
-
-TINY_GROUP_ROWS = 10
-"""Of fewer rows a rate moves by more than 0.1 with each of them."""
-
-OTHERS = "*"
-"""After the labels that a user lists: any other value is unknown."""
+UNKNOWN = -1  # group code of a value that is not known: it counts in the whole and in no group
+MAX_GROUPS = 64  # with more distinct values a column is an id or a measurement, no attribute
+MANY_GROUPS = 20  # with more of them a batch of usual size holds a few pairs of each
+TINY_GROUP_ROWS = 10  # with fewer rows a rate moves by more than 0.1 with each of them
+OTHERS = "*"  # after the labels that a user lists: any other value is unknown
 
 # What pandas takes for missing, and the word unknown; in any case.
 _MISSING = {

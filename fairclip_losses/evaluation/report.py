@@ -6,6 +6,7 @@ y_true, scores, groups -> fairness_report -> FairnessReport -> to_dict, to_rows,
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,8 +100,7 @@ class FairnessReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested dicts and lists as JSON takes them; NaN becomes None."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        return dict(json.loads(json.dumps(asdict(self)), parse_constant=lambda nan: None))
 
     def to_rows(self) -> list[Row]:
         """Return one flat row per number: attribute, group, metric, value, low, high, count.
@@ -110,8 +110,9 @@ class FairnessReport:
         """
         header = ("attribute", "group", "metric", "value", "low", "high", "count")
         return [
-            dict(zip(header, (*names, *_plain(astuple(estimate)), count), strict=True))
+            dict(zip(header, (*names, *numbers, count), strict=True))
             for *names, estimate, count in self._numbers()
+            for numbers in [[None if math.isnan(x) else x for x in astuple(estimate)]]
         ]
 
     def table(self) -> str:
@@ -189,7 +190,7 @@ def fairness_report(
             attribute without labels, or a setting out of range.
     """
     y, s, num_classes = metrics.check_samples(y_true, scores)
-    s = s[:, 1] if s.ndim == 2 and num_classes == 2 else s
+    s = s[:, 1] if s.shape[1:] == (2,) else s
     check_integer("n_bootstrap", n_bootstrap, 0)
     if not 0 < confidence < 1:
         raise ValueError(f"expected a confidence between 0 and 1, got {confidence}")
@@ -218,22 +219,13 @@ def fairness_report(
             gaps = [Estimate(math.nan, math.nan, math.nan)] * len(_GAPS)
         members = tuple(map(GroupReport, names, counts, *levels))
         reports[name] = AttributeReport(members, int((codes < 0).sum()), *gaps)
-    report = FairnessReport(
-        num_samples=len(y),
-        num_classes=num_classes,
-        threshold=threshold if num_classes == 2 else None,
-        num_bootstrap=n_bootstrap,
-        confidence=confidence,
-        seed=seed,
-        auc=auc,
-        accuracy=accuracy,
-        attributes=reports,
-    )
+    cut = threshold if num_classes == 2 else None
+    how = (len(y), num_classes, cut, n_bootstrap, confidence, seed)
+    report = FairnessReport(*how, auc, accuracy, reports)
     for name, group, metric, estimate, count in report._numbers():
         if metric == "auc" and count and math.isnan(estimate.value):
-            what = "one class only: the AUC is NaN"
-            if name:
-                what = f"attribute {name!r}: group {group!r} holds one class only: its AUC is NaN"
+            of_group = f"attribute {name!r}: group {group!r} holds one class only: its AUC is NaN"
+            what = of_group if name else "one class only: the AUC is NaN"
             warnings.warn(what, UserWarning, stacklevel=2)
     return report
 
@@ -261,7 +253,7 @@ def _all_metrics(
 ) -> FloatArray:
     """Compute each number for every row of the weights: (numbers, R), in the reports' order."""
     auc = metrics.macro_auc(weights, y, scores)
-    right = (weights * (y == predicted)).sum(axis=1) / weights.sum(axis=1)
+    right = weights @ (y == predicted) / weights.sum(axis=1)
     numbers = [auc, right]
     for codes, labels in attributes.values():
         aucs = metrics.group_macro_auc(weights, y, scores, codes, len(labels))
@@ -291,12 +283,3 @@ def _resamples(size: int, number: int, seed: int) -> Iterator[FloatArray]:
         draws = generator.integers(size, size=(block, size)) + size * np.arange(block)[:, None]
         counts = np.bincount(draws.ravel(), minlength=block * size).reshape(block, size)
         yield np.concatenate([np.ones((1, size)), counts])
-
-
-def _plain(value: Any) -> Any:
-    """Turn tuples into lists and NaN into None, all the way down."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

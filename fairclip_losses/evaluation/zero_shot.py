@@ -82,7 +82,6 @@ class ZeroShotTask:
             raise ValueError(f"expected a prompt for each of two or more classes, got {prompts}")
         if len(set(prompts)) != len(prompts):
             raise ValueError(f"expected another prompt for each class, got {list(prompts)}")
-        table.column(image_key)
         labels, classes = encode_labels(table, label, len(prompts))
         groups, book = encode_attributes(table, attributes, codebook, others_unknown=others_unknown)
         files, remarks = check_images(table, image_key), group_remarks(table, groups, book)
@@ -181,9 +180,7 @@ def evaluate_task(
     workers: int = 0,
     input_dtype: torch.dtype = torch.float32,
     threshold: float = 0.5,
-    n_bootstrap: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    **report_options: Any,
 ) -> tuple[FairnessReport, Predictions]:
     """Classify the images of a task and report how fairly.
 
@@ -213,25 +210,14 @@ def evaluate_task(
     images = _without_deep(loader)
     probabilities = zero_shot_probabilities(model, images, texts, device, input_dtype=input_dtype)
     groups = dict(zip(task.codebook.labels, task.groups.T, strict=True))
-    report = fairness_report(
-        *(task.labels, probabilities, groups),
-        labels=task.codebook,
-        threshold=threshold,
-        n_bootstrap=n_bootstrap,
-        confidence=confidence,
-        seed=seed,
-    )
+    options = {"labels": task.codebook, "threshold": threshold, **report_options}
+    report = fairness_report(task.labels, probabilities, groups, **options)
     if report.auc.value < CROSSED_AUC:
-        pairs = ", ".join(
-            f"{prompt!r} for class {name!r}"
-            for prompt, name in zip(task.prompts, task.classes, strict=True)
-        )
-        warnings.warn(
-            f"the AUC of {report.auc.value:.3f} is far below 0.5: prompts and classes may be "
-            f"crossed ({pairs})",
-            UserWarning,
-            stacklevel=2,
-        )
+        pairs = zip(task.prompts, task.classes, strict=True)
+        shown = ", ".join(f"{prompt!r} for class {name!r}" for prompt, name in pairs)
+        low = f"the AUC of {report.auc.value:.3f} is far below 0.5"
+        what = f"{low}: prompts and classes may be crossed ({shown})"
+        warnings.warn(what, UserWarning, stacklevel=2)
     return report, Predictions(task, probabilities, decide(probabilities, threshold))
 
 
