@@ -168,10 +168,8 @@ def fairness_report(
 
     Args:
         y_true: class codes (N,).
-        scores: probabilities of class 1, (N,); or of every class, (N, K). Of (N, 2), which is
-            binary too, column 1 counts.
-        groups: attribute name -> group codes (N,), -1 for unknown: left out of that attribute's
-            numbers, kept in the overall ones.
+        scores: probabilities of class 1, (N,); or of every class, (N, K): of two column 1 counts.
+        groups: attribute name -> group codes (N,); -1, unknown, counts in the overall numbers only.
         labels: attribute name -> name of each group, with samples or without; None: the codes.
         threshold: from which score on a binary sample is predicted positive.
         n_bootstrap: number of resamples; 0 for no intervals (NaN).

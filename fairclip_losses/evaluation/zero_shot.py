@@ -206,9 +206,17 @@ def evaluate_task(
         # Without its own generator the loader would draw from, and so shift, the global one.
         generator=torch.Generator(),
     )
+    deep: list[str] = []
+
+    def images() -> Iterator[Tensor]:
+        for batch, found in loader:
+            deep.extend(found)
+            yield batch
+
     texts = tokenizer(list(task.prompts))
-    images = _without_deep(loader)
-    probabilities = zero_shot_probabilities(model, images, texts, device, input_dtype=input_dtype)
+    probabilities = zero_shot_probabilities(model, images(), texts, device, input_dtype=input_dtype)
+    if deep:
+        warnings.warn(deep_warning(deep[0]), UserWarning, stacklevel=2)
     groups = dict(zip(task.codebook.labels, task.groups.T, strict=True))
     options = {"labels": task.codebook, "threshold": threshold, **report_options}
     report = fairness_report(task.labels, probabilities, groups, **options)
@@ -221,22 +229,11 @@ def evaluate_task(
     return report, Predictions(task, probabilities, decide(probabilities, threshold))
 
 
-def _without_deep(batches: Iterable[tuple[Tensor, str]]) -> Iterator[Tensor]:
-    """Yield the images of `_read_images`; warn of the first deep one, whichever process read it."""
-    warned = False
-    for images, deep in batches:
-        if deep and not warned:
-            warnings.warn(deep_warning(deep), UserWarning, stacklevel=2)
-            warned = True
-        yield images
-
-
-def _read_images(preprocess: Preprocess, rows: Sequence[tuple[int, str]]) -> tuple[Tensor, str]:
-    """Read image files, each with its row; say which is the first deep one, nothing for none.
-
-    One that is no image is a ValueError that names it.
-    """
-    images, deep = [], ""
+def _read_images(
+    preprocess: Preprocess, rows: Sequence[tuple[int, str]]
+) -> tuple[Tensor, list[str]]:
+    """Read image files, each with its row; say which are deep. A ValueError names what is none."""
+    images, deep = [], []
     for row, file in rows:
         try:
             with Image.open(file) as image:
@@ -246,6 +243,6 @@ def _read_images(preprocess: Preprocess, rows: Sequence[tuple[int, str]]) -> tup
             where = f"row {row}: cannot read image {file!r}"
             raise ValueError(f"{where}: {reason(error)}") from error
         if is_deep(image):
-            deep = deep or f"row {row}: image {file!r}"
+            deep.append(f"row {row}: image {file!r}")
         images.append(preprocess(image))
     return torch.stack(images), deep
