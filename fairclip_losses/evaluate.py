@@ -75,12 +75,8 @@ def _run(options: argparse.Namespace) -> None:
     table = read_table(options.data, options.csv_separator, as_open_clip=[image_key])
     names, labels, others = given_attributes(options.attributes, "--attributes")
     _, codebook = encode_attributes(table, names, given=labels, others_unknown=others)
-    what: dict[str, Any] = {
-        "label": options.label,
-        "prompts": options.prompts,
-        "image_key": image_key,
-    }
-    what |= {"attributes": names, "codebook": codebook, "others_unknown": others}
+    what: dict[str, Any] = {"attributes": names, "codebook": codebook, "others_unknown": others}
+    what |= {"label": options.label, "prompts": options.prompts, "image_key": image_key}
     task = ZeroShotTask.from_table(table, **what)
     output = Path(options.output or checkpoint.parent)
     output.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ import csv
 import io
 import os
 import re
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -53,10 +52,9 @@ class Table:
             ValueError: no such column; the message names those there are, and the separator that
                 was meant where the header looks like it.
         """
-        if name in self.columns:
-            return self.columns[name]
-        if len(alike := [there for there in self.columns if there.strip() == name]) == 1:
-            return self.columns[alike[0]]
+        alike = [there for there in self.columns if there.strip() == name]
+        if name in self.columns or len(alike) == 1:
+            return self.columns[name if name in self.columns else alike[0]]
         there = f"the columns are {', '.join(map(repr, self.columns))}"
         hint = _separator_hint(list(self.columns), name)
         raise ValueError(f"{self.path}: no column {name!r}; {there}{hint}")
@@ -99,9 +97,7 @@ def read_table(
     if not separator:
         raise ValueError(f"expected a separator of one character or more, got {separator!r}")
     with warnings.catch_warnings():
-        # Of how pandas reads; in training open_clip's own reading says the same.
-        for kind in (pd.errors.ParserWarning, pd.errors.DtypeWarning):
-            warnings.simplefilter("ignore", kind)
+        warnings.simplefilter("ignore")  # of how pandas reads; in training open_clip says the same
         try:
             header = pd.read_csv(path, sep=separator, nrows=0).columns
             as_text = {name: str for name in header if name not in as_open_clip}
@@ -109,8 +105,8 @@ def read_table(
         except pd.errors.EmptyDataError:
             raise ValueError(f"{path}: expected a header and rows, got an empty file") from None
         except Exception as error:  # whatever decompressors and servers raise
-            what = _unreadable(error, separator)
-            raise ValueError(f"{path}: cannot read the table: {what}") from error
+            what = f"cannot read the table: {_unreadable(error, separator)}"
+            raise ValueError(f"{path}: {what}") from error
     if not len(frame):
         raise ValueError(f"{path}: expected rows below the header, got the header alone")
     # Where rows are longer than the header, pandas takes their first cells for names of rows.
@@ -192,15 +188,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}")
     try:
-        with open(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        # mkstemp makes a private file; give this one the rights that an ordinary new file gets.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
+        temporary.write_text(text, encoding="utf-8", newline="")
         os.replace(temporary, target)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise

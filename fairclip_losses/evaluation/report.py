@@ -176,12 +176,10 @@ def fairness_report(
         confidence: coverage of the intervals, between 0 and 1.
         seed: of the resampling; the same seed gives the same intervals.
 
-    Returns:
-        A `FairnessReport`. An attribute of which one group alone has samples has no gaps and no
-        equity-scaled metrics: NaN, with a UserWarning. A group that has samples of one class only
-        has AUC NaN, with a UserWarning, and is left out of the equity-scaled AUC and the
-        disparities; a group without positives (negatives) is left out of the true (false) positive
-        rates' gap. A gap that one group alone is left in is NaN.
+    An attribute of which one group alone has samples has no gaps and no equity-scaled metrics: NaN,
+    with a UserWarning. A group that has samples of one class only has AUC NaN, with a UserWarning,
+    and is left out of the equity-scaled AUC and the disparities; a group without positives
+    (negatives) is left out of the true (false) positive rates' gap.
 
     Raises:
         ValueError: as for `roc_auc`, groups that are no mapping, group codes out of range, an
@@ -267,9 +265,9 @@ def _all_metrics(
 def _estimate(sample: float, resamples: FloatArray, tail: float) -> Estimate:
     """Return a number with the quantiles of its resamples that exist."""
     known = resamples[~np.isnan(resamples)]
-    if np.isnan(sample) or not len(known):
-        return Estimate(float(sample), np.nan, np.nan)
-    return Estimate(float(sample), *np.quantile(known, [tail, 1 - tail]).tolist())
+    exists = len(known) and not np.isnan(sample)
+    ends = np.quantile(known, [tail, 1 - tail]).tolist() if exists else (np.nan, np.nan)
+    return Estimate(float(sample), *ends)
 
 
 def _resamples(size: int, number: int, seed: int) -> Iterator[FloatArray]:

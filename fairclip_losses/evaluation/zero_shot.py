@@ -2,9 +2,8 @@
 
     Table -> ZeroShotTask -> evaluate_task(model, ...) -> FairnessReport, Predictions
 
-A task is checked when it is made, so that a wrong column or a missing image stops a training before
-it starts; it can then be evaluated after every epoch. Evaluating draws no random numbers from the
-global generators and leaves the model as it was, so that it does not change a training.
+A task is checked when it is made, before a training. Evaluating it does not change the training: it
+draws no random numbers from the global generators and leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -163,9 +162,8 @@ def zero_shot_probabilities(
     if not logits:
         raise ValueError("expected images, got none")
     probabilities: FloatArray = torch.cat(logits).softmax(dim=-1).numpy()
-    if not np.isfinite(probabilities).all():
-        row = int(np.flatnonzero(~np.isfinite(probabilities).all(axis=1))[0]) + 1
-        raise ValueError(f"the model's output for row {row} is not finite")
+    if len(bad := np.flatnonzero(~np.isfinite(probabilities).all(axis=1))):
+        raise ValueError(f"the model's output for row {bad[0] + 1} is not finite")
     return probabilities
 
 
@@ -189,8 +187,8 @@ def evaluate_task(
     are classified at a time; `workers` processes read them, with 0 this one. The other options are
     those of `fairness_report`.
 
-    A UserWarning says where the AUC is so far below 0.5 that prompts and classes may be crossed.
-    Warns once of the first image of more than 8 bits, of which the transform keeps 0 to 255.
+    A UserWarning says where the AUC is so far below 0.5 that prompts and classes may be crossed,
+    and of the first image of more than 8 bits, of which the transform keeps 0 to 255.
 
     Raises:
         ValueError: an image that cannot be read, output that is not finite, or a bad setting.
@@ -198,14 +196,9 @@ def evaluate_task(
     check_integer("batch_size", batch_size, 1)
     check_integer("workers", workers, 0)
     rows: Any = list(enumerate(task.files, start=1))
-    loader = DataLoader(
-        rows,
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=partial(_read_images, preprocess),
-        # Without its own generator the loader would draw from, and so shift, the global one.
-        generator=torch.Generator(),
-    )
+    read = partial(_read_images, preprocess)
+    own = torch.Generator()  # without it the loader would draw from, and so shift, the global one
+    loader = DataLoader(rows, batch_size, num_workers=workers, collate_fn=read, generator=own)
     deep: list[str] = []
 
     def images() -> Iterator[Tensor]:
