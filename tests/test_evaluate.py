@@ -160,9 +160,9 @@ def test_an_image_that_cannot_be_read_is_named(loaded, task, tmp_path):
         broken.write_bytes(content)
         with pytest.raises(ValueError, match=f"row 4: cannot read image '{broken}': {message}"):
             evaluate_task(*loaded, bad)
-    for option, wrong in (("batch_size", 0), ("workers", -1)):
+    for option, wrong in (("batch_size", 0), ("workers", -1), ("n_bootstrap", -1), ("seed", -1)):
         with pytest.raises(ValueError, match=f"{option} must be an integer of . or more, got"):
-            evaluate_task(*loaded, task, **{option: wrong})
+            evaluate_task(*loaded, bad, **{option: wrong})  # before an image is read
 
 
 @pytest.mark.parametrize(

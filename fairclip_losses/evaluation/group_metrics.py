@@ -1,12 +1,12 @@
 """Group fairness metrics on NumPy arrays: the public functions, then the definitions they share.
 
-Conventions: N samples; class codes ``y_true`` and ``y_pred`` (N,) are integers 0..K-1, binary ones
-0 and 1; group codes ``groups`` (N,) are integers from 0 with -1 for unknown, and a sample whose
-group is unknown counts for no group. With more than two classes every binary notion is taken
-one-vs-rest and averaged over the classes without weights. ``sample_weight`` (N,) says how often
-each sample counts: finite, not negative, not all 0; None: once each. A value that does not exist is
-NaN, never 0; so is a gap with one group alone. Anything `numpy.asarray` takes is accepted, and
-tensors of any dtype and device, which are detached; results are float64.
+Conventions: N samples; class codes are integers 0..K-1, binary ones 0 and 1; group codes are
+integers from 0 with -1 for unknown, and a sample whose group is unknown counts for no group. With
+more than two classes every binary notion is taken one-vs-rest and averaged over the classes without
+weights. ``sample_weight`` (N,) says how often each sample counts: finite, not negative, not all 0;
+None: once each. A value that does not exist is NaN, never 0; so is a gap with one group alone.
+Anything `numpy.asarray` takes is accepted, and tensors of any dtype and device, which are detached;
+results are float64.
 
 The definitions, from `decide` on, take R rows of weights (R, N) and return R results, so that the
 report's bootstrap is one call. Row 0 is the reference: a group that has no value in row 0 is left
@@ -114,7 +114,8 @@ def demographic_parity_difference(
 
     DPD = max_g P(yhat = 1 | g) - min_g P(yhat = 1 | g), in [0, 1], as fairlearn's function of this
     name; with ``num_classes`` K > 2 the mean over the classes k of the same with yhat = k. NaN if
-    no group is known, or, with a UserWarning, one alone (fairlearn says 0).
+    no group is known, or, with a UserWarning, one alone (fairlearn says 0). ``y_pred`` are class
+    codes, ``groups`` group codes, (N,) each.
 
     Raises:
         ValueError: lengths that differ, no samples, class codes outside 0..K-1, group codes
@@ -139,7 +140,8 @@ def equalized_odds_difference(
     DEOdds = max(gap of P(yhat = 1 | y = 1, g), gap of P(yhat = 1 | y = 0, g)), a gap being the
     largest minus the smallest over the groups g: fairlearn's function of this name, in [0, 1]. With
     ``num_classes`` K > 2 the mean over the classes of the same, one-vs-rest. NaN if no group is
-    known, or, with a UserWarning, one alone (fairlearn says 0).
+    known, or, with a UserWarning, one alone (fairlearn says 0). ``y_true`` and ``y_pred`` are class
+    codes, ``groups`` group codes, (N,) each.
 
     A group without positives has no true positive rate, one without negatives no false positive
     rate: ``undefined_rate="zero"`` takes it for 0, as fairlearn does; "skip" leaves the group out

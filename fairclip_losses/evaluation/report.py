@@ -187,11 +187,7 @@ def fairness_report(
     """
     y, s, num_classes = metrics.check_samples(y_true, scores)
     s = s[:, 1] if s.shape[1:] == (2,) else s
-    check_integer("n_bootstrap", n_bootstrap, 0)
-    if not 0 < confidence < 1:
-        raise ValueError(f"expected a confidence between 0 and 1, got {confidence}")
-    if not np.isfinite(threshold):
-        raise ValueError(f"expected a finite threshold, got {threshold}")
+    check_settings(threshold, n_bootstrap, confidence, seed)
     if not isinstance(groups, Mapping):
         expected = "expected groups as a mapping, attribute name -> codes (N,)"
         raise ValueError(f"{expected}, got {type(groups).__name__}")
@@ -224,6 +220,18 @@ def fairness_report(
             what = of_group if name else "one class only: the AUC is NaN"
             warnings.warn(what, UserWarning, stacklevel=2)
     return report
+
+
+def check_settings(
+    threshold: float = 0.5, n_bootstrap: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> None:
+    """Refuse settings of `fairness_report` that are out of range."""
+    check_integer("n_bootstrap", n_bootstrap, 0)
+    check_integer("seed", seed, 0)
+    if not 0 < confidence < 1:
+        raise ValueError(f"expected a confidence between 0 and 1, got {confidence}")
+    if not np.isfinite(threshold):
+        raise ValueError(f"expected a finite threshold, got {threshold}")
 
 
 def _check_attribute(

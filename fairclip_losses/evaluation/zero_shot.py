@@ -29,7 +29,7 @@ from ..data.tables import IntArray, Table, write_table
 from ..errors import reason
 from ..validation import check_integer
 from .group_metrics import FloatArray, decide
-from .report import FairnessReport, fairness_report
+from .report import FairnessReport, check_settings, fairness_report
 
 # A model that knows nothing stays above it in all but small samples.
 CROSSED_AUC = 0.4
@@ -195,6 +195,7 @@ def evaluate_task(
     """
     check_integer("batch_size", batch_size, 1)
     check_integer("workers", workers, 0)
+    check_settings(threshold, **report_options)
     rows: Any = list(enumerate(task.files, start=1))
     read = partial(_read_images, preprocess)
     own = torch.Generator()  # without it the loader would draw from, and so shift, the global one
