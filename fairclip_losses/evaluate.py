@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import encode_attributes, read_table, write_table, write_text
-from .data.tables import given_attributes, shortened
+from .data.groups import given_attributes, shortened
 from .errors import one_line
 from .evaluation.zero_shot import Preprocess, Tokenizer, ZeroShotTask, evaluate_task
 
@@ -68,24 +68,16 @@ def _run(options: argparse.Namespace) -> None:
     settings = read_run_settings(checkpoint)
     model_name = options.model or settings.get("model")
     if not model_name:
-        raise ValueError(
-            f"no params.txt of a training run at {_params_file(checkpoint)}: "
-            f"say which model this is with --model"
-        )
+        where = f"no params.txt of a training run at {_params_file(checkpoint)}"
+        raise ValueError(f"{where}: say which model this is with --model")
     device = _device(options.device)
     image_key = options.csv_img_key
     table = read_table(options.data, options.csv_separator, as_open_clip=[image_key])
     names, labels, others = given_attributes(options.attributes, "--attributes")
     _, codebook = encode_attributes(table, names, given=labels, others_unknown=others)
-    task = ZeroShotTask.from_table(
-        table,
-        label=options.label,
-        prompts=options.prompts,
-        attributes=names,
-        codebook=codebook,
-        others_unknown=others,
-        image_key=image_key,
-    )
+    what: dict[str, Any] = {"attributes": names, "codebook": codebook, "others_unknown": others}
+    what |= {"label": options.label, "prompts": options.prompts, "image_key": image_key}
+    task = ZeroShotTask.from_table(table, **what)
     output = Path(options.output or checkpoint.parent)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -93,18 +85,16 @@ def _run(options: argparse.Namespace) -> None:
         model_name, checkpoint, device=device, precision=options.precision, settings=settings
     )
     same = ("batch_size", "workers", "threshold", "n_bootstrap", "confidence", "seed")
-    how = {name: getattr(options, name) for name in same}
+    how = {name: vars(options)[name] for name in same}
     how |= {"device": device, "input_dtype": _PRECISIONS[options.precision]}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         report, predictions = evaluate_task(model, preprocess, tokenizer, task, **how)
-    said = list(task.remarks)  # some of which the report repeats in short
-    for text in (str(warning.message) for warning in caught):
-        if not any(line.startswith(text) for line in said):
-            said.append(text)
-    for line in said:
+    remarks = "\n".join(task.remarks)  # some of which the report says again in short
+    new = dict.fromkeys(text for w in caught if (text := str(w.message)) not in remarks)
+    for line in (*task.remarks, *new):
         _warn(line)
-    asked = {name: getattr(options, name) for name in ("checkpoint", "data", "label", "precision")}
+    asked = {name: vars(options)[name] for name in ("checkpoint", "data", "label", "precision")}
     about = {"model": model_name, **asked, "classes": task.classes, "prompts": task.prompts}
     content = json.dumps({**about, **report.to_dict()}, indent=2, ensure_ascii=False)
     write_text(output / "fairness.json", content + "\n")
@@ -188,9 +178,9 @@ def load_weights(checkpoint: str | Path) -> dict[str, Tensor]:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = f" without running code of its own: it holds {code[1]}" if code else ""
         raise ValueError(f"{checkpoint}: not a checkpoint that torch.load can read{why}") from error
-    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    found = content if isinstance(content, dict) else {}
+    weights = found.get("state_dict", found)
     if not _are_weights(weights):
-        found = content if isinstance(content, dict) else {}
         others = [repr(key) for key, value in found.items() if _are_weights(value)]
         got = f"got them under {', '.join(others)}" if others else "got none"
         there = f"; its keys are {shortened(list(map(str, found)))}" if found else ""

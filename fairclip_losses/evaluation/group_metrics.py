@@ -4,9 +4,9 @@ Conventions: N samples; class codes are integers 0..K-1, binary ones 0 and 1; gr
 integers from 0 with -1 for unknown, and a sample whose group is unknown counts for no group. With
 more than two classes every binary notion is taken one-vs-rest and averaged over the classes without
 weights. ``sample_weight`` (N,) says how often each sample counts: finite, not negative, not all 0;
-None: once each. A value that does not exist is NaN, never 0. Anything `numpy.asarray` takes is
-accepted, and tensors of any dtype and device, which are detached; results are float64. A gap is
-between groups: with one group alone it does not exist.
+None: once each. A value that does not exist is NaN, never 0; so is a gap with one group alone.
+Anything `numpy.asarray` takes is accepted, and tensors of any dtype and device, which are detached;
+results are float64.
 
 The definitions, from `decide` on, take R rows of weights (R, N) and return R results, so that the
 report's bootstrap is one call. Row 0 is the reference: a group that has no value in row 0 is left
@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..data.tables import UNKNOWN, IntArray
+from ..data.groups import UNKNOWN
+from ..data.tables import IntArray
 from ..validation import check_choice, check_integer
 
 FloatArray = npt.NDArray[np.float64]
@@ -75,7 +76,7 @@ def group_roc_auc(
     y, s, _ = check_samples(y_true, scores)
     g, size = check_groups(groups, len(y), num_groups)
     values: FloatArray = group_macro_auc(_check_weights(sample_weight, len(y)), y, s, g, size)[0]
-    for group in np.flatnonzero(np.isnan(values) & (np.bincount(g[g >= 0], minlength=size) > 0)):
+    for group in np.intersect1d(np.flatnonzero(np.isnan(values)), g):
         what = f"group {group} holds one class only: its AUC is NaN"
         warnings.warn(what, UserWarning, stacklevel=2)
     return values
@@ -89,7 +90,7 @@ def equity_scaled(overall: float, group_values: npt.ArrayLike) -> float:
 
     Source: Luo et al., "FairCLIP", CVPR 2024, arXiv:2403.19949 (ES-AUC).
     """
-    return float(group_spread(*_overall_and_groups(overall, group_values))[0][0])
+    return _spread(overall, group_values)[0]
 
 
 def between_group_disparity(overall: float, group_values: npt.ArrayLike) -> Disparity:
@@ -99,8 +100,7 @@ def between_group_disparity(overall: float, group_values: npt.ArrayLike) -> Disp
     ``group_values`` M_g, (G,). A group without a value (NaN) is left out; NaN if M is NaN or 0, or
     fewer than two of the group values are numbers: one alone has no spread.
     """
-    _, std, spread = group_spread(*_overall_and_groups(overall, group_values))
-    return Disparity(float(std[0]), float(spread[0]))
+    return Disparity(*_spread(overall, group_values)[1:])
 
 
 def demographic_parity_difference(
@@ -115,16 +115,14 @@ def demographic_parity_difference(
     DPD = max_g P(yhat = 1 | g) - min_g P(yhat = 1 | g), in [0, 1], as fairlearn's function of this
     name; with ``num_classes`` K > 2 the mean over the classes k of the same with yhat = k. NaN if
     no group is known, or, with a UserWarning, one alone (fairlearn says 0). ``y_pred`` are class
-    codes (N,), ``groups`` group codes (N,).
+    codes, ``groups`` group codes, (N,) each.
 
     Raises:
         ValueError: lengths that differ, no samples, class codes outside 0..K-1, group codes
             below -1.
     """
     p = _check_codes(y_pred, "y_pred", None, 0, check_integer("num_classes", num_classes, 2))
-    g, size = check_groups(groups, len(p), None)
-    rates = group_rates(_check_weights(sample_weight, len(p)), p, p, g, size, num_classes)
-    _warn_of_one_group(rates)
+    rates = _rates_of_several(p, p, groups, num_classes, sample_weight)
     return float(mean_gap(gap(rates.selection))[0])
 
 
@@ -143,7 +141,7 @@ def equalized_odds_difference(
     largest minus the smallest over the groups g: fairlearn's function of this name, in [0, 1]. With
     ``num_classes`` K > 2 the mean over the classes of the same, one-vs-rest. NaN if no group is
     known, or, with a UserWarning, one alone (fairlearn says 0). ``y_true`` and ``y_pred`` are class
-    codes (N,), ``groups`` group codes (N,).
+    codes, ``groups`` group codes, (N,) each.
 
     A group without positives has no true positive rate, one without negatives no false positive
     rate: ``undefined_rate="zero"`` takes it for 0, as fairlearn does; "skip" leaves the group out
@@ -155,9 +153,7 @@ def equalized_odds_difference(
     check_choice("undefined_rate", undefined_rate, ("zero", "skip"))
     p = _check_codes(y_pred, "y_pred", None, 0, check_integer("num_classes", num_classes, 2))
     y = _check_codes(y_true, "y_true", len(p), 0, num_classes)
-    g, size = check_groups(groups, len(y), None)
-    found = group_rates(_check_weights(sample_weight, len(y)), y, p, g, size, num_classes)
-    _warn_of_one_group(found)
+    found = _rates_of_several(y, p, groups, num_classes, sample_weight)
     rates = [found.true_positive, found.false_positive]
     if undefined_rate == "zero":
         present = ~np.isnan(found.accuracy)[:, :, None]
@@ -165,11 +161,14 @@ def equalized_odds_difference(
     return float(mean_gap(odds_gap(*rates))[0])
 
 
-def _warn_of_one_group(rates: Rates) -> None:
-    groups = np.flatnonzero(~np.isnan(rates.accuracy[0]))
-    if len(groups) == 1:
-        what = f"one group alone is known, {groups[0]}: there is no gap, it is NaN"
+def _rates_of_several(y: IntArray, p: IntArray, groups: Any, size: int, weights: Any) -> Rates:
+    """Return `group_rates` of one row; warn where one group alone is known."""
+    g, num_groups = check_groups(groups, len(p), None)
+    rates = group_rates(_check_weights(weights, len(p)), y, p, g, num_groups, size)
+    if len(known := np.flatnonzero(~np.isnan(rates.accuracy[0]))) == 1:
+        what = f"one group alone is known, {known[0]}: there is no gap, it is NaN"
         warnings.warn(what, UserWarning, stacklevel=3)
+    return rates
 
 
 def decide(scores: FloatArray, threshold: float) -> IntArray:
@@ -279,12 +278,12 @@ def group_spread(
     overall: FloatArray, group_values: FloatArray
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """`equity_scaled` and both of `between_group_disparity`, of (R,) and (R, G): (R,) each."""
-    values = group_values[:, ~np.isnan(group_values[0])]
+    values, nothing = group_values[:, ~np.isnan(group_values[0])], np.full_like(overall, np.nan)
     if not values.shape[1]:
-        return (np.full_like(overall, np.nan),) * 3
+        return nothing, nothing, nothing
     scaled = overall / (1 + np.abs(overall[:, None] - values).sum(axis=1))
     if values.shape[1] == 1:
-        return scaled, np.full_like(overall, np.nan), np.full_like(overall, np.nan)
+        return scaled, nothing, nothing
     return scaled, _ratio(values.std(axis=1), overall), _ratio(np.ptp(values, axis=1), overall)
 
 
@@ -356,8 +355,10 @@ def _check_weights(sample_weight: npt.ArrayLike | None, length: int) -> FloatArr
     return weights[None]
 
 
-def _overall_and_groups(overall: float, values: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
+def _spread(overall: float, values: npt.ArrayLike) -> list[float]:
+    """Return `group_spread` of one row."""
     group_values = as_array(values, np.float64)
     if group_values.ndim != 1:
         raise ValueError(f"expected group values (G,), got shape {group_values.shape}")
-    return as_array([overall], np.float64), group_values[None]
+    spread = group_spread(as_array([overall], np.float64), group_values[None])
+    return [float(value[0]) for value in spread]

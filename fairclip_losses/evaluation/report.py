@@ -6,6 +6,7 @@ y_true, scores, groups -> fairness_report -> FairnessReport -> to_dict, to_rows,
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..data.tables import CodeBook, IntArray, lone_group
+from ..data.groups import CodeBook, group_remark
+from ..data.tables import IntArray
 from ..validation import check_integer
 from . import group_metrics as metrics
 from .group_metrics import FloatArray
@@ -98,8 +100,7 @@ class FairnessReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested dicts and lists as JSON takes them; NaN becomes None."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        return dict(json.loads(json.dumps(asdict(self)), parse_constant=lambda nan: None))
 
     def to_rows(self) -> list[Row]:
         """Return one flat row per number: attribute, group, metric, value, low, high, count.
@@ -109,8 +110,9 @@ class FairnessReport:
         """
         header = ("attribute", "group", "metric", "value", "low", "high", "count")
         return [
-            dict(zip(header, (*names, *_plain(astuple(estimate)), count), strict=True))
+            dict(zip(header, (*names, *numbers, count), strict=True))
             for *names, estimate, count in self._numbers()
+            for numbers in [[None if math.isnan(x) else x for x in astuple(estimate)]]
         ]
 
     def table(self) -> str:
@@ -166,34 +168,26 @@ def fairness_report(
 
     Args:
         y_true: class codes (N,).
-        scores: probabilities of class 1, (N,); or of every class, (N, K). Of (N, 2), which is
-            binary too, column 1 counts.
-        groups: attribute name -> group codes (N,), -1 for unknown: left out of that attribute's
-            numbers, kept in the overall ones.
+        scores: probabilities of class 1, (N,); or of every class, (N, K): of two column 1 counts.
+        groups: attribute name -> group codes (N,); -1, unknown, counts in the overall numbers only.
         labels: attribute name -> name of each group, with samples or without; None: the codes.
         threshold: from which score on a binary sample is predicted positive.
         n_bootstrap: number of resamples; 0 for no intervals (NaN).
         confidence: coverage of the intervals, between 0 and 1.
         seed: of the resampling; the same seed gives the same intervals.
 
-    Returns:
-        A `FairnessReport`. An attribute of which one group alone has samples has no gaps and no
-        equity-scaled metrics: NaN, with a UserWarning. A group that has samples of one class only
-        has AUC NaN, with a UserWarning, and is left out of the equity-scaled AUC and the
-        disparities; a group without positives (negatives) is left out of the true (false) positive
-        rates' gap. A gap that one group alone is left in is NaN.
+    An attribute of which one group alone has samples has no gaps and no equity-scaled metrics: NaN,
+    with a UserWarning. A group that has samples of one class only has AUC NaN, with a UserWarning,
+    and is left out of the equity-scaled AUC and the disparities; a group without positives
+    (negatives) is left out of the true (false) positive rates' gap.
 
     Raises:
         ValueError: as for `roc_auc`, groups that are no mapping, group codes out of range, an
             attribute without labels, or a setting out of range.
     """
     y, s, num_classes = metrics.check_samples(y_true, scores)
-    s = s[:, 1] if s.ndim == 2 and num_classes == 2 else s
-    check_integer("n_bootstrap", n_bootstrap, 0)
-    if not 0 < confidence < 1:
-        raise ValueError(f"expected a confidence between 0 and 1, got {confidence}")
-    if not np.isfinite(threshold):
-        raise ValueError(f"expected a finite threshold, got {threshold}")
+    s = s[:, 1] if s.shape[1:] == (2,) else s
+    check_settings(threshold, n_bootstrap, confidence, seed)
     if not isinstance(groups, Mapping):
         expected = "expected groups as a mapping, attribute name -> codes (N,)"
         raise ValueError(f"{expected}, got {type(groups).__name__}")
@@ -212,29 +206,32 @@ def fairness_report(
         counts = np.bincount(codes[codes >= 0], minlength=len(names)).tolist()
         sizes = len(_GAPS), len(names), len(names)
         gaps, *levels = (list(itertools.islice(estimates, size)) for size in sizes)
-        if lone := lone_group(name, names, codes):
+        if lone := group_remark(name, names, codes, tiny=0, many=math.inf):
             warnings.warn(lone, UserWarning, stacklevel=2)
             gaps = [Estimate(math.nan, math.nan, math.nan)] * len(_GAPS)
         members = tuple(map(GroupReport, names, counts, *levels))
         reports[name] = AttributeReport(members, int((codes < 0).sum()), *gaps)
-    report = FairnessReport(
-        num_samples=len(y),
-        num_classes=num_classes,
-        threshold=threshold if num_classes == 2 else None,
-        num_bootstrap=n_bootstrap,
-        confidence=confidence,
-        seed=seed,
-        auc=auc,
-        accuracy=accuracy,
-        attributes=reports,
-    )
+    cut = threshold if num_classes == 2 else None
+    how = (len(y), num_classes, cut, n_bootstrap, confidence, seed)
+    report = FairnessReport(*how, auc, accuracy, reports)
     for name, group, metric, estimate, count in report._numbers():
         if metric == "auc" and count and math.isnan(estimate.value):
-            what = "one class only: the AUC is NaN"
-            if name:
-                what = f"attribute {name!r}: group {group!r} holds one class only: its AUC is NaN"
+            of_group = f"attribute {name!r}: group {group!r} holds one class only: its AUC is NaN"
+            what = of_group if name else "one class only: the AUC is NaN"
             warnings.warn(what, UserWarning, stacklevel=2)
     return report
+
+
+def check_settings(
+    threshold: float = 0.5, n_bootstrap: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> None:
+    """Refuse settings of `fairness_report` that are out of range."""
+    check_integer("n_bootstrap", n_bootstrap, 0)
+    check_integer("seed", seed, 0)
+    if not 0 < confidence < 1:
+        raise ValueError(f"expected a confidence between 0 and 1, got {confidence}")
+    if not np.isfinite(threshold):
+        raise ValueError(f"expected a finite threshold, got {threshold}")
 
 
 def _check_attribute(
@@ -260,7 +257,7 @@ def _all_metrics(
 ) -> FloatArray:
     """Compute each number for every row of the weights: (numbers, R), in the reports' order."""
     auc = metrics.macro_auc(weights, y, scores)
-    right = (weights * (y == predicted)).sum(axis=1) / weights.sum(axis=1)
+    right = weights @ (y == predicted) / weights.sum(axis=1)
     numbers = [auc, right]
     for codes, labels in attributes.values():
         aucs = metrics.group_macro_auc(weights, y, scores, codes, len(labels))
@@ -276,9 +273,9 @@ def _all_metrics(
 def _estimate(sample: float, resamples: FloatArray, tail: float) -> Estimate:
     """Return a number with the quantiles of its resamples that exist."""
     known = resamples[~np.isnan(resamples)]
-    if np.isnan(sample) or not len(known):
-        return Estimate(float(sample), np.nan, np.nan)
-    return Estimate(float(sample), *np.quantile(known, [tail, 1 - tail]).tolist())
+    exists = len(known) and not np.isnan(sample)
+    ends = np.quantile(known, [tail, 1 - tail]).tolist() if exists else (np.nan, np.nan)
+    return Estimate(float(sample), *ends)
 
 
 def _resamples(size: int, number: int, seed: int) -> Iterator[FloatArray]:
@@ -290,12 +287,3 @@ def _resamples(size: int, number: int, seed: int) -> Iterator[FloatArray]:
         draws = generator.integers(size, size=(block, size)) + size * np.arange(block)[:, None]
         counts = np.bincount(draws.ravel(), minlength=block * size).reshape(block, size)
         yield np.concatenate([np.ones((1, size)), counts])
-
-
-def _plain(value: Any) -> Any:
-    """Turn tuples into lists and NaN into None, all the way down."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -2,9 +2,8 @@
 
     Table -> ZeroShotTask -> evaluate_task(model, ...) -> FairnessReport, Predictions
 
-A task is checked when it is made, so that a wrong column or a missing image stops a training before
-it starts; it can then be evaluated after every epoch. Evaluating draws no random numbers from the
-global generators and leaves the model as it was, so that it does not change a training.
+A task is checked when it is made, before a training. Evaluating it does not change the training: it
+draws no random numbers from the global generators and leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -24,21 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from ..data.images import deep_warning, is_deep
-from ..data.tables import (
-    CodeBook,
-    IntArray,
-    Table,
-    check_images,
-    encode_attributes,
-    encode_labels,
-    group_remarks,
-    write_table,
-)
+from ..data.groups import CodeBook, encode_attributes, encode_labels, group_remarks
+from ..data.images import check_images, deep_warning, is_deep
+from ..data.tables import IntArray, Table, write_table
 from ..errors import reason
 from ..validation import check_integer
 from .group_metrics import FloatArray, decide
-from .report import FairnessReport, fairness_report
+from .report import FairnessReport, check_settings, fairness_report
 
 # A model that knows nothing stays above it in all but small samples.
 CROSSED_AUC = 0.4
@@ -90,7 +81,6 @@ class ZeroShotTask:
             raise ValueError(f"expected a prompt for each of two or more classes, got {prompts}")
         if len(set(prompts)) != len(prompts):
             raise ValueError(f"expected another prompt for each class, got {list(prompts)}")
-        table.column(image_key)
         labels, classes = encode_labels(table, label, len(prompts))
         groups, book = encode_attributes(table, attributes, codebook, others_unknown=others_unknown)
         files, remarks = check_images(table, image_key), group_remarks(table, groups, book)
@@ -172,9 +162,8 @@ def zero_shot_probabilities(
     if not logits:
         raise ValueError("expected images, got none")
     probabilities: FloatArray = torch.cat(logits).softmax(dim=-1).numpy()
-    if not np.isfinite(probabilities).all():
-        row = int(np.flatnonzero(~np.isfinite(probabilities).all(axis=1))[0]) + 1
-        raise ValueError(f"the model's output for row {row} is not finite")
+    if len(bad := np.flatnonzero(~np.isfinite(probabilities).all(axis=1))):
+        raise ValueError(f"the model's output for row {bad[0] + 1} is not finite")
     return probabilities
 
 
@@ -189,9 +178,7 @@ def evaluate_task(
     workers: int = 0,
     input_dtype: torch.dtype = torch.float32,
     threshold: float = 0.5,
-    n_bootstrap: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    **report_options: Any,
 ) -> tuple[FairnessReport, Predictions]:
     """Classify the images of a task and report how fairly.
 
@@ -200,65 +187,47 @@ def evaluate_task(
     are classified at a time; `workers` processes read them, with 0 this one. The other options are
     those of `fairness_report`.
 
-    A UserWarning says where the AUC is so far below 0.5 that prompts and classes may be crossed.
-    Warns once of the first image of more than 8 bits, of which the transform keeps 0 to 255.
+    A UserWarning says where the AUC is so far below 0.5 that prompts and classes may be crossed,
+    and of the first image of more than 8 bits, of which the transform keeps 0 to 255.
 
     Raises:
         ValueError: an image that cannot be read, output that is not finite, or a bad setting.
     """
     check_integer("batch_size", batch_size, 1)
     check_integer("workers", workers, 0)
+    check_settings(threshold, **report_options)
     rows: Any = list(enumerate(task.files, start=1))
-    loader = DataLoader(
-        rows,
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=partial(_read_images, preprocess),
-        # Without its own generator the loader would draw from, and so shift, the global one.
-        generator=torch.Generator(),
-    )
+    read = partial(_read_images, preprocess)
+    own = torch.Generator()  # without it the loader would draw from, and so shift, the global one
+    loader = DataLoader(rows, batch_size, num_workers=workers, collate_fn=read, generator=own)
+    deep: list[str] = []
+
+    def images() -> Iterator[Tensor]:
+        for batch, found in loader:
+            deep.extend(found)
+            yield batch
+
     texts = tokenizer(list(task.prompts))
-    images = _without_deep(loader)
-    probabilities = zero_shot_probabilities(model, images, texts, device, input_dtype=input_dtype)
+    probabilities = zero_shot_probabilities(model, images(), texts, device, input_dtype=input_dtype)
+    if deep:
+        warnings.warn(deep_warning(deep[0]), UserWarning, stacklevel=2)
     groups = dict(zip(task.codebook.labels, task.groups.T, strict=True))
-    report = fairness_report(
-        *(task.labels, probabilities, groups),
-        labels=task.codebook,
-        threshold=threshold,
-        n_bootstrap=n_bootstrap,
-        confidence=confidence,
-        seed=seed,
-    )
+    options = {"labels": task.codebook, "threshold": threshold, **report_options}
+    report = fairness_report(task.labels, probabilities, groups, **options)
     if report.auc.value < CROSSED_AUC:
-        pairs = ", ".join(
-            f"{prompt!r} for class {name!r}"
-            for prompt, name in zip(task.prompts, task.classes, strict=True)
-        )
-        warnings.warn(
-            f"the AUC of {report.auc.value:.3f} is far below 0.5: prompts and classes may be "
-            f"crossed ({pairs})",
-            UserWarning,
-            stacklevel=2,
-        )
+        pairs = zip(task.prompts, task.classes, strict=True)
+        shown = ", ".join(f"{prompt!r} for class {name!r}" for prompt, name in pairs)
+        low = f"the AUC of {report.auc.value:.3f} is far below 0.5"
+        what = f"{low}: prompts and classes may be crossed ({shown})"
+        warnings.warn(what, UserWarning, stacklevel=2)
     return report, Predictions(task, probabilities, decide(probabilities, threshold))
 
 
-def _without_deep(batches: Iterable[tuple[Tensor, str]]) -> Iterator[Tensor]:
-    """Yield the images of `_read_images`; warn of the first deep one, whichever process read it."""
-    warned = False
-    for images, deep in batches:
-        if deep and not warned:
-            warnings.warn(deep_warning(deep), UserWarning, stacklevel=2)
-            warned = True
-        yield images
-
-
-def _read_images(preprocess: Preprocess, rows: Sequence[tuple[int, str]]) -> tuple[Tensor, str]:
-    """Read image files, each with its row; say which is the first deep one, nothing for none.
-
-    One that is no image is a ValueError that names it.
-    """
-    images, deep = [], ""
+def _read_images(
+    preprocess: Preprocess, rows: Sequence[tuple[int, str]]
+) -> tuple[Tensor, list[str]]:
+    """Read image files, each with its row; say which are deep. A ValueError names what is none."""
+    images, deep = [], []
     for row, file in rows:
         try:
             with Image.open(file) as image:
@@ -268,6 +237,6 @@ def _read_images(preprocess: Preprocess, rows: Sequence[tuple[int, str]]) -> tup
             where = f"row {row}: cannot read image {file!r}"
             raise ValueError(f"{where}: {reason(error)}") from error
         if is_deep(image):
-            deep = deep or f"row {row}: image {file!r}"
+            deep.append(f"row {row}: image {file!r}")
         images.append(preprocess(image))
     return torch.stack(images), deep

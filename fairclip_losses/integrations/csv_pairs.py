@@ -13,17 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data.images import is_deep
-from ..data.tables import (
-    CodeBook,
-    IntArray,
-    Table,
-    check_images,
-    encode_attributes,
-    group_remarks,
-    pair_ids,
-    read_table,
-)
+from ..data.groups import CodeBook, encode_attributes, group_remarks
+from ..data.images import check_images, is_deep
+from ..data.tables import IntArray, Table, pair_ids, read_table
 from ..errors import UsageError, one_line, usage_errors
 from ..miners import MinerReport
 from .flags import FairOptions

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from ..data.tables import given_attributes
+from ..data.groups import given_attributes
 from ..errors import UsageError, one_line, usage_errors
 from ..presets import PRESETS
 from .events import Callback, default_registry

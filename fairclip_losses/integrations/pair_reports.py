@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..data.tables import CodeBook, IntArray, write_table
+from ..data.groups import CodeBook
+from ..data.tables import IntArray, write_table
 from ..miners import MinerReport
 from .events import TrainState
 

@@ -29,17 +29,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..data.images import holds_deep_image
-from ..data.tables import (
+from ..data.groups import (
     MAX_GROUPS,
     UNKNOWN,
     CodeBook,
     GroupCoder,
-    IntArray,
     group_remark,
     is_missing,
     shortened,
 )
+from ..data.images import holds_deep_image
+from ..data.tables import IntArray
 from ..distributed import gather_objects
 from ..errors import UsageError, one_line
 from ..miners import MinerReport
