@@ -29,6 +29,7 @@ from training_runs import (
 
 from fairclip_losses import train
 from fairclip_losses.data import CodeBook, Table, encode_attributes, write_table
+from fairclip_losses.data.tables import GroupCoder
 from fairclip_losses.errors import UsageError
 from fairclip_losses.integrations import webdataset_pairs as module
 from fairclip_losses.integrations.fair_training import pair_source
@@ -40,6 +41,7 @@ from fairclip_losses.integrations.webdataset_pairs import (
     LACKS,
     PairStage,
     SeenPairs,
+    codes_of,
     hashed_id,
     insert_stage,
     own_id,
@@ -318,7 +320,7 @@ def test_codes_of_json_values(value, code, others_unknown):
     labels = ("Asian", "Black", "2", "True")
     others = ",*" * others_unknown
     flags = options("--fair-attributes", f"race={','.join(labels)}{others}", "--fair-id-key", "id")
-    stage, book = PairStage({"u": (5, "0.tar")}, flags, {}), CodeBook({"race": labels})
+    stage, book = PairStage({"u": (5, "0.tar")}, flags), CodeBook({"race": labels})
     member = {"race": value, "id": 9}
     sample = {"__key__": "k", "__url__": "u", "json": member, "txt": "caption"}
     table = Table("t", {"race": ["Asian", "" if value is None else str(value).strip()]})
@@ -349,7 +351,8 @@ IN_THE_JSON = "shard 0.tar, sample k: key 'race' of the json member: "
      (-2, None), ("Asian", None), (0.5, None), (True, None)],
 )  # fmt: skip
 def test_without_labels_integers_are_codes_as_they_are(value, code):
-    stage = PairStage({"u": (5, "0.tar")}, options("--fair-attributes", "race"), {"race": 3})
+    stage = PairStage({"u": (5, "0.tar")}, options("--fair-attributes", "race"))
+    stage.coders["race"] = GroupCoder(codes_of(3))
     sample = {"__key__": "k", "__url__": "u", "json": {"race": value}}
     if code is None:
         message = "or labels given as --fair-attributes race=LABEL,LABEL,..., got "
@@ -363,7 +366,7 @@ def test_without_labels_integers_are_codes_as_they_are(value, code):
 
 def test_a_json_member_or_key_that_is_missing_is_unknown_and_told_apart():
     flags = options("--fair-attributes", "race=a", "sex=b", "--fair-id-key", "id")
-    stage = PairStage({"u": (5, "0.tar")}, flags, {})
+    stage = PairStage({"u": (5, "0.tar")}, flags)
     samples = [{"__key__": "k", "__url__": "u"}, {"__key__": "k", "__url__": "u"}]
     samples[1]["json"] = {"sex": "b"}
     rows = torch.stack([passed[FIELDS[0]] for passed in stage(samples)])
@@ -372,7 +375,7 @@ def test_a_json_member_or_key_that_is_missing_is_unknown_and_told_apart():
 
 
 def test_a_loader_of_another_build_is_refused():
-    stage = PairStage({}, options("dbpm"), {})
+    stage = PairStage({}, options("dbpm"))
     for loader in (DataLoader([1]), SimpleNamespace(pipeline=[SimpleNamespace(dataset=None)])):
         with pytest.raises(UsageError, match="has no stage to_tuple"):
             insert_stage(loader, stage)

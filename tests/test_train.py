@@ -318,16 +318,17 @@ def test_a_saved_state_that_lacks_what_it_must_have_is_refused(data, one_epoch, 
         assert message in line and "; add --fair-fresh-state" in line
 
 
-def test_a_fairness_term_beside_captions_alone_is_warned_of(caplog, monkeypatch):
-    monkeypatch.setattr(FairTrainingCallback, "_traps", lambda self, state: ())
+def test_a_fairness_term_beside_captions_alone_is_warned_of(caplog):
     options, _ = split_flags(["--fair-loss", "sinkhorn", "--fair-attributes", "sex"])
     callback = FairTrainingCallback(options)
-    callback.source = SimpleNamespace(num_pairs=None, codebook=CodeBook({"sex": ("f", "m")}))
-    args = SimpleNamespace(epochs=1, device="cpu", rank=0)
+    codes, book = torch.zeros(4, 1, dtype=torch.int64), CodeBook({"sex": ("f", "m")})
+    callback.source = SimpleNamespace(num_pairs=None, codebook=book, codes=codes)
+    args = SimpleNamespace(epochs=1, device="cpu", rank=0, batch_size=4, accum_freq=1, world_size=1)
+    data = {"train": SimpleNamespace(dataloader=SimpleNamespace(num_batches=1))}
     for weight in (1.0, 0.0):
         loss = CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=weight)
-        callback.on_loss_ready(TrainState(args=args, loss=loss))
-        warned = "The fairness term alone trains the scores that it compares" in caplog.text
+        callback.on_loss_ready(TrainState(args=args, data=data, loss=loss))
+        warned = "the fairness term alone trains the scores that it compares" in caplog.text
         assert warned == (weight == 0)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from ..errors import UsageError, usage_errors
-from .checkpoints import SavedStates, StateFolder, is_due, read_states
+from .checkpoints import StateFolder, is_due, read_states
 from .events import Callback, CallbackRegistry, Event, TrainState, default_registry
 from .flags import FairOptions, load_callback
 
@@ -114,10 +114,15 @@ class Run:
         wanted = [name for name in self.registry.stateful if name not in self.fresh]
         if epoch == 0 or not wanted:
             return
-        with _way_on():
+        try:
             saved = read_states(str(self.state.args.resume), epoch)
-            self.registry.load_state_dict(saved.callbacks, self.fresh)
-        for name in saved.callbacks.keys() - self.registry.stateful.keys():
+            self.registry.load_state_dict(saved, self.fresh)
+        except UsageError as error:
+            raise UsageError(
+                f"{error}; add --fair-fresh-state to go on with fresh states, or "
+                "--fair-fresh-state NAME to start only that callback afresh"
+            ) from error
+        for name in saved.keys() - self.registry.stateful.keys():
             log.warning("The saved state of %s is left: no such callback in this run", name)
         log.info("Resumed the state of epoch %d of %s", epoch, ", ".join(wanted))
 
@@ -129,7 +134,7 @@ class Run:
             return
         states = self.registry.state_dict()  # in every process: they may gather
         if args.save_logs:  # in the first process alone
-            self._folder.write(SavedStates(completed, states))
+            self._folder.write(completed, states)
             if args.save_most_recent:
                 self._to_be_latest = completed  # once open_clip has saved it
 
@@ -143,18 +148,6 @@ class Run:
     @functools.cached_property
     def _folder(self) -> StateFolder:
         return StateFolder.of_run(self.state.args, self.state.start_epoch)
-
-
-@contextlib.contextmanager
-def _way_on() -> Iterator[None]:
-    """Say how to go on without the saved state."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(
-            f"{error}; add --fair-fresh-state to go on with fresh states, or --fair-fresh-state "
-            "NAME to start only that callback afresh"
-        ) from error
 
 
 def _fresh_names(asked: Collection[str] | None, stateful: Collection[str]) -> set[str]:
