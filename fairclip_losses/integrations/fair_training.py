@@ -132,8 +132,8 @@ class FairTrainingCallback(Callback):
 
     def on_batch_start(self, state: TrainState) -> None:
         """Take ids and groups off the batch; open_clip gets its pair."""
-        if not isinstance(state.batch, (tuple, list)) or len(state.batch) <= 2:
-            is_sequence = isinstance(state.batch, (tuple, list))
+        is_sequence = isinstance(state.batch, (tuple, list))
+        if not is_sequence or len(state.batch) <= 2:
             raise UsageError(
                 "a callback that replaces state.batch must keep its last item, which says whose "
                 "pairs they are: expected (images, texts, pairs), got "

@@ -137,12 +137,10 @@ class PairStage:
         self.shards = shards
         self.id_key = options.fair_id_key
         self.given, others = options.fair_labels, options.fair_others_unknown
-        self.coders = {  # until `look_at` any code there may be where no labels are given
-            name: GroupCoder(
-                self.given.get(name, codes_of(MAX_GROUPS)), others_unknown=name in others
-            )
-            for name in options.fair_attributes
-        }
+        self.coders: dict[str, GroupCoder] = {}
+        for name in options.fair_attributes:
+            labels = self.given.get(name, codes_of(MAX_GROUPS))  # any code until `look_at`
+            self.coders[name] = GroupCoder(labels, others_unknown=name in others)
 
     def expected(self, name: str) -> str:
         """Return what to say of a value that is no group."""
@@ -334,24 +332,19 @@ def look_at(stage: PairStage, urls: Sequence[str], where: str) -> tuple[Tensor, 
 
 
 def _check_ids(name: str, members: Sequence[Any], ids: Sequence[int], where: str) -> None:
+    where = f"--fair-id-key {name}: {where}: expected"
     if bad := sum(own_id(member[name]) is None for member in members if name in member):
-        raise UsageError(
-            f"--fair-id-key {name}: expected 64-bit integers or strings, got something else in "
-            f"{bad} of {where}"
-        )
+        raise UsageError(f"{where} 64-bit integers or strings, got something else in {bad} of them")
     if twice := [identity for identity, count in Counter(ids).items() if count > 1]:
-        raise UsageError(
-            f"--fair-id-key {name}: {where}: expected each id once, got {len(twice)} of them more "
-            f"than once ({', '.join(map(str, twice[:3]))})"
-        )
+        some = ", ".join(map(str, twice[:3]))
+        raise UsageError(f"{where} each id once, got {len(twice)} of them more than once ({some})")
 
 
 def insert_stage(loader: Any, stage: PairStage) -> None:
     """Let open_clip's pipeline pass what the stage adds into the batch.
 
-    The pipeline is a list of stages; the one that makes tuples of the samples' images and captions
-    takes the stage's fields, too, which open_clip collates: rows into a tensor, keys into a list.
-    Of a batch the two are the third item.
+    Its stage that makes tuples of images and captions takes the fields, too, which open_clip
+    collates: rows into a tensor, keys into a list. Of a batch the two are the third item.
     """
     for source in getattr(loader, "pipeline", ()):
         stages: list[Any] = getattr(getattr(source, "dataset", None), "pipeline", [])
@@ -372,7 +365,6 @@ def insert_stage(loader: Any, stage: PairStage) -> None:
 
 
 def _third_item(batches: Iterable[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
-    """Put a batch's rows and keys together: beside its pair a batch carries one thing."""
     for *pair, rows, keys in batches:
         yield (*pair, (rows, keys))
 
@@ -381,11 +373,17 @@ class SeenPairs:
     """The pairs of the running epoch: of each 12 bytes, the key and a byte for each attribute."""
 
     def __init__(self, attributes: int) -> None:
+        self.count = 0
+        self.lacks = torch.zeros(2 + attributes, dtype=torch.int64)  # samples, by bit of LACKS
         self._codes = np.empty((0, attributes), dtype=np.int8)
         self._batches: list[tuple[IntArray, npt.NDArray[np.int32], npt.NDArray[np.int8], str]] = []
 
-    def add(self, rows: Tensor, keys: Sequence[str]) -> None:
-        """Remember a batch by its rows and keys (copies: the loader's memory is shared)."""
+    def add(self, rows: Tensor, keys: Sequence[str], *, keep_places: bool = True) -> None:
+        """Take up a batch by its rows and keys (copies: the loader's memory is shared)."""
+        self.count += len(rows)
+        self.lacks += (rows[:, LACKS, None] >> torch.arange(len(self.lacks)) & 1).sum(dim=0)
+        if not keep_places:
+            return
         values = rows.numpy()
         ids, shards = values[:, ID].copy(), values[:, SHARD].astype(np.int32)
         self._batches.append((ids, shards, values[:, GROUPS:].astype(np.int8), "\0".join(keys)))
@@ -433,12 +431,7 @@ class ShardSource(PairSource):
         self._describes_all = options.fair_save_pairs
         self._places: dict[int, Place] = {}
         self._warn = WarnOnce("Fair loss")
-        self._start_epoch()
-
-    def _start_epoch(self) -> None:
-        self._pairs = 0
-        self._lacks = torch.zeros(2 + len(self._stage.coders), dtype=torch.int64)  # samples, by bit
-        self._seen = SeenPairs(len(self._stage.coders))
+        self._seen = SeenPairs(len(coders))
 
     def attach(self, loader: Any) -> None:
         """Put a stage into open_clip's pipeline."""
@@ -452,15 +445,12 @@ class ShardSource(PairSource):
     def take(self, batch: Sequence[Any]) -> tuple[tuple[Any, ...], PairBatch]:
         """Take the samples' rows and keys off the batch, and count what they lack."""
         *pair, (rows, keys) = batch
-        self._pairs += len(rows)
-        self._lacks += (rows[:, LACKS, None] >> torch.arange(len(self._lacks)) & 1).sum(dim=0)
-        deep = (rows[:, LACKS] >> len(self._lacks)).tolist()
+        self._seen.add(rows, keys, keep_places=self._keeps_places)
+        deep = (rows[:, LACKS] >> len(self._seen.lacks)).tolist()
         if self.deep is None and any(deep):
             first = deep.index(1)
             shard = self.names[rows[first, SHARD]]
             self.deep = f"shard {shard}, sample {keys[first]}: the image"
-        if self._keeps_places:
-            self._seen.add(rows, keys)
         return tuple(pair), PairBatch(rows[:, ID].clone(), rows[:, GROUPS:].clone())
 
     def end_epoch(self, epoch: int, report: MinerReport | None) -> FlagRates:
@@ -472,9 +462,9 @@ class ShardSource(PairSource):
             ids, codes = self._seen.codes()
             own_counts = count_flagged(np.isin(ids, flagged), codes, self.codebook)
             own_places = self._seen.places(None if self._describes_all else flagged.tolist())
-        own = (self._pairs, self._lacks, own_counts, own_places)
+        own = (self._seen.count, self._seen.lacks, own_counts, own_places)
         pairs, lacks, counts, places = zip(*gather_objects(own), strict=True)
-        self._start_epoch()
+        self._seen = SeenPairs(len(self._stage.coders))
         self._warn_of_lacks(epoch, sum(pairs), sum(lacks).tolist())
         if report is None:
             return {}
