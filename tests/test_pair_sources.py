@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_clip import write_model, write_pairs
-from tiny_shards import hashed, write_shards
+from tiny_shards import DAMAGES, hashed, write_shards
 from torch.utils.data import DataLoader, TensorDataset
 from training_runs import (
     BATCH,
@@ -384,9 +384,11 @@ def test_a_loader_of_another_build_is_refused():
 # ------------------------------ shards at rest
 
 
-def test_the_first_look_tells_codes_from_broken_shards_and_meta_members(tmp_path):
+@pytest.mark.parametrize("damage", [lambda content: b"no tar", *DAMAGES.values()])
+def test_the_first_look_tells_codes_from_broken_shards_and_meta_members(tmp_path, damage):
     shards = write_shards(tmp_path, (3,) * 6, member=lambda n: {"race": n % 3} if n != 4 else None)
-    (tmp_path / "00000.tar").write_bytes(b"no tar")  # open_clip passes over it, and so do we
+    broken = tmp_path / "00000.tar"  # open_clip passes over it, and so do we
+    broken.write_bytes(damage(broken.read_bytes()))
     with tarfile.open(tmp_path / "00002.tar", "a") as tar:
         for extension in ("txt", "png", "json"):
             info = tarfile.TarInfo(f"__meta__/0.{extension}")
@@ -408,6 +410,7 @@ def test_the_first_look_tells_codes_from_broken_shards_and_meta_members(tmp_path
         ({"train_num_samples": None, "sizes": {}}, "cannot read the sizes .* give --train-num-sam"),
         ({"train_num_samples": 0}, "must be 1 or more, got 0"),
         ({"train_data": "{tmp}/{{0..}}.tar"}, "no shard file"),
+        ({"train_data": "{tmp}/{{00000..00003}}.tar"}, "00002.tar'; 2 of 4 are missing"),
         ({"workers": 3}, "--workers 3 x 1 process need as many shards, got 2"),
     ],
 )

@@ -194,16 +194,13 @@ def load_callback(spec: str) -> Callback:
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise UsageError(f"--fair-callback expects MODULE:NAME, got {spec!r}")
+    done = "imported"
     try:
         found = getattr(importlib.import_module(module_name), name)
-    except (Exception, SystemExit) as error:  # whatever the user's module raises
-        raise UsageError(f"--fair-callback {spec} cannot be imported: {one_line(error)}") from error
-    try:
+        done = "made without arguments"
         callback = found() if isinstance(found, type) else found
-    except (Exception, SystemExit) as error:
-        raise UsageError(
-            f"--fair-callback {spec} cannot be made without arguments: {one_line(error)}"
-        ) from error
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        raise UsageError(f"--fair-callback {spec} cannot be {done}: {one_line(error)}") from error
     if not isinstance(callback, Callback):
         raise UsageError(
             f"--fair-callback {spec} must be a fairclip_losses Callback, "
