@@ -25,15 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import UsageError
 from .events import Event, default_registry
 from .flags import FairOptions, build_parser, split_flags
-from .hooked import HookedArgs, HookedLoader, HookedLoss, of_a_run
 from .patching import Call, Hook, ModulePatch
-from .run import Run
+from .run import HookedArgs, HookedLoader, HookedLoss, Run, of_a_run
 
 PROGRAM = "open_clip_train.main"
 INSTALL = "pip install 'fairclip_losses[train]'"
 _NEEDED = ("open_clip_train", "pandas", "webdataset", "braceexpand")  # which the extra brings
 KNOWN_VERSIONS = "open_clip_torch 2.26.1 to 3.3.0"
-_EVALUATED = ("val", "imagenet-val", "imagenet-v2")  # open_clip evaluates where it has one of these
 
 _mains: list[Call] = []  # calls of main() that go on
 _under_way: list[Run] = []  # at most one: begun where arguments are parsed, and not ended
@@ -177,7 +175,7 @@ def _train_one_epoch(call: Call, run: Run) -> Any:
     state = run.state
     state.model, state.optimizer, state.scaler = call["model"], call["optimizer"], call["scaler"]
     state.tb_writer, state.epoch = call["tb_writer"], call["epoch"]
-    with run.epoch(evaluated=any(name in call["data"] for name in _EVALUATED)):
+    with run.epoch(call["data"]):
         return call.proceed()
 
 
