@@ -89,10 +89,11 @@ class PairSource(ABC):
         """Return by column name what is known of each pair; in the first process."""
 
 
-def is_table(path: str | None, args: Any) -> bool:
-    """Whether open_clip will read a data path as a CSV or TSV file."""
-    by_name = args.dataset_type == "auto" and str(path).split(".")[-1] in ("csv", "tsv")
-    return bool(path) and (args.dataset_type == "csv" or by_name)
+def is_read_as(kind: str, path: str | None, args: Any) -> bool:
+    """Whether open_clip will read a data path as ``csv`` (or TSV), or as ``webdataset``."""
+    endings = {"csv": ("csv", "tsv"), "webdataset": ("tar",)}[kind]
+    by_name = args.dataset_type == "auto" and str(path).split(".")[-1] in endings
+    return bool(path) and (args.dataset_type == kind or by_name)
 
 
 def read_pairs(path: str, args: Any) -> Table:

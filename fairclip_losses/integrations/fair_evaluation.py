@@ -12,7 +12,7 @@ import torch
 from ..errors import UsageError, usage_errors
 from ..evaluation.report import FairnessReport
 from ..evaluation.zero_shot import ZeroShotTask, evaluate_task
-from .csv_pairs import is_table, read_groups, read_pairs
+from .csv_pairs import is_read_as, read_groups, read_pairs
 from .events import Callback, TrainState
 from .flags import FairOptions
 from .pair_reports import WarnOnce, log_scalars
@@ -28,15 +28,16 @@ class FairEvaluationCallback(Callback):
     draws the same random numbers with and without it.
     """
 
+    task: ZeroShotTask  # from ARGS_PARSED on
+
     def __init__(self, options: FairOptions) -> None:
         self.options = options
-        self.task: ZeroShotTask | None = None
         self._warn = WarnOnce("Fair Eval")
 
     def on_args_parsed(self, state: TrainState) -> None:
         """Read and check the validation table."""
         args, options = state.args, self.options
-        if not is_table(args.val_data, args):
+        if not is_read_as("csv", args.val_data, args):
             raise UsageError(
                 "--fair-eval-label needs --val-data FILE.csv or .tsv: it "
                 "takes the validation pairs from a table (--dataset-type csv or auto), got "
@@ -58,7 +59,6 @@ class FairEvaluationCallback(Callback):
 
     def on_data_ready(self, state: TrainState) -> None:
         """Say what is to be said of the groups, now that open_clip has its log."""
-        assert self.task is not None
         self._warn(*self.task.remarks)
 
     def on_eval_end(self, state: TrainState) -> None:
@@ -66,8 +66,7 @@ class FairEvaluationCallback(Callback):
         args = state.args
         # Whether open_clip has evaluated on its validation data, by its own rule.
         every, is_last = args.val_frequency, state.epoch == args.epochs
-        is_due = every and (state.epoch % every == 0 or is_last)
-        if args.rank != 0 or self.task is None or not is_due:
+        if args.rank != 0 or not (every and (state.epoch % every == 0 or is_last)):
             return
         model = getattr(state.model, "_orig_mod", state.model)
         model = getattr(model, "module", model)

@@ -21,7 +21,7 @@ from .csv_pairs import (
     NamedDataset,
     PairBatch,
     PairSource,
-    is_table,
+    is_read_as,
     process_count,
     read_pairs,
     synthetic_source,
@@ -38,10 +38,9 @@ def pair_source(args: Any, options: FairOptions) -> PairSource:
     """Return the source of the pairs that open_clip will train on, after checking its data."""
     if args.dataset_type == "synthetic":
         return synthetic_source(args, options)
-    if is_table(args.train_data, args):
+    if is_read_as("csv", args.train_data, args):
         return table_source(args, options)
-    by_name = args.dataset_type == "auto" and str(args.train_data).endswith(".tar")
-    if args.train_data and (args.dataset_type == "webdataset" or by_name):
+    if is_read_as("webdataset", args.train_data, args):
         from .webdataset_pairs import ShardSource
 
         return ShardSource(args, options)
@@ -91,7 +90,7 @@ class FairTrainingCallback(Callback):
         if local and not Path(args.resume).is_file():
             raise UsageError(f"--resume: no checkpoint file {args.resume!r}")
         # The evaluation of fairness, where there is one, reads the validation table itself.
-        if self.options.fair_eval_label is None and is_table(args.val_data, args):
+        if self.options.fair_eval_label is None and is_read_as("csv", args.val_data, args):
             read_pairs(args.val_data, args)
         self.source = pair_source(args, self.options)
         with usage_errors():
@@ -107,7 +106,7 @@ class FairTrainingCallback(Callback):
         self._warn(*self.source.remarks)
         if "train" in data:
             self.source.attach(data["train"].dataloader)
-        if "val" in data and is_table(args.val_data, args):
+        if "val" in data and is_read_as("csv", args.val_data, args):
             loader = data["val"].dataloader
             vars(loader)["dataset"] = NamedDataset(loader.dataset, args.val_data)
 

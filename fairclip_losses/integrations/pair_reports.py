@@ -93,9 +93,9 @@ def rare_groups(
 ) -> list[str]:
     """Return in words the groups of which fewer than ``least`` pairs are expected in a batch."""
     pairs, rare = len(codes), []
-    counts = count_flagged(np.zeros(pairs, dtype=np.bool_), codes, codebook)
-    for (attribute, labels), of_one in zip(codebook.labels.items(), counts, strict=True):
-        for label, (_, seen) in zip(labels, of_one.tolist(), strict=True):
+    for (attribute, labels), of_one in zip(codebook.labels.items(), codes.T, strict=True):
+        counts = np.bincount(of_one[of_one >= 0], minlength=len(labels)).tolist()
+        for label, seen in zip(labels, counts, strict=True):
             if (expected := batch * seen / pairs) < least:
                 rare.append(
                     f"{attribute}={label} ({seen} of {pairs} pairs, {expected:.2g} a batch)"

@@ -209,8 +209,12 @@ def shard_names(urls: Iterable[str]) -> dict[str, str]:
 
 
 def _shard_urls(args: Any) -> list[str]:
-    """Return the shards as open_clip spells them out; local files must be there."""
-    from open_clip_train.data import expand_urls
+    """Return the shards as open_clip spells them out.
+
+    Refuses local ones that are not there, and what open_clip would refuse only after building the
+    model, or wait for forever.
+    """
+    from open_clip_train.data import expand_urls, get_dataset_size
 
     try:
         urls: list[str] = expand_urls(args.train_data)[0]
@@ -222,13 +226,6 @@ def _shard_urls(args: Any) -> list[str]:
         raise UsageError(
             f"--train-data: no shard file {missing[0]!r}; {len(missing)} of {len(urls)} are missing"
         )
-    return urls
-
-
-def _check_sizes(args: Any, shards: int) -> None:
-    """Refuse what open_clip would refuse only after building the model, or wait for forever."""
-    from open_clip_train.data import get_dataset_size
-
     if args.train_num_samples is None:
         try:
             size, _ = get_dataset_size(args.train_data)
@@ -240,11 +237,12 @@ def _check_sizes(args: Any, shards: int) -> None:
     elif args.train_num_samples < 1:
         raise UsageError(f"--train-num-samples must be 1 or more, got {args.train_num_samples}")
     processes = process_count()
-    if not args.dataset_resampled and shards < max(1, args.workers) * processes:
+    if not args.dataset_resampled and len(set(urls)) < max(1, args.workers) * processes:
         raise UsageError(
             f"--workers {args.workers} x {processes} process{'es' * (processes > 1)} need as many "
-            f"shards, got {shards}; lower --workers or add --dataset-resampled"
+            f"shards, got {len(set(urls))}; lower --workers or add --dataset-resampled"
         )
+    return urls
 
 
 def _first_pairs(url: str) -> Iterator[dict[str, Any]]:
@@ -415,7 +413,6 @@ class ShardSource(PairSource):
     def __init__(self, args: Any, options: FairOptions) -> None:
         self.where, self.accum_freq = args.train_data, args.accum_freq
         names = shard_names(_shard_urls(args))
-        _check_sizes(args, len(names))
         self.names, urls = list(names.values()), list(names)
         self._stage = PairStage(dict(zip(urls, enumerate(self.names), strict=True)), options)
         places = np.linspace(0, len(urls) - 1, LOOK_SHARDS).round().astype(int)
