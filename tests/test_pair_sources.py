@@ -7,6 +7,7 @@ import io
 import json
 import re
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_clip import write_model, write_pairs
+from tiny_clip import write_data, write_model, write_pairs
 from tiny_shards import DAMAGES, hashed, write_shards
 from torch.utils.data import DataLoader, TensorDataset
 from training_runs import (
@@ -168,8 +169,8 @@ def test_a_table_that_shrank_is_refused(tmp_path):
 
 def test_a_run_resumed_on_fewer_rows_reports_the_lost_pairs_without_them(tmp_path):
     """Rows in descending order of their ids: the lost ones at either end, and in the middle."""
-    table = write_pairs(tmp_path, 24, "train")
-    data = {"model": write_model(tmp_path / "tiny"), "train": str(table)}
+    data = write_data(tmp_path, 24)
+    table = Path(data["train"])
     flags = ("--fair-loss", "--fair-attributes", "sex", "--fair-id-key", "pair")
     argv = (*flags, "--fair-save-pairs")
     assert train.main(arguments(data, tmp_path, "run", *argv, epochs=1)) == 0

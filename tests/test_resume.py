@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from killed_runs import DieAt, RaiseIn, Tally, output_of, run, run_two_processes
-from tiny_clip import write_model, write_pairs
+from tiny_clip import write_data
 from training_runs import BATCH, SeedEpochs, assert_same, pairs_of
 from training_runs import arguments as of_open_clip
 
@@ -24,13 +24,7 @@ DELETING = (*FREQUENT, "--delete-previous-checkpoint")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    return {
-        "folder": folder,
-        "model": write_model(folder / "tiny"),
-        "train": str(write_pairs(folder, PAIRS, "train")),
-        "val": str(write_pairs(folder, 4, "val", seed=1)),
-    }
+    return write_data(tmp_path_factory.mktemp("data"), PAIRS, val=4)
 
 
 def arguments(data, logs, *more, evaluated=True):

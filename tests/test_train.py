@@ -15,7 +15,7 @@ import pytest
 import torch
 from open_clip import CoCaLoss
 from PIL import Image
-from tiny_clip import HAS_LOCAL_DIR, write_model, write_pairs
+from tiny_clip import HAS_LOCAL_DIR, write_data, write_pairs
 from training_runs import (
     BATCH,
     EPOCHS,
@@ -51,12 +51,7 @@ STEPS = PAIRS // BATCH
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    return {
-        "model": write_model(folder / "tiny"),
-        "train": str(write_pairs(folder, PAIRS, "train")),
-        "val": str(write_pairs(folder, 24, "val", seed=1)),
-    }
+    return write_data(tmp_path_factory.mktemp("data"), PAIRS, val=24)
 
 
 class StepRecorder(Visits):

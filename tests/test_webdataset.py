@@ -308,6 +308,8 @@ def test_two_processes_share_findings_and_memory(data, tmp_path):
 # ------------------------------ wrong input
 
 
+OTHER = ("--dataset-type", "webdataset", "--train-data")
+ZORK = "zork://bucket/00000.tar"
 FIRST = "shard 00000.tar, sample 0000: key 'race' of the json member: expected "
 
 
@@ -334,6 +336,8 @@ FIRST = "shard 00000.tar, sample 0000: key 'race' of the json member: expected "
             "member that is no JSON, got none",
         ),
         (lambda number: b"[" * 10**5, ("race",), "that is no JSON, got none"),
+        (attributes_of, ("gender", *OTHER, __file__), "cannot read the shard"),
+        (attributes_of, ("gender", *OTHER, ZORK), f"cannot read the shard {ZORK}: "),
         (
             lambda number: {"uid": number % 9, "race": 0},
             ("race", "--fair-id-key", "uid"),
@@ -358,24 +362,6 @@ def test_a_url_is_streamed_and_other_values_than_the_labels_may_be_unknown(data,
     assert_given_as_in_the_shards(record.given, data["folder"], {"race": ["Asian", "Black"]})
     assert any(attributes_of(number)["race"] == "White" for number, _, _ in record.given)
     assert not warnings_of(tmp_path / "run")
-
-
-@pytest.mark.parametrize(
-    ("shards", "message"),
-    [
-        ("{tmp_path}/x.tar", "cannot read the shard"),
-        (
-            "zork://bucket/{{00000..00003}}.tar",
-            "cannot read the shard zork://bucket/00000.tar: ",
-        ),
-    ],
-)
-def test_missing_and_broken_shards(data, tmp_path, capsys, shards, message):
-    (tmp_path / "x.tar").write_bytes(b"no tar")
-    broken = {**data, "train": shards.format(tmp_path=tmp_path, **data)}
-    assert train.main(streamed(broken, tmp_path, "bad", *FAIR)) == 2
-    assert message in one_line(capsys)
-    assert not (tmp_path / "bad").exists()
 
 
 def test_what_cannot_be_read_is_named_and_left_out_as_upstream_does(data, tmp_path):
