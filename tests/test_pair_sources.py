@@ -209,21 +209,6 @@ def test_synthetic_pairs_are_named_by_row_and_take_labels_in_turn(tmp_path):
     assert all(row["attribute_kind"] == "abc"[int(row["id"]) % 3] for row in rows)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--fair-loss", "--fair-attributes", "race"), "synthetic pairs have no attributes"),
-        (("--fair-loss", "dbpm", "--fair-id-key", "id"), "synthetic pairs have no keys"),
-        (("--fair-loss", "dbpm", "--batch-size", "21"), "20 pairs, fewer than one step takes"),
-        (("--fair-loss", "dbpm", "--train-num-samples", "0"), "needs --train-num-samples"),
-    ],
-)
-def test_what_synthetic_pairs_do_not_have_is_refused(tmp_path, capsys, flags, message):
-    assert train.main(synthetic(tmp_path, "--train-num-samples", "20", *flags)) == 2
-    assert message in one_line(capsys)
-    assert not (tmp_path / "run").exists()
-
-
 SLURM = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
 SMALL = ("--batch-size", "11")  # of the 20 pairs
 OFFICIAL_ALONE = "comparisons in one process, got a base loss with world_size=2"
@@ -232,11 +217,11 @@ OFFICIAL_ALONE = "comparisons in one process, got a base loss with world_size=2"
 @pytest.mark.parametrize(
     ("launched", "flags", "message"),
     [
-        (
-            {"WORLD_SIZE": "2"},
-            SMALL,
-            "holds 20 pairs, fewer than one step takes (--batch-size",
-        ),
+        ({}, ("--fair-attributes", "race"), "synthetic pairs have no attributes"),
+        ({}, ("--fair-id-key", "id"), "synthetic pairs have no keys"),
+        ({}, ("--batch-size", "21"), "20 pairs, fewer than one step takes"),
+        ({}, ("--train-num-samples", "0"), "needs --train-num-samples"),
+        ({"WORLD_SIZE": "2"}, SMALL, "holds 20 pairs, fewer than one step takes (--batch-size"),
         (SLURM, SMALL, "--accum-freq 1 x 2 processes)"),
         ({**SLURM, "PMI_SIZE": "2", "PMI_RANK": "1"}, SMALL, "x 2 processes)"),
         (SLURM, ("--fair-score", "official"), OFFICIAL_ALONE),
@@ -245,7 +230,7 @@ OFFICIAL_ALONE = "comparisons in one process, got a base loss with world_size=2"
         ({"OMPI_COMM_WORLD_SIZE": "2"}, (), "2 processes were launched by MPI, of which open_clip"),
     ],
 )
-def test_the_processes_of_every_launcher_are_known_before_the_model(
+def test_what_synthetic_pairs_lack_and_the_processes_of_every_launcher_are_known_at_first(
     tmp_path, capsys, monkeypatch, launched, flags, message
 ):
     for name, value in launched.items():
