@@ -123,16 +123,12 @@ def _own_terms(loss: nn.Module, model_out: Mapping[str, Any]) -> PairTerms:
     count = terms.contrastive.numel()
     for name, values in (("contrastive", terms.contrastive), *terms.named.items()):
         # Over several processes some terms are of this one's pairs and some of all.
-        if values.dim() != 1 or (values.shape[0] != count and _world_size(loss) == 1):
+        if values.dim() != 1 or (values.shape[0] != count and Processes.of(loss).world_size == 1):
             raise ValueError(
                 f"the terms of pair_terms must all have shape (B,), B = {count}, "
                 f"got {name} of shape {tuple(values.shape)}"
             )
     return terms
-
-
-def _world_size(loss: object) -> int:
-    return int(getattr(loss, "world_size", 1))
 
 
 def _inputs(model_out: Mapping[str, Any], prefix: str = "") -> tuple[Any, ...]:
@@ -149,7 +145,7 @@ def _logits(
     process's pairs against all (``local_loss``), a row a pair with the label its own column.
     """
     image, text, scale, bias = _inputs(model_out, prefix)
-    if _world_size(loss) == 1:
+    if Processes.of(loss).world_size == 1:
         return pair_logits(image, text, scale, bias), None, None
     options = {} if bias is None else {"logit_bias": bias}
     per_image, per_text = loss.get_logits(image, text, scale, **options)
@@ -165,7 +161,7 @@ def _clip(loss: Any, model_out: Mapping[str, Any]) -> PairTerms:
 
 def _siglip(loss: Any, model_out: Mapping[str, Any]) -> PairTerms:
     image, text, scale, bias = _inputs(model_out)
-    if _world_size(loss) == 1:
+    if Processes.of(loss).world_size == 1:
         contrastive = siglip_pair_losses(pair_logits(image, text, scale, bias))
     else:
         # The oldest versions have `bidir`, true or false, in place of `dist_impl`.

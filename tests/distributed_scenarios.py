@@ -207,10 +207,6 @@ def uneven_captions(rank, world_size):
     return grad / world_size, loss.last.weights
 
 
-def training(rank, world_size, cases):
-    return [train(kind, part, rank, world_size, local, form) for kind, part, local, form in cases]
-
-
 # ------------------------------ exchanges
 
 
@@ -467,7 +463,7 @@ def own_example():
 
 def everything(rank, world_size, cases):
     return {
-        "training": training(rank, world_size, cases),
+        "training": [train(*case[:2], rank, world_size, *case[2:]) for case in cases],
         "captions": uneven_captions(rank, world_size),
         "exchanges": exchanges(rank, world_size),
         "siglip": siglip_memory(rank, world_size),

@@ -156,9 +156,8 @@ def make_saving_program():
 @contextlib.contextmanager
 def registered(callback):
     """Have a callback in every run of the block."""
-    register(callback)
     try:
-        yield callback
+        yield register(callback)
     finally:
         if callback in list(default_registry):
             default_registry.unregister(callback)

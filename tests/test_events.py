@@ -7,14 +7,7 @@ import re
 import pytest
 
 from fairclip_losses.errors import CallbackError, UsageError
-from fairclip_losses.integrations.events import (
-    Callback,
-    CallbackRegistry,
-    Event,
-    TrainState,
-    default_registry,
-    register,
-)
+from fairclip_losses.integrations.events import Callback, CallbackRegistry, Event, TrainState
 
 
 class Recorder(Callback):
@@ -138,16 +131,6 @@ def test_a_callback_may_leave_while_it_is_called():
     registry = CallbackRegistry([Leaves(), Leaves()])
     registry.fire(Event.EPOCH_START, TrainState())
     assert len(heard) == 2 and len(registry) == 0
-
-
-def test_the_default_registry():
-    callback = Callback()
-    try:
-        assert register(callback) is callback
-        assert list(default_registry) == [callback]
-    finally:
-        default_registry.unregister(callback)
-    assert len(default_registry) == 0
 
 
 class Counts(Callback):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_clip import write_model, write_pairs
+from tiny_clip import write_data
 from training_runs import arguments, registered
 
 from fairclip_losses import train
@@ -76,8 +76,7 @@ class Groups(Callback):
 @pytest.fixture
 def command(tmp_path):
     pytest.importorskip("open_clip_train.main")
-    table = str(write_pairs(tmp_path, PAIRS, "train"))
-    data = {"train": table, "model": write_model(tmp_path / "tiny")}
+    data = write_data(tmp_path, PAIRS)
     more = ("--batch-size", str(BATCH), "--fair-callback", "group_balanced:GroupBalancedBatches")
     return arguments(data, tmp_path, "run", *more)
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from tiny_clip import HAS_LOCAL_DIR, write_model, write_pairs
+from tiny_clip import HAS_LOCAL_DIR, write_data
 from training_runs import (
     BATCH,
     IDLE,
@@ -70,11 +70,7 @@ class Witness(Callback):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    return {
-        "model": write_model(folder / "tiny"),
-        "train": str(write_pairs(folder, PAIRS, "train")),
-    }
+    return write_data(tmp_path_factory.mktemp("data"), PAIRS)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +15,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_clip import write_model, write_pairs
-from tiny_shards import hashed, write_shards
+from tiny_clip import write_data, write_model, write_pairs
+from tiny_shards import DAMAGES, hashed, write_shards
 from torch.utils.data import DataLoader, TensorDataset
 from training_runs import (
     BATCH,
@@ -29,6 +30,7 @@ from training_runs import (
 
 from fairclip_losses import train
 from fairclip_losses.data import CodeBook, Table, encode_attributes, write_table
+from fairclip_losses.data.tables import GroupCoder
 from fairclip_losses.errors import UsageError
 from fairclip_losses.integrations import webdataset_pairs as module
 from fairclip_losses.integrations.fair_training import pair_source
@@ -40,6 +42,7 @@ from fairclip_losses.integrations.webdataset_pairs import (
     LACKS,
     PairStage,
     SeenPairs,
+    codes_of,
     hashed_id,
     insert_stage,
     own_id,
@@ -166,8 +169,8 @@ def test_a_table_that_shrank_is_refused(tmp_path):
 
 def test_a_run_resumed_on_fewer_rows_reports_the_lost_pairs_without_them(tmp_path):
     """Rows in descending order of their ids: the lost ones at either end, and in the middle."""
-    table = write_pairs(tmp_path, 24, "train")
-    data = {"model": write_model(tmp_path / "tiny"), "train": str(table)}
+    data = write_data(tmp_path, 24)
+    table = Path(data["train"])
     flags = ("--fair-loss", "--fair-attributes", "sex", "--fair-id-key", "pair")
     argv = (*flags, "--fair-save-pairs")
     assert train.main(arguments(data, tmp_path, "run", *argv, epochs=1)) == 0
@@ -206,21 +209,6 @@ def test_synthetic_pairs_are_named_by_row_and_take_labels_in_turn(tmp_path):
     assert all(row["attribute_kind"] == "abc"[int(row["id"]) % 3] for row in rows)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--fair-loss", "--fair-attributes", "race"), "synthetic pairs have no attributes"),
-        (("--fair-loss", "dbpm", "--fair-id-key", "id"), "synthetic pairs have no keys"),
-        (("--fair-loss", "dbpm", "--batch-size", "21"), "20 pairs, fewer than one step takes"),
-        (("--fair-loss", "dbpm", "--train-num-samples", "0"), "needs --train-num-samples"),
-    ],
-)
-def test_what_synthetic_pairs_do_not_have_is_refused(tmp_path, capsys, flags, message):
-    assert train.main(synthetic(tmp_path, "--train-num-samples", "20", *flags)) == 2
-    assert message in one_line(capsys)
-    assert not (tmp_path / "run").exists()
-
-
 SLURM = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
 SMALL = ("--batch-size", "11")  # of the 20 pairs
 OFFICIAL_ALONE = "comparisons in one process, got a base loss with world_size=2"
@@ -229,11 +217,11 @@ OFFICIAL_ALONE = "comparisons in one process, got a base loss with world_size=2"
 @pytest.mark.parametrize(
     ("launched", "flags", "message"),
     [
-        (
-            {"WORLD_SIZE": "2"},
-            SMALL,
-            "holds 20 pairs, fewer than one step takes (--batch-size",
-        ),
+        ({}, ("--fair-attributes", "race"), "synthetic pairs have no attributes"),
+        ({}, ("--fair-id-key", "id"), "synthetic pairs have no keys"),
+        ({}, ("--batch-size", "21"), "20 pairs, fewer than one step takes"),
+        ({}, ("--train-num-samples", "0"), "needs --train-num-samples"),
+        ({"WORLD_SIZE": "2"}, SMALL, "holds 20 pairs, fewer than one step takes (--batch-size"),
         (SLURM, SMALL, "--accum-freq 1 x 2 processes)"),
         ({**SLURM, "PMI_SIZE": "2", "PMI_RANK": "1"}, SMALL, "x 2 processes)"),
         (SLURM, ("--fair-score", "official"), OFFICIAL_ALONE),
@@ -242,7 +230,7 @@ OFFICIAL_ALONE = "comparisons in one process, got a base loss with world_size=2"
         ({"OMPI_COMM_WORLD_SIZE": "2"}, (), "2 processes were launched by MPI, of which open_clip"),
     ],
 )
-def test_the_processes_of_every_launcher_are_known_before_the_model(
+def test_what_synthetic_pairs_lack_and_the_processes_of_every_launcher_are_known_at_first(
     tmp_path, capsys, monkeypatch, launched, flags, message
 ):
     for name, value in launched.items():
@@ -318,7 +306,7 @@ def test_codes_of_json_values(value, code, others_unknown):
     labels = ("Asian", "Black", "2", "True")
     others = ",*" * others_unknown
     flags = options("--fair-attributes", f"race={','.join(labels)}{others}", "--fair-id-key", "id")
-    stage, book = PairStage({"u": (5, "0.tar")}, flags, {}), CodeBook({"race": labels})
+    stage, book = PairStage({"u": (5, "0.tar")}, flags), CodeBook({"race": labels})
     member = {"race": value, "id": 9}
     sample = {"__key__": "k", "__url__": "u", "json": member, "txt": "caption"}
     table = Table("t", {"race": ["Asian", "" if value is None else str(value).strip()]})
@@ -349,7 +337,8 @@ IN_THE_JSON = "shard 0.tar, sample k: key 'race' of the json member: "
      (-2, None), ("Asian", None), (0.5, None), (True, None)],
 )  # fmt: skip
 def test_without_labels_integers_are_codes_as_they_are(value, code):
-    stage = PairStage({"u": (5, "0.tar")}, options("--fair-attributes", "race"), {"race": 3})
+    stage = PairStage({"u": (5, "0.tar")}, options("--fair-attributes", "race"))
+    stage.coders["race"] = GroupCoder(codes_of(3))
     sample = {"__key__": "k", "__url__": "u", "json": {"race": value}}
     if code is None:
         message = "or labels given as --fair-attributes race=LABEL,LABEL,..., got "
@@ -363,7 +352,7 @@ def test_without_labels_integers_are_codes_as_they_are(value, code):
 
 def test_a_json_member_or_key_that_is_missing_is_unknown_and_told_apart():
     flags = options("--fair-attributes", "race=a", "sex=b", "--fair-id-key", "id")
-    stage = PairStage({"u": (5, "0.tar")}, flags, {})
+    stage = PairStage({"u": (5, "0.tar")}, flags)
     samples = [{"__key__": "k", "__url__": "u"}, {"__key__": "k", "__url__": "u"}]
     samples[1]["json"] = {"sex": "b"}
     rows = torch.stack([passed[FIELDS[0]] for passed in stage(samples)])
@@ -372,7 +361,7 @@ def test_a_json_member_or_key_that_is_missing_is_unknown_and_told_apart():
 
 
 def test_a_loader_of_another_build_is_refused():
-    stage = PairStage({}, options("dbpm"), {})
+    stage = PairStage({}, options("dbpm"))
     for loader in (DataLoader([1]), SimpleNamespace(pipeline=[SimpleNamespace(dataset=None)])):
         with pytest.raises(UsageError, match="has no stage to_tuple"):
             insert_stage(loader, stage)
@@ -381,9 +370,11 @@ def test_a_loader_of_another_build_is_refused():
 # ------------------------------ shards at rest
 
 
-def test_the_first_look_tells_codes_from_broken_shards_and_meta_members(tmp_path):
+@pytest.mark.parametrize("damage", [lambda content: b"no tar", *DAMAGES.values()])
+def test_the_first_look_tells_codes_from_broken_shards_and_meta_members(tmp_path, damage):
     shards = write_shards(tmp_path, (3,) * 6, member=lambda n: {"race": n % 3} if n != 4 else None)
-    (tmp_path / "00000.tar").write_bytes(b"no tar")  # open_clip passes over it, and so do we
+    broken = tmp_path / "00000.tar"  # open_clip passes over it, and so do we
+    broken.write_bytes(damage(broken.read_bytes()))
     with tarfile.open(tmp_path / "00002.tar", "a") as tar:
         for extension in ("txt", "png", "json"):
             info = tarfile.TarInfo(f"__meta__/0.{extension}")
@@ -405,6 +396,7 @@ def test_the_first_look_tells_codes_from_broken_shards_and_meta_members(tmp_path
         ({"train_num_samples": None, "sizes": {}}, "cannot read the sizes .* give --train-num-sam"),
         ({"train_num_samples": 0}, "must be 1 or more, got 0"),
         ({"train_data": "{tmp}/{{0..}}.tar"}, "no shard file"),
+        ({"train_data": "{tmp}/{{00000..00003}}.tar"}, "00002.tar'; 2 of 4 are missing"),
         ({"workers": 3}, "--workers 3 x 1 process need as many shards, got 2"),
     ],
 )

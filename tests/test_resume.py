@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 from killed_runs import DieAt, RaiseIn, Tally, output_of, run, run_two_processes
-from tiny_clip import write_model, write_pairs
-from training_runs import BATCH, SeedEpochs, assert_same
+from tiny_clip import write_data
+from training_runs import BATCH, SeedEpochs, assert_same, pairs_of
 from training_runs import arguments as of_open_clip
 
 pytest.importorskip("open_clip_train.main")
@@ -24,13 +24,7 @@ DELETING = (*FREQUENT, "--delete-previous-checkpoint")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    return {
-        "folder": folder,
-        "model": write_model(folder / "tiny"),
-        "train": str(write_pairs(folder, PAIRS, "train")),
-        "val": str(write_pairs(folder, 4, "val", seed=1)),
-    }
+    return write_data(tmp_path_factory.mktemp("data"), PAIRS, val=4)
 
 
 def arguments(data, logs, *more, evaluated=True):
@@ -105,16 +99,18 @@ def test_the_weights_are_those_of_open_clips_own_resume(data, tmp_path):
 
 def test_two_processes_killed_and_resumed_equal_the_uninterrupted(data, tmp_path):
     ends = []
-    flags = (*FAIR, *FREQUENT, "--batch-size", "4")
+    flags = (*FAIR, *FREQUENT, "--batch-size", "4", "--local-loss", "--gather-with-grad")
     for name, moment in (("whole", None), ("cut", "after_checkpoint")):
         # 2.x evaluates in the first process by a forward pass that waits for the others.
-        command = arguments(data, tmp_path / name, *flags, evaluated=False)
+        command = arguments(data, tmp_path / name, *flags, "--fair-save-pairs", evaluated=False)
         if moment:
             statuses = run_two_processes(command, data["folder"], moment, callbacks())
             assert statuses[0] == -signal.SIGKILL and statuses[1] != 0
             command += ["--resume", "latest"]
         assert run_two_processes(command, data["folder"], None, callbacks()) == [0, 0]
         ends.append(end_of(tmp_path / name))
+        rows = pairs_of(tmp_path / name, "run", EPOCHS)  # one memory, of every process's pairs
+        assert [int(row["visits"]) for row in rows] == [EPOCHS] * PAIRS
     assert_same(*ends)
 
 

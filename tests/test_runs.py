@@ -165,16 +165,17 @@ class Faulty(Callback):
 
 
 @pytest.mark.parametrize(
-    ("name", "status", "line"),
+    ("names", "status", "line"),
     [
-        ("Exits", 2, ":Exits cannot be made without arguments: SystemExit: 3"),
-        ("Faulty", 1, "callback Faulty failed at epoch_end: KeyError: 'gone'"),
-        ("missing", 2, ":missing cannot be imported: AttributeError"),
+        (["Exits"], 2, ":Exits cannot be made without arguments: SystemExit: 3"),
+        (["Faulty"], 1, "callback Faulty failed at epoch_end: KeyError: 'gone'"),
+        (["missing"], 2, ":missing cannot be imported: AttributeError"),
+        (["ONE", "ONE"], 2, "callback Callback is registered already"),
     ],
 )
-def test_a_callback_that_fails_ends_the_command_with_its_name(program, capsys, name, status, line):
+def test_a_callback_that_fails_ends_the_command_with_its_name(program, capsys, names, status, line):
     before = dict(vars(program))
-    assert train.main([f"--fair-callback={__name__}:{name}"]) == status
+    assert train.main([f"--fair-callback={__name__}:{name}" for name in names]) == status
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("fairclip_losses.train: error: ") and line.strip() in last
     assert all(vars(program)[name] is before[name] for name in HOOKS)
@@ -197,9 +198,3 @@ def test_the_order_is_registered_then_command_line(program, registered):
     registered(First())
     run_training([f"--fair-callback={__name__}:Second"])
     assert Second.heard == ["First", "Second", "Second", "First"]  # reversed at an end
-
-
-def test_one_instance_twice_on_the_command_line_is_one_line(program, capsys):
-    flags = ["--fair-callback", f"{__name__}:ONE"]
-    assert train.main([*flags, *flags]) == 2
-    assert "callback Callback is registered already" in capsys.readouterr().err

@@ -193,7 +193,7 @@ def test_a_state_beside_a_checkpoint_at_an_address(saved):
 
     memory = fsspec.filesystem("memory")
     memory.put(str(saved / "checkpoints"), "/bucket", recursive=True)
-    assert read_states("memory://bucket/epoch_1.pt", 1).callbacks["Tally"]["more"]["count"] == 4
+    assert read_states("memory://bucket/epoch_1.pt", 1)["Tally"]["more"]["count"] == 4
     with pytest.raises(UsageError, match="no saved state of epoch 3"):
         read_states("memory://bucket/epoch_1.pt", 3)
 

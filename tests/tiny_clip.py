@@ -57,6 +57,14 @@ def as_process(folder: Path, module: str) -> tuple[list[str], dict[str, str]]:
     return ["-m", "with_tiny_model", module], environment
 
 
+def write_data(folder: Path, pairs: int, val: int = 0) -> dict:
+    """Write the model and tables of so many pairs; return where they are, and their folder."""
+    tables = {"train": str(write_pairs(folder, pairs, "train"))}
+    if val:
+        tables["val"] = str(write_pairs(folder, val, "val", seed=1))
+    return {"folder": folder, "model": write_model(folder / "tiny"), **tables}
+
+
 def write_pairs(folder: Path, count: int, name: str, seed: int = 0) -> Path:
     """Write ``count`` images and their table: bright or dark pictures, two attributes."""
     rng = np.random.default_rng(seed)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import tarfile
 
 from PIL import Image
 
 RACES = ("Asian", "Black", "White")
+
+# What may have happened to a shard's content.
+DAMAGES = {
+    "gz": lambda content: gzip.compress(content)[:12] + b"\xff" * 500,
+    "gz-head": lambda content: b"\x1f\x8b\x08",
+    "xz-twice": lambda content: lzma.compress(content[:5632]) * 2,
+    "xz": lambda content: lzma.compress(content)[:14] + b"\xff" * 500,
+    "tar-cut": lambda content: content[:6000],
+}
 
 
 def picture(number):

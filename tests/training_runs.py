@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from stub_open_clip import registered as registered
-from tiny_clip import HAS_LOCAL_DIR, as_process
+from tiny_clip import HAS_LOCAL_DIR
 
 from fairclip_losses.evaluate import load_weights
 from fairclip_losses.integrations.events import Callback
@@ -64,18 +62,6 @@ def assert_remembered(rows, visits):
         losses = visits[int(row["id"])]
         assert int(row["visits"]) == len(losses)
         assert float(row["mean_loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
-
-
-def run_under_torchrun(folder, argv):
-    """Train in two processes on CPUs, with the model of a folder."""
-    module, environment = as_process(folder, "fairclip_losses.train")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    on_cpus = () if HAS_LOCAL_DIR else ("--dist-backend", "gloo")  # 3.x knows it by the device
-    done = subprocess.run(
-        [*command, *module[:2], "--", *module[2:], *argv, *on_cpus],
-        capture_output=True, text=True, timeout=300, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
 
 
 class SeedEpochs(Callback):

@@ -26,12 +26,7 @@ LATEST = "epoch_latest.pt"  # open_clip's name for --save-most-recent
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, Tensor, nn.Parameter)
 
 
-@dataclass(frozen=True)
-class SavedStates:
-    """What a file holds: the epochs completed, and the state of each callback by its name."""
-
-    epoch: int
-    callbacks: dict[str, dict[str, Any]]
+States = dict[str, dict[str, Any]]  # of each callback, by its name
 
 
 @dataclass
@@ -53,29 +48,29 @@ class StateFolder:
                 folder.latest = start_epoch
         return folder
 
-    def write(self, states: SavedStates) -> None:
+    def write(self, epoch: int, states: States) -> None:
         """Write a file whole or not at all, even if the process is killed meanwhile.
 
         Raises:
             CallbackError: a state holds what could not be read back; the message says where.
         """
-        for name, state in states.callbacks.items():
+        for name, state in states.items():
             where = f"callback {name} failed at state_dict: state"
             if not isinstance(state, dict):
                 raise CallbackError(f"{where} is a {_kind(state)}; expected a dict")
             _check_plain(state, where)
-        target = self.path / f"epoch_{states.epoch}.fair"
+        target = self.path / f"epoch_{epoch}.fair"
         temporary = self.path / f"{target.name}.tmp"
         try:
             with open(temporary, "wb") as file:
-                torch.save({"format": FORMAT, **vars(states)}, file)
+                torch.save({"format": FORMAT, "epoch": epoch, "callbacks": states}, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        self.written.add(states.epoch)
+        self.written.add(epoch)
 
     def tidy(self) -> None:
         """Remove what a killed run left half written, and files whose checkpoint is gone."""
@@ -104,8 +99,8 @@ def is_due(args: Any, completed: int) -> bool:
     return bool(by_frequency or completed == args.epochs or args.save_most_recent)
 
 
-def read_states(checkpoint: str, epoch: int) -> SavedStates:
-    """Return what was saved with a checkpoint of ``epoch``, a path or, as for open_clip, a URL.
+def read_states(checkpoint: str, epoch: int) -> States:
+    """Return the states saved with a checkpoint of ``epoch``, a path or, as for open_clip, a URL.
 
     Raises:
         UsageError: there is none, or the file is not one of these.
@@ -117,13 +112,11 @@ def read_states(checkpoint: str, epoch: int) -> SavedStates:
         # complex is not among what torch 2.5 takes for safe; open_clip opens checkpoints likewise.
         with torch.serialization.safe_globals([complex]), fsspec.open(path, "rb") as file:
             content = torch.load(file, map_location="cpu", weights_only=True)
-        found = content.pop("format", None)
-        if found != FORMAT:
+        if (found := content.get("format")) != FORMAT:
             raise ValueError(f"expected format {FORMAT}, got {found}")
-        states = SavedStates(**content)
-        if not isinstance(states.callbacks, dict) or not all(
-            isinstance(state, dict) for state in states.callbacks.values()
-        ):
+        states: States = content["callbacks"]
+        saved = content["epoch"]
+        if not isinstance(states, dict) or not all(isinstance(s, dict) for s in states.values()):
             raise ValueError("expected a dict of the state of each callback")
     except FileNotFoundError:
         raise UsageError(
@@ -131,8 +124,8 @@ def read_states(checkpoint: str, epoch: int) -> SavedStates:
         ) from None
     except Exception as error:  # whatever a damaged or foreign file makes the reader raise
         raise UsageError(f"{path} is no saved state: {one_line(error)}") from error
-    if states.epoch != epoch:
-        raise UsageError(f"{path} is the saved state of epoch {states.epoch}, not {epoch}")
+    if saved != epoch:
+        raise UsageError(f"{path} is the saved state of epoch {saved}, not {epoch}")
     return states
 
 

@@ -55,9 +55,10 @@ class PairSource(ABC):
     """
 
     codebook: CodeBook  # what the group codes mean, the same in every process
-    num_pairs: int | None = None  # where ids are 0..num_pairs-1; None for any int64 ids
-    remarks: Sequence[str] = ()  # what to warn of once, before training
     codes: Tensor  # (n, C) int64 group codes of all pairs, or of those first looked at
+    identity: str  # what the ids depend on: two runs with the same text name pairs alike
+    num_pairs: int | None = None  # where ids are 0..num_pairs-1; None for any int64 ids
+    remarks: Sequence[str] = ()  # what to warn of before training
     deep: str | None = None  # the first image of more than 8 bits that was taken, in words
 
     @abstractmethod
@@ -69,26 +70,22 @@ class PairSource(ABC):
         """Return the batch as open_clip expects it, and what its last item, our own, says."""
 
     @abstractmethod
-    def end_epoch(self, epoch: int, report: MinerReport | None, everything: bool) -> FlagRates:
+    def end_epoch(self, epoch: int, report: MinerReport | None) -> FlagRates:
         """End an epoch (from 0), in every process; return the flag rates where there is a report.
 
-        The miner's report is None but in the first process. ``everything``: prepare `describe` for
-        all pairs, not only for the flagged ones.
+        The miner's report is None but in the first process.
         """
 
     @abstractmethod
     def describe(self, ids: IntArray) -> dict[str, Sequence[object]]:
         """Return by column name what is known of each pair; in the first process."""
 
-    @abstractmethod
-    def identity(self) -> str:
-        """Return what the ids depend on: two runs with the same text name the same pairs alike."""
 
-
-def is_table(path: str | None, args: Any) -> bool:
-    """Whether open_clip will read a data path as a CSV or TSV file."""
-    by_name = args.dataset_type == "auto" and str(path).split(".")[-1] in ("csv", "tsv")
-    return bool(path) and (args.dataset_type == "csv" or by_name)
+def is_read_as(kind: str, path: str | None, args: Any) -> bool:
+    """Whether open_clip will read a data path as ``csv`` (or TSV), or as ``webdataset``."""
+    endings = {"csv": ("csv", "tsv"), "webdataset": ("tar",)}[kind]
+    by_name = args.dataset_type == "auto" and str(path).split(".")[-1] in endings
+    return bool(path) and (args.dataset_type == kind or by_name)
 
 
 def read_pairs(path: str, args: Any) -> Table:
@@ -191,7 +188,7 @@ class RowSource(PairSource):
     codes: Tensor  # (N, C)
     codebook: CodeBook
     columns: Mapping[str, Sequence[str]]  # what `describe` returns, of all rows
-    name: str  # what `identity` returns
+    identity: str
     num_pairs: int | None = None
     remarks: Sequence[str] = ()
 
@@ -227,7 +224,7 @@ class RowSource(PairSource):
             self.deep = f"{self.where}: row {row + 1}: image {self.columns['file'][row]!r}"
         return tuple(pair), PairBatch(self.ids[rows], self.codes[rows])
 
-    def end_epoch(self, epoch: int, report: MinerReport | None, everything: bool) -> FlagRates:
+    def end_epoch(self, epoch: int, report: MinerReport | None) -> FlagRates:
         """Return the flag rates of all pairs seen so far that are rows."""
         if report is None:
             return {}
@@ -243,10 +240,6 @@ class RowSource(PairSource):
             name: [of_row[row] if row >= 0 else "" for row in rows]
             for name, of_row in self.columns.items()
         }
-
-    def identity(self) -> str:
-        """Return what the source was made with."""
-        return self.name
 
     def _rows_of(self, ids: IntArray) -> IntArray:
         """Return the row of each id, -1 where it is not here: a resumed run may have lost it."""

@@ -165,16 +165,6 @@ def _call(callback: Callback, method: str, *arguments: Any) -> Any:
         ) from error
 
 
-def _check_event_methods(callback: Callback) -> None:
-    """Refuse a method that looks like an event's and is none's, as a misspelt one is."""
-    known = [f"on_{event.value}" for event in Event]
-    for name in dir(type(callback)):
-        if name.startswith("on_") and name not in known and callable(getattr(callback, name)):
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f", did you mean {near[0]}?" if near else f"; events call {', '.join(known)}"
-            raise ValueError(f"callback {callback.name} has {name}, which no event calls{hint}")
-
-
 class CallbackRegistry:
     """An ordered collection of callbacks to which events are delivered.
 
@@ -212,12 +202,18 @@ class CallbackRegistry:
             raise ValueError(f"expected a Callback, got {callback!r}{hint}")
         if any(known is callback for known in self._callbacks):
             raise ValueError(f"callback {callback.name} is registered already")
-        _check_event_methods(callback)
-        if _overrides(callback, "state_dict") != _overrides(callback, "load_state_dict"):
+        known = [f"on_{event.value}" for event in Event]
+        for name in dir(type(callback)):
+            if name.startswith("on_") and name not in known and callable(getattr(callback, name)):
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f", did you mean {near[0]}?" if near else f"; events call {', '.join(known)}"
+                raise ValueError(f"callback {callback.name} has {name}, which no event calls{hint}")
+        keeps_state = _overrides(callback, "state_dict")
+        if keeps_state != _overrides(callback, "load_state_dict"):
             raise ValueError(
                 f"callback {callback.name} must override state_dict and load_state_dict together"
             )
-        if _overrides(callback, "state_dict") and callback.name in self.stateful:
+        if keeps_state and callback.name in self.stateful:
             raise ValueError(
                 f"two callbacks named {callback.name} keep state; give each a `name` of its own"
             )

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..errors import UsageError, usage_errors
 from ..evaluation.report import FairnessReport
 from ..evaluation.zero_shot import ZeroShotTask, evaluate_task
-from .csv_pairs import is_table, read_groups, read_pairs
+from .csv_pairs import is_read_as, read_groups, read_pairs
 from .events import Callback, TrainState
 from .flags import FairOptions
-from .pair_reports import log_scalars
+from .pair_reports import WarnOnce, log_scalars
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +28,16 @@ class FairEvaluationCallback(Callback):
     draws the same random numbers with and without it.
     """
 
+    task: ZeroShotTask  # from ARGS_PARSED on
+
     def __init__(self, options: FairOptions) -> None:
         self.options = options
-        self.task: ZeroShotTask | None = None
-        self._said: set[str] = set()
+        self._warn = WarnOnce("Fair Eval")
 
     def on_args_parsed(self, state: TrainState) -> None:
         """Read and check the validation table."""
         args, options = state.args, self.options
-        if not is_table(args.val_data, args):
+        if not is_read_as("csv", args.val_data, args):
             raise UsageError(
                 "--fair-eval-label needs --val-data FILE.csv or .tsv: it "
                 "takes the validation pairs from a table (--dataset-type csv or auto), got "
@@ -60,21 +59,14 @@ class FairEvaluationCallback(Callback):
 
     def on_data_ready(self, state: TrainState) -> None:
         """Say what is to be said of the groups, now that open_clip has its log."""
-        assert self.task is not None
-        if state.args.rank == 0:
-            self._warn(self.task.remarks)
-
-    def _warn(self, messages: Iterable[str]) -> None:
-        """Log each warning once, not in every epoch."""
-        for message in messages:
-            if not any(said.startswith(message) for said in self._said):
-                self._said.add(message)
-                log.warning("Fair Eval: %s", message)
+        self._warn(*self.task.remarks)
 
     def on_eval_end(self, state: TrainState) -> None:
         """Evaluate the model that open_clip has just evaluated."""
         args = state.args
-        if args.rank != 0 or self.task is None or not _is_due(args, state.epoch):
+        # Whether open_clip has evaluated on its validation data, by its own rule.
+        every, is_last = args.val_frequency, state.epoch == args.epochs
+        if args.rank != 0 or not (every and (state.epoch % every == 0 or is_last)):
             return
         model = getattr(state.model, "_orig_mod", state.model)
         model = getattr(model, "module", model)
@@ -91,7 +83,7 @@ class FairEvaluationCallback(Callback):
                 input_dtype=weight.dtype,
                 n_bootstrap=0,
             )
-        self._warn(str(warning.message) for warning in caught)
+        self._warn(*(str(warning.message) for warning in caught))
         scalars = _scalars(report)
         shown = "\t".join(f"{name}: {value:.4f}" for name, value in scalars.items())
         log.info("Fair Eval Epoch: %d %s", state.epoch, shown)
@@ -105,11 +97,6 @@ class FairEvaluationCallback(Callback):
             line = json.dumps({"epoch": state.epoch, **scalars})
             with open(Path(args.checkpoint_path) / "fair_results.jsonl", "a") as file:
                 file.write(line + "\n")
-
-
-def _is_due(args: Any, epoch: int) -> Any:
-    """Whether open_clip has evaluated on its validation data, by its own rule."""
-    return args.val_frequency and (epoch % args.val_frequency == 0 or epoch == args.epochs)
 
 
 def _scalars(report: FairnessReport) -> dict[str, float]:

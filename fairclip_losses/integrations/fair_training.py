@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .csv_pairs import (
     NamedDataset,
     PairBatch,
     PairSource,
-    is_table,
+    is_read_as,
     process_count,
     read_pairs,
     synthetic_source,
@@ -29,7 +29,7 @@ from .csv_pairs import (
 )
 from .events import Callback, TrainState
 from .flags import FairOptions
-from .pair_reports import FlagRates, log_scalars, rare_groups, write_pairs
+from .pair_reports import FlagRates, WarnOnce, log_scalars, rare_groups, write_pairs
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,9 @@ def pair_source(args: Any, options: FairOptions) -> PairSource:
     """Return the source of the pairs that open_clip will train on, after checking its data."""
     if args.dataset_type == "synthetic":
         return synthetic_source(args, options)
-    if is_table(args.train_data, args):
+    if is_read_as("csv", args.train_data, args):
         return table_source(args, options)
-    by_name = args.dataset_type == "auto" and str(args.train_data).endswith(".tar")
-    if args.train_data and (args.dataset_type == "webdataset" or by_name):
+    if is_read_as("webdataset", args.train_data, args):
         from .webdataset_pairs import ShardSource
 
         return ShardSource(args, options)
@@ -68,7 +67,7 @@ class FairTrainingCallback(Callback):
         self.summary: EpochSummary | None = None
         self._pairs: deque[PairBatch] = deque()
         self._device: str | None = None  # that asked for, where this open_clip asks
-        self._has_warned_of_deep = False
+        self._warn = WarnOnce("Fair loss")
 
     def on_args_parsed(self, state: TrainState) -> None:
         """Look at the training data and refuse what cannot work."""
@@ -91,7 +90,7 @@ class FairTrainingCallback(Callback):
         if local and not Path(args.resume).is_file():
             raise UsageError(f"--resume: no checkpoint file {args.resume!r}")
         # The evaluation of fairness, where there is one, reads the validation table itself.
-        if self.options.fair_eval_label is None and is_table(args.val_data, args):
+        if self.options.fair_eval_label is None and is_read_as("csv", args.val_data, args):
             read_pairs(args.val_data, args)
         self.source = pair_source(args, self.options)
         with usage_errors():
@@ -104,12 +103,10 @@ class FairTrainingCallback(Callback):
     def on_data_ready(self, state: TrainState) -> None:
         """Make the training loader give ids and groups; say what is to be said of the data."""
         args, data = state.args, state.data
-        if args.rank == 0:
-            for remark in self.source.remarks:
-                log.warning("Fair loss: %s", remark)
+        self._warn(*self.source.remarks)
         if "train" in data:
             self.source.attach(data["train"].dataloader)
-        if "val" in data and is_table(args.val_data, args):
+        if "val" in data and is_read_as("csv", args.val_data, args):
             loader = data["val"].dataloader
             vars(loader)["dataset"] = NamedDataset(loader.dataset, args.val_data)
 
@@ -122,10 +119,7 @@ class FairTrainingCallback(Callback):
         self.loss.to(state.args.device)
         if state.args.rank == 0:
             log.info("Fair loss: %s", self.loss)
-            if not trains_contrastive(self.loss.base_loss):
-                log.warning("The fairness term alone trains the scores that it compares")
-            for trap in self._traps(state):
-                log.warning("Fair loss: %s", trap)
+        self._warn(*self._traps(state))
 
     def on_epoch_start(self, state: TrainState) -> None:
         """Forget pairs of a step that the last epoch did not complete."""
@@ -137,8 +131,8 @@ class FairTrainingCallback(Callback):
 
     def on_batch_start(self, state: TrainState) -> None:
         """Take ids and groups off the batch; open_clip gets its pair."""
-        if not isinstance(state.batch, (tuple, list)) or len(state.batch) <= 2:
-            is_sequence = isinstance(state.batch, (tuple, list))
+        is_sequence = isinstance(state.batch, (tuple, list))
+        if not is_sequence or len(state.batch) <= 2:
             raise UsageError(
                 "a callback that replaces state.batch must keep its last item, which says whose "
                 "pairs they are: expected (images, texts, pairs), got "
@@ -146,8 +140,7 @@ class FairTrainingCallback(Callback):
             )
         state.batch, pairs = self.source.take(state.batch)
         self._pairs.append(pairs)
-        if state.args.rank == 0:
-            self._warn_of_deep([self.source.deep])
+        self._warn_of_deep(self.source.deep)
 
     def on_loss_start(self, state: TrainState) -> None:
         """Give the loss the ids and groups of the pairs it sees, in their order."""
@@ -179,10 +172,8 @@ class FairTrainingCallback(Callback):
         report = None
         if state.args.rank == 0 and self.loss.miner is not None and self.loss.mining_unit == "pair":
             report = self.loss.miner.report()
-        found = gather_objects(self.source.deep)  # in every process
-        self._warn_of_deep(found if state.args.rank == 0 else [])
-        everything = self.options.fair_save_pairs
-        self.rates = self.source.end_epoch(state.epoch, report, everything)
+        self._warn_of_deep(*gather_objects(self.source.deep))
+        self.rates = self.source.end_epoch(state.epoch, report)
         if report is None or summary is None:
             return
         shown = " ".join(
@@ -196,13 +187,15 @@ class FairTrainingCallback(Callback):
             f"| flag rate {shown}" if shown else "",
         )  # fmt: skip
         if state.args.save_logs:
-            for name in ("flagged", "pairs") if everything else ("flagged",):
+            for name in ("flagged", "pairs")[: 1 + self.options.fair_save_pairs]:
                 path = Path(state.args.checkpoint_path) / f"{name}_epoch_{state.epoch + 1}.csv"
                 write_pairs(path, report, self.source.describe, flagged_only=name == "flagged")
 
     def _traps(self, state: TrainState) -> Iterator[str]:
         """Yield what of this run is allowed, and seldom meant."""
         args = state.args
+        if not trains_contrastive(self.loss.base_loss):
+            yield "the fairness term alone trains the scores that it compares"
         steps = state.data["train"].dataloader.num_batches // args.accum_freq * args.epochs
         warmup = 0 if getattr(args, "skip_scheduler", False) else getattr(args, "warmup", 0)
         if warmup > steps:
@@ -228,12 +221,8 @@ class FairTrainingCallback(Callback):
                     f"--fair-queue {batch}, which compares the last {batch} scores of each group"
                 )
 
-    def _warn_of_deep(self, found: Iterable[str | None]) -> None:
-        """Warn of the first image of more than 8 bits, once a run."""
-        first = next(filter(None, found), None)
-        if first is not None and not self._has_warned_of_deep:
-            self._has_warned_of_deep = True
-            log.warning("Fair loss: %s", deep_warning(first))
+    def _warn_of_deep(self, *found: str | None) -> None:
+        self._warn(*map(deep_warning, filter(None, found)), kind="deep images")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loss's state, the meaning of the group codes, and the flags it depends on."""
@@ -302,7 +291,7 @@ class FairTrainingCallback(Callback):
             "--fair-preset": options.fair_preset or "aligned",
             "--fair-queue": str(options.fair_queue or 0),
             "--fair-id-key": options.fair_id_key or "not given",
-            "--train-data": self.source.identity(),
+            "--train-data": self.source.identity,
             **queued,
         }
 

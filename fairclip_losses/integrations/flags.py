@@ -15,71 +15,55 @@ from ..presets import PRESETS
 from .events import Callback, default_registry
 
 PARTS = ("dbpm", "sinkhorn")
+_DBPM, _SINKHORN = PARTS[:1], PARTS[1:]
 
 _SEVERAL: dict[str, Any] = {"nargs": "+", "default": ()}
-_FLAGS: tuple[tuple[str, dict[str, Any], str], ...] = (
-    ("--fair-loss", {"nargs": "*", "choices": PARTS, "metavar": "PART"},
+# Each flag with the parts of the loss of which it is an option, argparse's arguments and its help.
+_FLAGS: tuple[tuple[str, tuple[str, ...], dict[str, Any], str], ...] = (
+    ("--fair-loss", (), {"nargs": "*", "choices": PARTS, "metavar": "PART"},
      "train with bad pair mining (dbpm), the fairness term (sinkhorn), or, bare, both"),
-    ("--fair-preset", {"choices": sorted(PRESETS)},
+    ("--fair-preset", PARTS, {"choices": sorted(PRESETS)},
      "consistent set of options: aligned (default), paper, or official (the published code's "
      "computation, for comparison only)"),
-    ("--fair-attributes", {**_SEVERAL, "metavar": "NAME[=LABEL,...[,*]]"},
+    ("--fair-attributes", (), {**_SEVERAL, "metavar": "NAME[=LABEL,...[,*]]"},
      "protected attributes: columns of the training CSV, or keys of the json member of a "
      "webdataset sample; with labels after = only these are groups, -1 too where it is listed, and "
      "any other value is refused, or unknown where the labels end in ,*"),
-    ("--fair-weight", {"type": float, "metavar": "LAMBDA"}, "weight of the fairness term"),
-    ("--fair-blur", {"type": float, "metavar": "BLUR"},
+    ("--fair-weight", _SINKHORN, {"type": float, "metavar": "LAMBDA"},
+     "weight of the fairness term"),
+    ("--fair-blur", _SINKHORN, {"type": float, "metavar": "BLUR"},
      "length scale of the Sinkhorn divergence; 0 = exact distance"),
-    ("--fair-p", {"type": int, "choices": (1, 2)}, "power of the distance's cost"),
-    ("--fair-score", {"choices": ("loss", "similarity", "official")},
+    ("--fair-p", _SINKHORN, {"type": int, "choices": (1, 2)}, "power of the distance's cost"),
+    ("--fair-score", _SINKHORN, {"choices": ("loss", "similarity", "official")},
      "what the fairness term compares between groups"),
-    ("--fair-start-epoch", {"type": int, "metavar": "N"},
+    ("--fair-start-epoch", _SINKHORN, {"type": int, "metavar": "N"},
      "epochs before the fairness term trains; it is measured from the start"),
-    ("--fair-weighting", {"choices": ("relative", "density", "posterior")},
+    ("--fair-weighting", _DBPM, {"choices": ("relative", "density", "posterior")},
      "weight of a bad pair: a Gaussian at its loss where it is flagged by the thresholds below "
      "(relative, or density as published), or its posterior of being clean by a mixture"),
-    ("--fair-warmup-epochs", {"type": int, "metavar": "N"},
+    ("--fair-warmup-epochs", _DBPM, {"type": int, "metavar": "N"},
      "epochs before the first pairs are flagged"),
-    ("--fair-noisy-sigma", {"type": float, "metavar": "BETA"},
+    ("--fair-noisy-sigma", _DBPM, {"type": float, "metavar": "BETA"},
      "flag pairs whose loss history lies this many std below the mean (inf = never)"),
-    ("--fair-faulty-sigma", {"type": float, "metavar": "BETA"},
+    ("--fair-faulty-sigma", _DBPM, {"type": float, "metavar": "BETA"},
      "flag pairs whose loss history lies this many std above the mean (inf = never)"),
-    ("--fair-queue", {"type": int, "metavar": "K"},
+    ("--fair-queue", _SINKHORN, {"type": int, "metavar": "K"},
      "recent scores of each group that widen its distribution beyond the batch"),
-    ("--fair-id-key", {"metavar": "NAME"},
+    ("--fair-id-key", PARTS, {"metavar": "NAME"},
      "column of unique integer pair ids, or key of the json member (default: the row number, or a "
      "hash of the sample's key and shard)"),
-    ("--fair-eval-label", {"metavar": "NAME"},
+    ("--fair-eval-label", (), {"metavar": "NAME"},
      "label column of --val-data: evaluate fairness zero-shot after each evaluation"),
-    ("--fair-eval-prompts", {**_SEVERAL, "metavar": "PROMPT"},
+    ("--fair-eval-prompts", (), {**_SEVERAL, "metavar": "PROMPT"},
      "one prompt per class of the label, in the order of the sorted classes"),
-    ("--fair-callback", {"action": "append", "default": [], "metavar": "MODULE:NAME"},
+    ("--fair-callback", (), {"action": "append", "default": [], "metavar": "MODULE:NAME"},
      "a callback of your own (class or instance); may be given several times"),
-    ("--fair-save-pairs", {"action": "store_true"},
+    ("--fair-save-pairs", _DBPM, {"action": "store_true"},
      "write every pair's history after each epoch, not only the flagged ones"),
-    ("--fair-fresh-state", {"nargs": "*", "metavar": "CALLBACK"},
+    ("--fair-fresh-state", (), {"nargs": "*", "metavar": "CALLBACK"},
      "resume with the callbacks' state (the miner's memory) empty, of all or of those named, "
      "whatever was saved with the checkpoint"),
 )  # fmt: skip
-
-_OPTIONS_OF = {
-    "dbpm": (
-        "fair_weighting",
-        "fair_warmup_epochs",
-        "fair_noisy_sigma",
-        "fair_faulty_sigma",
-        "fair_save_pairs",
-    ),
-    "sinkhorn": (
-        "fair_weight",
-        "fair_start_epoch",
-        "fair_blur",
-        "fair_p",
-        "fair_score",
-        "fair_queue",
-    ),
-}
-_OPTIONS_OF_BOTH = ("fair_preset", "fair_id_key")
 
 
 @dataclass(frozen=True)
@@ -123,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags added; it leaves open_clip's own flags alone."""
     parser = _OneLineParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     group = parser.add_argument_group("fair loss (fairclip_losses)")
-    for flag, kind, text in _FLAGS:
+    for flag, _, kind, text in _FLAGS:
         group.add_argument(flag, **kind, help=text)
     return parser
 
@@ -152,26 +136,19 @@ def split_flags(argv: Sequence[str]) -> tuple[FairOptions, list[str]]:
 
 
 def _check_values(options: FairOptions) -> None:
-    for name in ("fair_weight", "fair_blur", "fair_noisy_sigma", "fair_faulty_sigma",
-                 "fair_warmup_epochs", "fair_start_epoch", "fair_queue"):  # fmt: skip
-        value = getattr(options, name)
+    for name, value in vars(options).items():
         finite = not name.endswith("sigma")  # an infinite sigma flags no pair
-        if value is not None and not (value >= 0 and (value < math.inf or not finite)):
+        is_number = isinstance(value, (int, float))
+        if is_number and not (value >= 0 and (value < math.inf or not finite)):
             kind = "a finite number" if finite else "a number"
-            raise UsageError(f"{_flag(name)} must be {kind} >= 0, got {value}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+            raise UsageError(f"--{name.replace('_', '-')} must be {kind} >= 0, got {value}")
 
 
 def _check_parts(options: FairOptions) -> None:
     """Refuse an option of a part that does not train: it would be without effect."""
-    owners: dict[str, tuple[str, ...]] = {name: PARTS for name in _OPTIONS_OF_BOTH}
-    owners |= {name: (part,) for part, names in _OPTIONS_OF.items() for name in names}
-    for name, parts in owners.items():
-        value, flag = getattr(options, name), _flag(name)
-        if value is None or value is False or set(parts) & set(options.fair_loss):
+    for flag, parts, *_ in _FLAGS:
+        value = getattr(options, flag[2:].replace("-", "_"))
+        if not parts or value is None or value is False or set(parts) & set(options.fair_loss):
             continue
         if not options.fair_loss:
             raise UsageError(f"{flag} has no effect without --fair-loss; add it or drop {flag}")
@@ -217,16 +194,13 @@ def load_callback(spec: str) -> Callback:
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise UsageError(f"--fair-callback expects MODULE:NAME, got {spec!r}")
+    done = "imported"
     try:
         found = getattr(importlib.import_module(module_name), name)
-    except (Exception, SystemExit) as error:  # whatever the user's module raises
-        raise UsageError(f"--fair-callback {spec} cannot be imported: {one_line(error)}") from error
-    try:
+        done = "made without arguments"
         callback = found() if isinstance(found, type) else found
-    except (Exception, SystemExit) as error:
-        raise UsageError(
-            f"--fair-callback {spec} cannot be made without arguments: {one_line(error)}"
-        ) from error
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        raise UsageError(f"--fair-callback {spec} cannot be {done}: {one_line(error)}") from error
     if not isinstance(callback, Callback):
         raise UsageError(
             f"--fair-callback {spec} must be a fairclip_losses Callback, "

@@ -25,15 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import UsageError
 from .events import Event, default_registry
 from .flags import FairOptions, build_parser, split_flags
-from .hooked import HookedArgs, HookedLoader, HookedLoss, of_a_run
 from .patching import Call, Hook, ModulePatch
-from .run import Run
+from .run import HookedArgs, HookedLoader, HookedLoss, Run, of_a_run
 
 PROGRAM = "open_clip_train.main"
 INSTALL = "pip install 'fairclip_losses[train]'"
 _NEEDED = ("open_clip_train", "pandas", "webdataset", "braceexpand")  # which the extra brings
 KNOWN_VERSIONS = "open_clip_torch 2.26.1 to 3.3.0"
-_EVALUATED = ("val", "imagenet-val", "imagenet-v2")  # open_clip evaluates where it has one of these
 
 _mains: list[Call] = []  # calls of main() that go on
 _under_way: list[Run] = []  # at most one: begun where arguments are parsed, and not ended
@@ -102,7 +100,10 @@ def parse_arguments(parse: Callable[[list[str]], argparse.Namespace], argv: Sequ
 
 
 def _parse_both(parse: Callable[[list[str]], Any], argv: Sequence[str]) -> tuple[FairOptions, Any]:
-    """Return our options and open_clip's arguments; ``--help`` shows the flags of both."""
+    """Return our options and open_clip's arguments; ``--help`` shows both.
+
+    What open_clip's parser refuses is its one line, without the pages of usage.
+    """
     if any(word in ("-h", "--help") for word in argv):
         usage = "usage: python -m fairclip_losses.train [open_clip's flags] [--fair-loss ...]\n"
         print(usage, build_parser().format_help(), sep="\n")
@@ -111,14 +112,21 @@ def _parse_both(parse: Callable[[list[str]], Any], argv: Sequence[str]) -> tuple
         print("open_clip's own flags, unchanged:\n")
         parse(["--help"])
     options, rest = split_flags(argv)
-    return options, _parse_quietly(parse, rest)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            args = parse(rest)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        message = said.getvalue().strip().rpartition("error: ")[2]
+        raise UsageError(f"{message}{_suggestion(message)}") from None
+    sys.stderr.write(said.getvalue())
+    return options, args
 
 
 def check_flags(argv: Sequence[str]) -> None:
-    """Refuse wrong flags, or show the help, before open_clip with all that it needs is imported.
-
-    `parse_arguments` parses them again, once the program is there: that takes no time.
-    """
+    """Refuse wrong flags, or show the help, before open_clip with all that it needs is imported."""
     if sys.modules.get(PROGRAM) is not None:
         return
     try:
@@ -133,21 +141,6 @@ def _say_what_is_missing(argv: list[str]) -> None:
     if "--help" in argv:
         print(f"(shown once it is installed: {INSTALL})")
         raise SystemExit(0)
-
-
-def _parse_quietly(parse: Callable[[list[str]], Any], argv: list[str]) -> Any:
-    """Call open_clip's parser; what it refuses is its one line, without the pages of usage."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            args = parse(argv)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        message = said.getvalue().strip().rpartition("error: ")[2]
-        raise UsageError(f"{message}{_suggestion(message)}") from None
-    sys.stderr.write(said.getvalue())
-    return args
 
 
 def _suggestion(message: str) -> str:
@@ -182,7 +175,7 @@ def _train_one_epoch(call: Call, run: Run) -> Any:
     state = run.state
     state.model, state.optimizer, state.scaler = call["model"], call["optimizer"], call["scaler"]
     state.tb_writer, state.epoch = call["tb_writer"], call["epoch"]
-    with run.epoch(evaluated=any(name in call["data"] for name in _EVALUATED)):
+    with run.epoch(call["data"]):
         return call.proceed()
 
 

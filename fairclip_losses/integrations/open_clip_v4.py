@@ -18,12 +18,10 @@ import torch
 from ..errors import UsageError
 from .csv_pairs import PREFIX
 from .events import Event
-from .hooked import HookedLoader, HookedLoss, of_a_run
 from .patching import Call, Hook
-from .run import Run
+from .run import HookedLoader, HookedLoss, Run, of_a_run
 
 KNOWN_VERSIONS = "open_clip_torch 4.2.0.dev0"
-_EVALUATED = ("val", "imagenet-val", "imagenet-v2", "audio-zeroshot")
 
 
 class TaskLoss(HookedLoss):
@@ -89,7 +87,7 @@ def _train_one_epoch(call: Call, run: Run) -> Any:
     state, own = run.state, call["state"]
     state.model, state.optimizer = own.task.trainable_module, own.optimizer
     state.scaler, state.tb_writer, state.epoch = own.scaler, call["tb_writer"], own.epoch
-    with run.epoch(evaluated=any(name in call["data"] for name in _EVALUATED)):
+    with run.epoch(call["data"]):
         return call.proceed()
 
 

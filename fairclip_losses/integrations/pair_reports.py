@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,33 @@ import numpy.typing as npt
 
 from ..data.groups import CodeBook
 from ..data.tables import IntArray, write_table
+from ..distributed import Processes
 from ..miners import MinerReport
 from .events import TrainState
+
+log = logging.getLogger(__name__)
 
 FlagRates = dict[str, dict[str, float]]  # attribute -> label -> share of its pairs flagged
 
 _PREFIX = "attribute_"
 _COLUMNS = {"id", "file", "caption", "shard", "key", "visits", "mean_loss", "z_score", "kind"}
+
+
+class WarnOnce:
+    """Warns in the log of the first process, once of each kind."""
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self._said: set[str] = set()
+
+    def __call__(self, *remarks: str | None, kind: str = "") -> None:
+        """Warn of what is not None; without a kind, of what no text said before begins with."""
+        for remark in filter(None, remarks):
+            key = kind or remark
+            is_new = not any(said.startswith(key) for said in self._said)
+            if is_new and Processes.of_group().rank == 0:
+                self._said.add(key)
+                log.warning("%s: %s", self._who, remark)
 
 
 def attribute_column(attribute: str) -> str:
@@ -73,9 +94,9 @@ def rare_groups(
 ) -> list[str]:
     """Return in words the groups of which fewer than ``least`` pairs are expected in a batch."""
     pairs, rare = len(codes), []
-    counts = count_flagged(np.zeros(pairs, dtype=np.bool_), codes, codebook)
-    for (attribute, labels), of_one in zip(codebook.labels.items(), counts, strict=True):
-        for label, (_, seen) in zip(labels, of_one.tolist(), strict=True):
+    for (attribute, labels), of_one in zip(codebook.labels.items(), codes.T, strict=True):
+        counts = np.bincount(of_one[of_one >= 0], minlength=len(labels)).tolist()
+        for label, seen in zip(labels, counts, strict=True):
             if (expected := batch * seen / pairs) < least:
                 rare.append(
                     f"{attribute}={label} ({seen} of {pairs} pairs, {expected:.2g} a batch)"

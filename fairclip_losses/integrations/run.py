@@ -1,7 +1,7 @@
 """One training run as its callbacks see it: registry, state, saving and resuming.
 
-The patch begins a `Run` where open_clip parses its arguments, gives open_clip the objects of
-`hooked` in place of its own, and calls the run's methods around open_clip's steps.
+The patch begins a `Run` where open_clip parses its arguments, gives open_clip arguments, loader and
+loss that know the run in place of its own, and calls the run's methods around open_clip's steps.
 """
 
 from __future__ import annotations
@@ -13,12 +13,18 @@ import logging
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+from torch import nn
+
 from ..errors import UsageError, usage_errors
-from .checkpoints import SavedStates, StateFolder, is_due, read_states
+from .checkpoints import StateFolder, is_due, read_states
 from .events import Callback, CallbackRegistry, Event, TrainState, default_registry
 from .flags import FairOptions, load_callback
+from .patching import Call
 
 log = logging.getLogger(__name__)
+
+# open_clip evaluates where it has one of these.
+EVALUATED = ("val", "imagenet-val", "imagenet-v2", "audio-zeroshot")
 
 
 class Run:
@@ -64,12 +70,8 @@ class Run:
         self.fire(Event.DATA_READY)
 
     @contextlib.contextmanager
-    def epoch(self, *, evaluated: bool) -> Iterator[None]:
-        """Fire the events around the training of one epoch.
-
-        ``state.epoch`` and ``state.model`` are set. ``evaluated``: open_clip will evaluate before
-        it saves its checkpoint, so what callbacks learn then is saved as well.
-        """
+    def epoch(self, data: Any) -> Iterator[None]:
+        """Fire the events around the training of one epoch, whose number and model are set."""
         self._tidy()  # open_clip has saved its checkpoint of the epoch before
         self.state.batch_index = -1
         self.fire(Event.EPOCH_START)
@@ -80,7 +82,8 @@ class Run:
             self.in_epoch = self.awaits_pass = False
         self.fire(Event.EPOCH_END)
         self._unsaved = self.state.epoch + 1
-        if not evaluated:
+        # Else what callbacks learn of the evaluation, which comes first, is saved as well.
+        if not any(name in data for name in EVALUATED):
             self._save()
 
     def evaluate(self, inner: Callable[[], Any], model: Any, epoch: int, tb_writer: Any) -> Any:
@@ -114,10 +117,15 @@ class Run:
         wanted = [name for name in self.registry.stateful if name not in self.fresh]
         if epoch == 0 or not wanted:
             return
-        with _way_on():
+        try:
             saved = read_states(str(self.state.args.resume), epoch)
-            self.registry.load_state_dict(saved.callbacks, self.fresh)
-        for name in saved.callbacks.keys() - self.registry.stateful.keys():
+            self.registry.load_state_dict(saved, self.fresh)
+        except UsageError as error:
+            raise UsageError(
+                f"{error}; add --fair-fresh-state to go on with fresh states, or "
+                "--fair-fresh-state NAME to start only that callback afresh"
+            ) from error
+        for name in saved.keys() - self.registry.stateful.keys():
             log.warning("The saved state of %s is left: no such callback in this run", name)
         log.info("Resumed the state of epoch %d of %s", epoch, ", ".join(wanted))
 
@@ -129,7 +137,7 @@ class Run:
             return
         states = self.registry.state_dict()  # in every process: they may gather
         if args.save_logs:  # in the first process alone
-            self._folder.write(SavedStates(completed, states))
+            self._folder.write(completed, states)
             if args.save_most_recent:
                 self._to_be_latest = completed  # once open_clip has saved it
 
@@ -145,18 +153,6 @@ class Run:
         return StateFolder.of_run(self.state.args, self.state.start_epoch)
 
 
-@contextlib.contextmanager
-def _way_on() -> Iterator[None]:
-    """Say how to go on without the saved state."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(
-            f"{error}; add --fair-fresh-state to go on with fresh states, or --fair-fresh-state "
-            "NAME to start only that callback afresh"
-        ) from error
-
-
 def _fresh_names(asked: Collection[str] | None, stateful: Collection[str]) -> set[str]:
     """Return the callbacks that start afresh by ``--fair-fresh-state [NAME...]``; bare = all."""
     if asked is not None and not stateful:
@@ -168,3 +164,90 @@ def _fresh_names(asked: Collection[str] | None, stateful: Collection[str]) -> se
             f"(those that do: {', '.join(stateful)})"
         )
     return set() if asked is None else set(asked) or set(stateful)
+
+
+class HookedArgs(argparse.Namespace):
+    """open_clip's arguments with the run beside them.
+
+    The run is in a slot, not in ``__dict__``: open_clip prints and logs ``vars(args)``.
+    """
+
+    __slots__ = ("run",)
+    run: Run
+
+
+def of_a_run(hook: Callable[[Call, Run], Any]) -> Callable[[Call], Any]:
+    """Return a hook of a function that takes ``args``: calls of no run pass through."""
+
+    @functools.wraps(hook)
+    def called(call: Call) -> Any:
+        args = call["args"]
+        return hook(call, args.run) if isinstance(args, HookedArgs) else call.proceed()
+
+    return called
+
+
+class HookedLoader:
+    """The training loader, firing events around every batch; all else is the loader's own.
+
+    Only the pass of open_clip's training loop fires events: a callback that passes over the loader
+    besides gets the batches as they are. Where these are no pairs, a subclass makes them so.
+    """
+
+    def __init__(self, loader: Any, run: Run) -> None:
+        self._loader = loader
+        self._run = run
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self._run.awaits_pass:
+            yield from self._loader
+            return
+        self._run.awaits_pass = False
+        state = self._run.state
+        accum_freq = getattr(state.args, "accum_freq", 1)
+        for index, batch in enumerate(self._loader):
+            state.batch_index, state.batch = index, self.as_pair(batch)
+            if index % accum_freq == 0:
+                state.loss_call = 0
+            self._run.fire(Event.BATCH_START)
+            yield self.as_batch(state.batch, batch)
+            self._run.fire(Event.BATCH_END)
+
+    def as_pair(self, batch: Any) -> Any:
+        """Return a batch as callbacks see it."""
+        return batch
+
+    def as_batch(self, pair: Any, batch: Any) -> Any:
+        """Return what open_clip gets: what callbacks have left, and the batch it was."""
+        return pair
+
+
+class HookedLoss(nn.Module):
+    """The loss as open_clip calls it, firing events around every call."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.inner = run.state.loss
+        self._run = run
+
+    def forward(self, **inputs: Any) -> Any:
+        """Call the loss of the run's state with what the callbacks left in ``loss_inputs``."""
+        if not self._run.in_epoch:
+            raise RuntimeError(
+                "the training loop is no longer hooked: unpatch() was called during a run"
+            )
+        state = self._run.state
+        output_dict = inputs.pop("output_dict", False)
+        state.loss_inputs = inputs
+        self._run.fire(Event.LOSS_START)
+        state.losses = self.inner(**state.loss_inputs, output_dict=output_dict)
+        self._run.fire(Event.LOSS_END)
+        state.loss_inputs = {}  # hold no graph beyond the call
+        state.loss_call += 1
+        return state.losses

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 import reprlib
@@ -26,7 +25,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..data.groups import (
@@ -45,9 +43,7 @@ from ..errors import UsageError, one_line
 from ..miners import MinerReport
 from .csv_pairs import PREFIX, PairBatch, PairSource, process_count
 from .flags import FairOptions
-from .pair_reports import FlagRates, attribute_column, count_flagged, flag_rates
-
-log = logging.getLogger(__name__)
+from .pair_reports import FlagRates, WarnOnce, attribute_column, count_flagged, flag_rates
 
 # Columns of a sample's row: id, shard number, what it lacks, group codes. Of what it lacks bit 0 is
 # the json member, bit 1 the id asked for, bit 2 + c the key of attribute c; the bit past these says
@@ -112,13 +108,11 @@ class DecodeStage:
     def __init__(self, inner: Any, shards: Shards) -> None:
         self.inner = inner
         self.shards = shards
-        self.sample: dict[str, Any] = {}  # that is being decoded
 
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Pass the decoded samples on, each with the field `DEEP`."""
         options = {**self.inner.kw, "handler": self._leave_out}
-        decoded = self.inner.f(self._noted(samples), self._look, *self.inner.args, **options)
-        for sample in decoded:
+        for sample in self.inner.f(self._noted(samples), self._look, *self.inner.args, **options):
             yield {**sample, DEEP: self.is_deep}
 
     def _noted(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -137,21 +131,16 @@ class DecodeStage:
 
 
 class PairStage:
-    """A stage of open_clip's pipeline that puts each sample's row and key beside its members.
+    """A stage of open_clip's pipeline that puts each sample's row and key beside its members."""
 
-    ``num_codes`` is the number of codes of an attribute without labels.
-    """
-
-    def __init__(self, shards: Shards, options: FairOptions, num_codes: Mapping[str, int]) -> None:
+    def __init__(self, shards: Shards, options: FairOptions) -> None:
         self.shards = shards
         self.id_key = options.fair_id_key
-        self.given = options.fair_labels
+        self.given, others = options.fair_labels, options.fair_others_unknown
         self.coders: dict[str, GroupCoder] = {}
         for name in options.fair_attributes:
-            codes = tuple(map(str, range(num_codes.get(name, MAX_GROUPS))))
-            others_unknown = name in options.fair_others_unknown
-            labels = self.given.get(name, codes)
-            self.coders[name] = GroupCoder(labels, others_unknown=others_unknown)
+            labels = self.given.get(name, codes_of(MAX_GROUPS))  # any code until `look_at`
+            self.coders[name] = GroupCoder(labels, others_unknown=name in others)
 
     def expected(self, name: str) -> str:
         """Return what to say of a value that is no group."""
@@ -195,6 +184,11 @@ class PairStage:
         return [hashed_id(shard, key) if identity is None else identity, number, lacks, *codes]
 
 
+def codes_of(count: int) -> tuple[str, ...]:
+    """Return the labels of integer codes as they are."""
+    return tuple(map(str, range(count)))
+
+
 def place(sample: Mapping[str, Any], shards: Shards) -> str:
     """Return where a sample comes from, in words."""
     return f"shard {shards[sample['__url__']][1]}, sample {_plain(str(sample['__key__']))}"
@@ -215,8 +209,12 @@ def shard_names(urls: Iterable[str]) -> dict[str, str]:
 
 
 def _shard_urls(args: Any) -> list[str]:
-    """Return the shards as open_clip spells them out; files of this machine must be there."""
-    from open_clip_train.data import expand_urls
+    """Return the shards as open_clip spells them out.
+
+    Refuses local ones that are not there, and what open_clip would refuse only after building the
+    model, or wait for forever.
+    """
+    from open_clip_train.data import expand_urls, get_dataset_size
 
     try:
         urls: list[str] = expand_urls(args.train_data)[0]
@@ -228,13 +226,6 @@ def _shard_urls(args: Any) -> list[str]:
         raise UsageError(
             f"--train-data: no shard file {missing[0]!r}; {len(missing)} of {len(urls)} are missing"
         )
-    return urls
-
-
-def _check_sizes(args: Any, shards: int) -> None:
-    """Refuse what open_clip would refuse only after building the model, or wait for forever."""
-    from open_clip_train.data import get_dataset_size
-
     if args.train_num_samples is None:
         try:
             size, _ = get_dataset_size(args.train_data)
@@ -246,11 +237,12 @@ def _check_sizes(args: Any, shards: int) -> None:
     elif args.train_num_samples < 1:
         raise UsageError(f"--train-num-samples must be 1 or more, got {args.train_num_samples}")
     processes = process_count()
-    if not args.dataset_resampled and shards < max(1, args.workers) * processes:
+    if not args.dataset_resampled and len(set(urls)) < max(1, args.workers) * processes:
         raise UsageError(
             f"--workers {args.workers} x {processes} process{'es' * (processes > 1)} need as many "
-            f"shards, got {shards}; lower --workers or add --dataset-resampled"
+            f"shards, got {len(set(urls))}; lower --workers or add --dataset-resampled"
         )
+    return urls
 
 
 def _first_pairs(url: str) -> Iterator[dict[str, Any]]:
@@ -278,13 +270,10 @@ def _first_pairs(url: str) -> Iterator[dict[str, Any]]:
             stream.close()
 
 
-def look_at(
-    stage: PairStage, urls: Sequence[str], where: str
-) -> tuple[dict[str, int], Tensor, tuple[str, ...]]:
-    """Look at the first pairs of some shards.
+def look_at(stage: PairStage, urls: Sequence[str], where: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Look at the first pairs of some shards, and tell the stage how many codes there are.
 
-    Returns how many codes each attribute has, those of the pairs, and what is to be said of groups
-    and captions.
+    Returns the pairs' codes, and what is to be said of groups and captions.
 
     Raises:
         UsageError: shards that cannot be read, keys that are not there, values that are no groups
@@ -316,54 +305,44 @@ def look_at(
         rows = torch.tensor([stage.row(pair) for pair in pairs])
     except ValueError as error:
         raise UsageError(f"{where}: {error}") from None
-    num_codes = dict(zip(stage.coders, (rows[:, GROUPS:].amax(dim=0) + 1).tolist(), strict=True))
-    for name, count in num_codes.items():
-        cells = sorted({cell for m in members if not is_missing(cell := _cell(m.get(name)) or "")})
-        # That a group with labels is rare is no mistake; that no value is one of them is.
-        if not count and (cells or name not in stage.given):
-            got = f"got {f'none, but {shortened(cells)}' if cells else 'no known value'}"
-            raise UsageError(f"--fair-attributes {name}: {first}: {stage.expected(name)}, {got}")
     if stage.id_key is not None:
         _check_ids(stage.id_key, members, rows[:, ID].tolist(), first)
-    groups = (
-        group_remark(
-            name,
-            stage.coders[name].labels[: None if name in stage.given else count],
-            rows[:, column].numpy(),
-            (_cell(member.get(name)) or "" for member in members),
-            tiny=0,  # of a few pairs
-        )
-        for column, (name, count) in enumerate(num_codes.items(), start=GROUPS)
-    )
-    remarks = [f"{first}: {remark}" for remark in groups if remark]
+    codes, remarks = rows[:, GROUPS:], []
+    for name, of_one in zip(stage.coders, codes.T, strict=True):
+        cells, count = [_cell(member.get(name)) or "" for member in members], int(of_one.max()) + 1
+        known = sorted({cell for cell in cells if not is_missing(cell)})
+        # That a group with labels is rare is no mistake; that no value is one of them is.
+        if not count and (known or name not in stage.given):
+            got = f"got {f'none, but {shortened(known)}' if known else 'no known value'}"
+            raise UsageError(f"--fair-attributes {name}: {first}: {stage.expected(name)}, {got}")
+        if name not in stage.given:
+            stage.coders[name] = GroupCoder(codes_of(count))
+        # None of a few pairs is too small.
+        if remark := group_remark(name, stage.coders[name].labels, of_one.numpy(), cells, tiny=0):
+            remarks.append(f"{first}: {remark}")
     empty = [pair["__key__"] for pair in pairs if not pair.get("txt", b"a").strip()]
     if empty:
         remarks.append(
             f"{first}: {len(empty)} of {len(pairs)} captions are empty (first of sample "
             f"{_plain(str(empty[0]))}) and trained so; write captions or leave the samples out"
         )
-    return num_codes, rows[:, GROUPS:], tuple(remarks)
+    return codes, tuple(remarks)
 
 
 def _check_ids(name: str, members: Sequence[Any], ids: Sequence[int], where: str) -> None:
+    where = f"--fair-id-key {name}: {where}: expected"
     if bad := sum(own_id(member[name]) is None for member in members if name in member):
-        raise UsageError(
-            f"--fair-id-key {name}: expected 64-bit integers or strings, got something else in "
-            f"{bad} of {where}"
-        )
+        raise UsageError(f"{where} 64-bit integers or strings, got something else in {bad} of them")
     if twice := [identity for identity, count in Counter(ids).items() if count > 1]:
-        raise UsageError(
-            f"--fair-id-key {name}: {where}: expected each id once, got {len(twice)} of them more "
-            f"than once ({', '.join(map(str, twice[:3]))})"
-        )
+        some = ", ".join(map(str, twice[:3]))
+        raise UsageError(f"{where} each id once, got {len(twice)} of them more than once ({some})")
 
 
 def insert_stage(loader: Any, stage: PairStage) -> None:
     """Let open_clip's pipeline pass what the stage adds into the batch.
 
-    The pipeline is a list of stages; the one that makes tuples of the samples' images and captions
-    takes the stage's fields, too, which open_clip collates: rows into a tensor, keys into a list.
-    Of a batch the two are the third item.
+    Its stage that makes tuples of images and captions takes the fields, too, which open_clip
+    collates: rows into a tensor, keys into a list. Of a batch the two are the third item.
     """
     for source in getattr(loader, "pipeline", ()):
         stages: list[Any] = getattr(getattr(source, "dataset", None), "pipeline", [])
@@ -384,7 +363,6 @@ def insert_stage(loader: Any, stage: PairStage) -> None:
 
 
 def _third_item(batches: Iterable[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
-    """Put a batch's rows and keys together: beside its pair a batch carries one thing."""
     for *pair, rows, keys in batches:
         yield (*pair, (rows, keys))
 
@@ -393,11 +371,17 @@ class SeenPairs:
     """The pairs of the running epoch: of each 12 bytes, the key and a byte for each attribute."""
 
     def __init__(self, attributes: int) -> None:
+        self.count = 0
+        self.lacks = torch.zeros(2 + attributes, dtype=torch.int64)  # samples, by bit of LACKS
         self._codes = np.empty((0, attributes), dtype=np.int8)
         self._batches: list[tuple[IntArray, npt.NDArray[np.int32], npt.NDArray[np.int8], str]] = []
 
-    def add(self, rows: Tensor, keys: Sequence[str]) -> None:
-        """Remember a batch by its rows and keys (copies: the loader's memory is shared)."""
+    def add(self, rows: Tensor, keys: Sequence[str], *, keep_places: bool = True) -> None:
+        """Take up a batch by its rows and keys (copies: the loader's memory is shared)."""
+        self.count += len(rows)
+        self.lacks += (rows[:, LACKS, None] >> torch.arange(len(self.lacks)) & 1).sum(dim=0)
+        if not keep_places:
+            return
         values = rows.numpy()
         ids, shards = values[:, ID].copy(), values[:, SHARD].astype(np.int32)
         self._batches.append((ids, shards, values[:, GROUPS:].astype(np.int8), "\0".join(keys)))
@@ -413,45 +397,38 @@ class SeenPairs:
         chosen = None if wanted is None else set(wanted)
         places: dict[int, Place] = {}
         for ids, shards, codes, keys in self._batches:
-            if chosen is None or not chosen.isdisjoint(ids.tolist()):
-                split = keys.split("\0")
-                for k, pair in enumerate(ids.tolist()):
-                    if chosen is None or pair in chosen:
-                        places[pair] = (int(shards[k]), split[k], tuple(codes[k].tolist()))
+            found = [k for k, i in enumerate(ids.tolist()) if chosen is None or i in chosen]
+            split = keys.split("\0") if found else []
+            for k in found:
+                places[int(ids[k])] = (int(shards[k]), split[k], tuple(codes[k].tolist()))
         return places
 
 
 class ShardSource(PairSource):
     """The samples of webdataset shards: ids and groups come with each from its json member.
 
-    Groups whose labels are not given are integer codes; the first pairs of a few shards say how
-    many. The source remembers where the pairs of the running epoch are, so that the flagged can be
-    found.
+    It remembers where the pairs of the running epoch are, so that the flagged can be found.
     """
 
     def __init__(self, args: Any, options: FairOptions) -> None:
-        self.where = args.train_data
-        self.id_key = options.fair_id_key
-        self.accum_freq = args.accum_freq
-        self.names = shard_names(_shard_urls(args))
-        _check_sizes(args, len(self.names))
-        urls = {url: (number, name) for number, (url, name) in enumerate(self.names.items())}
+        self.where, self.accum_freq = args.train_data, args.accum_freq
+        names = shard_names(_shard_urls(args))
+        self.names, urls = list(names.values()), list(names)
+        self._stage = PairStage(dict(zip(urls, enumerate(self.names), strict=True)), options)
         places = np.linspace(0, len(urls) - 1, LOOK_SHARDS).round().astype(int)
-        looked = [list(urls)[place] for place in np.unique(places)]
-        found = look_at(PairStage(urls, options, {}), looked, self.where)
-        num_codes, self.codes, self.remarks = found
-        self._stage = PairStage(urls, options, num_codes)
+        looked = [urls[place] for place in np.unique(places)]
+        self.codes, self.remarks = look_at(self._stage, looked, self.where)
         coders = self._stage.coders.items()
         self.codebook = CodeBook({name: tuple(coder.labels) for name, coder in coders})
+        # Hashes name pairs alike as long as the shards are the same; ids of their own always do.
+        digest = hashlib.sha256("\n".join(sorted(self.names)).encode()).hexdigest()[:12]
+        by_hash = f"{len(urls)} shards {digest}"
+        self.identity = "named by their ids" if options.fair_id_key is not None else by_hash
         self._keeps_places = "dbpm" in options.fair_loss
+        self._describes_all = options.fair_save_pairs
         self._places: dict[int, Place] = {}
-        self._has_warned = False
-        self._start_epoch()
-
-    def _start_epoch(self) -> None:
-        self._pairs = 0
-        self._lacks = torch.zeros(2 + len(self._stage.coders), dtype=torch.int64)  # samples, by bit
-        self._seen = SeenPairs(len(self._stage.coders))
+        self._warn = WarnOnce("Fair loss")
+        self._seen = SeenPairs(len(coders))
 
     def attach(self, loader: Any) -> None:
         """Put a stage into open_clip's pipeline."""
@@ -462,28 +439,18 @@ class ShardSource(PairSource):
             )
         insert_stage(loader, self._stage)
 
-    def identity(self) -> str:
-        """Hashes name pairs as long as the shards are the same; ids of their own always do."""
-        if self.id_key is not None:
-            return "named by their ids"
-        digest = hashlib.sha256("\n".join(sorted(self.names.values())).encode())
-        return f"{len(self.names)} shards {digest.hexdigest()[:12]}"
-
     def take(self, batch: Sequence[Any]) -> tuple[tuple[Any, ...], PairBatch]:
         """Take the samples' rows and keys off the batch, and count what they lack."""
         *pair, (rows, keys) = batch
-        self._pairs += len(rows)
-        self._lacks += (rows[:, LACKS, None] >> torch.arange(len(self._lacks)) & 1).sum(dim=0)
-        deep = (rows[:, LACKS] >> len(self._lacks)).tolist()
+        self._seen.add(rows, keys, keep_places=self._keeps_places)
+        deep = (rows[:, LACKS] >> len(self._seen.lacks)).tolist()
         if self.deep is None and any(deep):
             first = deep.index(1)
-            shard = list(self.names.values())[rows[first, SHARD]]
+            shard = self.names[rows[first, SHARD]]
             self.deep = f"shard {shard}, sample {keys[first]}: the image"
-        if self._keeps_places:
-            self._seen.add(rows, keys)
         return tuple(pair), PairBatch(rows[:, ID].clone(), rows[:, GROUPS:].clone())
 
-    def end_epoch(self, epoch: int, report: MinerReport | None, everything: bool) -> FlagRates:
+    def end_epoch(self, epoch: int, report: MinerReport | None) -> FlagRates:
         """Bring together what the processes have seen; return the rates of the epoch's pairs."""
         flagged, *_ = gather_objects(None if report is None else report.flagged().ids)
         own_counts: list[IntArray] = []
@@ -491,11 +458,11 @@ class ShardSource(PairSource):
         if flagged is not None:
             ids, codes = self._seen.codes()
             own_counts = count_flagged(np.isin(ids, flagged), codes, self.codebook)
-            own_places = self._seen.places(None if everything else flagged.tolist())
-        own = (self._pairs, self._lacks, own_counts, own_places)
+            own_places = self._seen.places(None if self._describes_all else flagged.tolist())
+        own = (self._seen.count, self._seen.lacks, own_counts, own_places)
         pairs, lacks, counts, places = zip(*gather_objects(own), strict=True)
-        self._start_epoch()
-        self._warn_once(epoch, sum(pairs), sum(lacks))
+        self._seen = SeenPairs(len(self._stage.coders))
+        self._warn_of_lacks(epoch, sum(pairs), sum(lacks).tolist())
         if report is None:
             return {}
         self._places = {pair: place for part in places for pair, place in part.items()}
@@ -504,7 +471,7 @@ class ShardSource(PairSource):
 
     def describe(self, ids: IntArray) -> dict[str, Sequence[object]]:
         """Return shard, key and labels; nothing for a pair that this epoch has not seen."""
-        names = [*self.names.values(), ""]  # -1, of what is unknown, is the last
+        names = [*self.names, ""]  # -1, of what is unknown, is the last
         nowhere: Place = (-1, "", (UNKNOWN,) * len(self.codebook.labels))
         places = [self._places.get(pair, nowhere) for pair in ids.tolist()]
         columns: dict[str, Sequence[object]] = {
@@ -516,17 +483,13 @@ class ShardSource(PairSource):
             columns[attribute_column(attribute)] = [values[codes[column]] for *_, codes in places]
         return columns
 
-    def _warn_once(self, epoch: int, pairs: int, lacks: Tensor) -> None:
-        """Say what the samples lack at the end of the first epoch in which they lack something."""
-        if self._has_warned or not lacks.any():
-            return
-        self._has_warned = True
-        id_key = f"id under {self.id_key!r} (named by shard and key instead)"
+    def _warn_of_lacks(self, epoch: int, pairs: int, lacks: Sequence[int]) -> None:
+        id_key = f"id under {self._stage.id_key!r} (named by shard and key instead)"
         whats = ["json member", id_key, *(f"key {name!r}" for name in self._stage.coders)]
-        found = [f"{n} have no {what}" for n, what in zip(lacks.tolist(), whats, strict=True) if n]
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            log.warning(
-                "Fair loss: of %d pairs in epoch %d, %s; a missing group is unknown (-1), and this "
-                "is said only once",
-                pairs, epoch, ", ".join(found),
-            )  # fmt: skip
+        found = [f"{n} have no {what}" for n, what in zip(lacks, whats, strict=True) if n]
+        if found:
+            self._warn(
+                f"of {pairs} pairs in epoch {epoch}, {', '.join(found)}; a missing group is "
+                "unknown (-1), and this is said only once",
+                kind="lacks",
+            )
