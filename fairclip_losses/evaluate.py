@@ -185,11 +185,13 @@ def load_weights(checkpoint: str | Path) -> dict[str, Tensor]:
         got = f"got them under {', '.join(others)}" if others else "got none"
         there = f"; its keys are {shortened(list(map(str, found)))}" if found else ""
         raise ValueError(f'{checkpoint}: expected model weights under "state_dict", {got}{there}')
-    return {str(key).removeprefix("module."): value for key, value in weights.items()}
+    tensors = {key: value for key, value in weights.items() if torch.is_tensor(value)}
+    return {str(key).removeprefix("module."): value for key, value in tensors.items()}
 
 
-def _are_weights(value: object) -> TypeGuard[dict[Any, Tensor]]:
-    return isinstance(value, dict) and bool(value) and all(map(torch.is_tensor, value.values()))
+def _are_weights(value: object) -> TypeGuard[dict[Any, Any]]:
+    # Modules may keep something else among their tensors: FairLoss beside a model in Lightning.
+    return isinstance(value, dict) and 2 * sum(map(torch.is_tensor, value.values())) > len(value)
 
 
 def read_run_settings(checkpoint: str | Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -213,6 +214,7 @@ def test_tensors_of_every_precision_are_read_with_and_without_a_gradient(dtype):
     scores = torch.tensor([0.1, 0.75, 0.5, 0.25], dtype=dtype, requires_grad=True)
     plain = scores.detach().double().numpy()
     assert roc_auc(y, scores) == roc_auc(y.numpy(), plain)
+    assert roc_auc(y, [[1 - s, s] for s in scores]) == roc_auc(y.numpy(), plain)
     assert roc_auc(y, list(scores), scores) == roc_auc(y.numpy(), plain, plain)
     np.testing.assert_array_equal(
         group_roc_auc(y, scores, group), group_roc_auc(y.numpy(), plain, group.numpy())
@@ -440,3 +442,11 @@ def test_report_as_dict_rows_and_table_of_one_column_or_two():
     assert all(line == line.rstrip() for line in table.splitlines())
     bare = fairness_report(y, scores, {"race": group}, n_bootstrap=0)
     assert math.isnan(bare.auc.low) and math.isnan(bare.auc.high) and "[" not in bare.table()
+
+
+def test_many_groups_of_one_class_are_one_warning():
+    y, groups = np.arange(50) % 2, {"age": np.arange(50)}
+    with pytest.warns(UserWarning) as caught:
+        fairness_report(y, y, groups, threshold=torch.tensor(0.5, requires_grad=True))
+    expected = r"attribute 'age': 50 of 50 groups hold one class only \('0', '1', .*, \.\.\.\)"
+    assert re.match(expected, str(caught.pop().message)) and not caught.list

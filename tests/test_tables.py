@@ -68,6 +68,7 @@ LONG = "x" * 200_000
         ('f|t|g\na|"b|""c""\nd"|#N/A\ne|5"p|#NA\n', "|", ["", ""]),
         (f"f,t,g\na,{LONG},1\n1,b,{LONG}\n", ",", ["1", LONG]),
         ("f\tt\tg\na b\tc\t-nan\n", "\\t", [""]),
+        ('f\tt\tg\na\t"b"\t"x"\nc\td\t""\n', "\\t", ["x", ""]),  # which keeps quotes
         ("f  t g\n1 2  1.#QNAN\n", r"\s+", [""]),
         ("f::t::g\n1::2::x\n", "::", ["x"]),
         (",f,t,g\n0,a,b,x\n1,,d,y\n", ",", ["x", "y"]),  # pandas' own index
@@ -372,6 +373,7 @@ def test_ids_are_row_numbers_or_a_column():
         ("02", [0, 2], "012"),
         ("21", [1, 0], "12"),
         (["10", "9", "8"], [2, 1, 0], ["8", "9", "10"]),
+        (["1", "-1", "-1.0"], [1, 0, 0], ["-1", "1"]),
     ],
 )
 def test_labels(cells, codes, labels):
@@ -407,7 +409,7 @@ as_labels = ("y", lambda table: encode_labels(table, "y", 2))
         (as_labels, ["a", "a"], "expected 2 classes, got 1 distinct values"),
         (as_labels, ["1", "2", "3"], "expected 2 classes, got 3"),
         (as_labels, ["a", ""], "label column 'y': expected a label in every row, got '' in row 2"),
-        (as_labels, ["1", "-1"], "expected a label in every row, got '-1' in row 2"),
+        (as_labels, ["1", "-1", "0"], "expected 2 classes, got 3 distinct values: '-1', '0', '1'"),
         (as_labels, ["0.5", "1"], "got the number 0.5"),
     ],
 )

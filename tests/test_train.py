@@ -428,10 +428,11 @@ def test_what_cannot_be_read_is_named_by_row_and_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("table", "kind", "workers"), [("train", "cut", "2"), ("val", "gone", "0")]
+    ("table", "kind", "workers", "asked"),
+    [("train", "cut", "2", FAIR), ("val", "gone", "0", FAIR), ("train", "cut", "1", EVALUATED)],
 )
 def test_a_broken_image_is_named_and_leaves_no_half_checkpoint(
-    data, tmp_path, capsys, table, kind, workers
+    data, tmp_path, capsys, table, kind, workers, asked
 ):
     """Broken once all tables have been looked at."""
     picture, image = tmp_path / "own.png", str(Path(data[table]).with_name(f"{table}_3.png"))
@@ -439,7 +440,7 @@ def test_a_broken_image_is_named_and_leaves_no_half_checkpoint(
     broken = rewritten(data, tmp_path, replaced(image, str(picture)), table)
     breaks = Callback()
     breaks.on_epoch_start = lambda state: BROKEN[kind](picture)
-    flags = (*FAIR, "--workers", workers, "--val-data", broken["val"])
+    flags = (*asked, "--workers", workers, "--val-data", broken["val"])
     with registered(breaks):
         assert train.main(arguments(broken, tmp_path, "bad", *flags, epochs=1)) == 1
     where = f"changed.tsv: row 4: cannot read image '{picture}': {MESSAGES[kind]}"

@@ -139,7 +139,7 @@ def encode_labels(table: Table, column: str, num_classes: int) -> tuple[IntArray
     """Turn a column into class codes 0..K-1, int64 (N,), K = num_classes, and the K class names.
 
     Whole numbers that already lie in 0..K-1 are taken as they are, even where a class does not
-    occur. Any others are numbered by their order, numerical or alphabetical.
+    occur. Any others are numbered by their order, numerical or alphabetical; -1 is one of them.
 
     Raises:
         ValueError: no such column, a missing label, a number with a fraction, or a number of
@@ -150,9 +150,9 @@ def encode_labels(table: Table, column: str, num_classes: int) -> tuple[IntArray
     cells = table.column(column)
     where = f"{table.path}: label column {column!r}"
     for row, cell in enumerate(cells, start=1):
-        if is_missing(cell):
+        if is_missing(cell, unknown=None):
             raise ValueError(f"{where}: expected a label in every row, got {cell!r} in row {row}")
-    labels = attribute_labels(cells, where, limit=None)
+    labels = attribute_labels(cells, where, limit=None, unknown=None)
     classes = tuple(map(str, range(num_classes)))
     if set(labels) <= set(classes):
         labels = classes
@@ -163,10 +163,13 @@ def encode_labels(table: Table, column: str, num_classes: int) -> tuple[IntArray
 
 
 def attribute_labels(
-    cells: Iterable[str], where: str, limit: int | None = MAX_GROUPS
+    cells: Iterable[str],
+    where: str,
+    limit: int | None = MAX_GROUPS,
+    unknown: int | None = UNKNOWN,
 ) -> tuple[str, ...]:
     """Return a column's labels in order: numerical if all are whole numbers, else by string."""
-    distinct = {cell for cell in cells if not is_missing(cell)}
+    distinct = {cell for cell in cells if not is_missing(cell, unknown)}
     are_whole = all(map(_WHOLE.fullmatch, distinct))
     if are_whole or distinct <= _BOOLEANS.keys():
         distinct = set(map(_canonical, distinct))
@@ -266,9 +269,9 @@ def _canonical(value: str) -> str:
     return match[2] if match[1] != "-" or match[2] == "0" else f"-{match[2]}"
 
 
-def is_missing(value: str) -> bool:
+def is_missing(value: str, unknown: int | None = UNKNOWN) -> bool:
     """Whether a cell says that its value is not known: empty, NA, NaN, None, unknown, -1, ..."""
-    return value.lower() in _MISSING or _canonical(value) == str(UNKNOWN)
+    return value.lower() in _MISSING or _canonical(value) == str(unknown)
 
 
 def shortened(labels: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ import csv
 import io
 import os
 import re
+import string
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -83,7 +84,8 @@ def read_table(
     So the same separators, compressions, URLs, encodings and headers are understood, and the rows
     are the same. The cells of the columns ``as_open_clip`` are what open_clip makes of them,
     `str(value)`: a missing one is "nan", and "007" in a column of numbers is "7". All others are
-    text as it stands in the file, without the white space around it, a missing one being "".
+    text as it stands in the file, without the white space around it, a missing one being "", and
+    without the quotes that pandas leaves where the separator is a regular expression.
 
     Raises:
         ValueError: a table that pandas cannot read or that has no rows.
@@ -117,7 +119,8 @@ def read_table(
             f"moves every cell by a column for open_clip; take the {separator!r} off the rows' ends"
         )
     columns = {name: list(map(str, frame[name].tolist())) for name in header}
-    columns |= {name: frame[name].fillna("").str.strip().tolist() for name in as_text}
+    around = f'{string.whitespace}"' if len(separator) > 1 else None
+    columns |= {name: frame[name].fillna("").str.strip(around).tolist() for name in as_text}
     return Table(str(path), columns, has_row_names)
 
 

@@ -301,7 +301,8 @@ def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
 
 def as_array(values: Any, dtype: type | None = None) -> npt.NDArray[Any]:
     """Return `numpy.asarray` of values, and of tensors what they hold, wherever and however."""
-    if isinstance(values, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in values):
+    nested = (torch.Tensor, list, tuple)
+    if isinstance(values, (list, tuple)) and any(isinstance(value, nested) for value in values):
         values = [as_array(value) for value in values]
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..data.groups import CodeBook, group_remark
+from ..data.groups import CodeBook, group_remark, shortened
 from ..data.tables import IntArray
 from ..validation import check_integer
 from . import group_metrics as metrics
@@ -187,6 +187,7 @@ def fairness_report(
     """
     y, s, num_classes = metrics.check_samples(y_true, scores)
     s = s[:, 1] if s.shape[1:] == (2,) else s
+    threshold = float(metrics.as_array(threshold))
     check_settings(threshold, n_bootstrap, confidence, seed)
     if not isinstance(groups, Mapping):
         expected = "expected groups as a mapping, attribute name -> codes (N,)"
@@ -214,11 +215,16 @@ def fairness_report(
     cut = threshold if num_classes == 2 else None
     how = (len(y), num_classes, cut, n_bootstrap, confidence, seed)
     report = FairnessReport(*how, auc, accuracy, reports)
-    for name, group, metric, estimate, count in report._numbers():
-        if metric == "auc" and count and math.isnan(estimate.value):
-            of_group = f"attribute {name!r}: group {group!r} holds one class only: its AUC is NaN"
-            what = of_group if name else "one class only: the AUC is NaN"
-            warnings.warn(what, UserWarning, stacklevel=2)
+    if math.isnan(auc.value):
+        warnings.warn("one class only: the AUC is NaN", UserWarning, stacklevel=2)
+    for name, of_one in reports.items():
+        alone = [g.label for g in of_one.groups if g.count and math.isnan(g.auc.value)]
+        if alone:
+            what = f"group {alone[0]!r} holds one class only: its AUC is NaN"
+            if len(alone) > 1:
+                number = f"{len(alone)} of {len(of_one.groups)} groups"
+                what = f"{number} hold one class only ({shortened(alone)}): their AUC is NaN"
+            warnings.warn(f"attribute {name!r}: {what}", UserWarning, stacklevel=2)
     return report
 
 

@@ -151,6 +151,16 @@ class NamedDataset(Dataset[Any]):
             raise ValueError(f"{row}: {text}") from error
 
 
+def name_rows(data: Mapping[str, Any], args: Any, *names: str) -> None:
+    """Have the data sets of these names that are tables name the row that cannot be read."""
+    for name in names:
+        path = getattr(args, f"{name}_data")
+        if name in data and is_read_as("csv", path, args):
+            loader = data[name].dataloader
+            if not isinstance(loader.dataset, NamedDataset):
+                vars(loader)["dataset"] = NamedDataset(loader.dataset, path)
+
+
 class IndexedDataset(NamedDataset):
     """A dataset of pairs, tuples or dicts, that gives each sample's row number beside it.
 

@@ -12,7 +12,7 @@ import torch
 from ..errors import UsageError, usage_errors
 from ..evaluation.report import FairnessReport
 from ..evaluation.zero_shot import ZeroShotTask, evaluate_task
-from .csv_pairs import is_read_as, read_groups, read_pairs
+from .csv_pairs import is_read_as, name_rows, read_groups, read_pairs
 from .events import Callback, TrainState
 from .flags import FairOptions
 from .pair_reports import WarnOnce, log_scalars
@@ -60,6 +60,9 @@ class FairEvaluationCallback(Callback):
     def on_data_ready(self, state: TrainState) -> None:
         """Say what is to be said of the groups, now that open_clip has its log."""
         self._warn(*self.task.remarks)
+        # With the fair loss the training data are its own to wrap.
+        names = ("val",) if self.options.fair_loss else ("train", "val")
+        name_rows(state.data, state.args, *names)
 
     def on_eval_end(self, state: TrainState) -> None:
         """Evaluate the model that open_clip has just evaluated."""

@@ -18,10 +18,10 @@ from ..miners import EpochSummary
 from ..pair_terms import trains_contrastive
 from ..presets import build_fair_loss
 from .csv_pairs import (
-    NamedDataset,
     PairBatch,
     PairSource,
     is_read_as,
+    name_rows,
     process_count,
     read_pairs,
     synthetic_source,
@@ -106,9 +106,7 @@ class FairTrainingCallback(Callback):
         self._warn(*self.source.remarks)
         if "train" in data:
             self.source.attach(data["train"].dataloader)
-        if "val" in data and is_read_as("csv", args.val_data, args):
-            loader = data["val"].dataloader
-            vars(loader)["dataset"] = NamedDataset(loader.dataset, args.val_data)
+        name_rows(data, args, "val")
 
     def on_loss_ready(self, state: TrainState) -> None:
         """Wrap open_clip's loss."""
