@@ -122,21 +122,7 @@ def build_fair_loss(
     if total_epochs is not None:
         total_epochs = check_integer("total_epochs", total_epochs, 1)
     if mining:
-        # The published unit counts batches, of which the data set's size says nothing.
-        pairs = num_pairs if chosen.mining_unit == "pair" else None
-        warmup = max(1, round(chosen.warmup_share * (total_epochs or 0)))
-        known = {"num_pairs": pairs, "total_epochs": total_epochs, "warmup_epochs": warmup}
-        settings = {**known, **chosen.miner, **(miner_options or {})}
-        if "weighting" in settings and "detector" not in (miner_options or {}):
-            posterior = settings["weighting"] == "posterior"
-            settings["detector"] = "mixture" if posterior else "threshold"
-        if settings.get("detector") == "mixture" and "faulty_sigma" in (miner_options or {}):
-            raise ValueError(
-                "faulty_sigma has no effect on faulty pairs found by a mixture, got "
-                f"{settings['faulty_sigma']!r}: leave it out, or choose weighting='relative' and "
-                "detector='threshold'"
-            )
-        miner = BadPairMiner(**settings)
+        miner = _build_miner(chosen, num_pairs, total_epochs, miner_options or {})
     if fairness:
         groups = {"num_groups": num_groups}
         term = SinkhornFairnessLoss(**{**groups, **chosen.fairness, **(fairness_options or {})})
@@ -152,6 +138,27 @@ def build_fair_loss(
         normalization=chosen.normalization,
         mining_unit=chosen.mining_unit,
     )
+
+
+def _build_miner(
+    chosen: Preset, num_pairs: int | None, total_epochs: int | None, given: Mapping[str, Any]
+) -> BadPairMiner:
+    """Return the preset's miner with the given options on top."""
+    # The published unit counts batches, of which the data set's size says nothing.
+    pairs = num_pairs if chosen.mining_unit == "pair" else None
+    warmup = max(1, round(chosen.warmup_share * (total_epochs or 0)))
+    known = {"num_pairs": pairs, "total_epochs": total_epochs, "warmup_epochs": warmup}
+    settings = {**known, **chosen.miner, **given}
+    if "weighting" in settings and "detector" not in given:
+        posterior = settings["weighting"] == "posterior"
+        settings["detector"] = "mixture" if posterior else "threshold"
+    if settings.get("detector") == "mixture" and "faulty_sigma" in given:
+        raise ValueError(
+            "faulty_sigma has no effect on faulty pairs found by a mixture, got "
+            f"{given['faulty_sigma']!r}: leave it out, or choose weighting='relative' and "
+            "detector='threshold'"
+        )
+    return BadPairMiner(**settings)
 
 
 def _check_options(name: str, given: Mapping[str, Any] | None, part: type[nn.Module]) -> None:

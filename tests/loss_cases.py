@@ -1,11 +1,25 @@
-"""What a model gives each of open_clip's losses, and gradients with respect to it."""
+"""Batches, losses and parts that the tests of the losses share; not a test file."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
+from torch import nn
 
-TOKENS, VOCABULARY = 4, 6
+from fairclip_losses import BadPairMiner, FairLoss, SinkhornFairnessLoss
+from fairclip_losses.pair_terms import PairTerms
+
+TOKENS, VOCABULARY, PAD = 4, 6, 3
+NUM_GROUPS = (3, 2)
+PAIRS = 40
+
+BASES = {
+    "clip": ClipLoss,
+    "siglip": SigLipLoss,
+    "coca": lambda: CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=0.5, pad_id=PAD),
+    "distill": DistillClipLoss,
+}
 
 
 def model_output(kind="clip", count=10, dim=8, seed=0, dtype=torch.float32, scale=10.0):
@@ -41,3 +55,62 @@ def gradients_of(value, output):
     leaves = [x for x in output.values() if x.requires_grad]
     found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+def group_codes(count, num_groups=NUM_GROUPS, draw=None):
+    """Codes (B, C), -1 (unknown) among them."""
+    draw = draw or torch.Generator().manual_seed(0)
+    return torch.stack([torch.randint(-1, g, (count,), generator=draw) for g in num_groups], 1)
+
+
+def metadata(count=10, seed=0):
+    """Ids, each once, and groups of a batch."""
+    draw = torch.Generator().manual_seed(seed)
+    groups = group_codes(count, draw=draw)
+    return {"pair_ids": torch.randperm(PAIRS, generator=draw)[:count], "groups": groups}
+
+
+def parts(kind="clip", num_pairs=PAIRS, validate=None, history="mean", **options):
+    """A loss with both parts, at their defaults but for a queue."""
+    miner = BadPairMiner(num_pairs, validate=validate, history=history)
+    fairness = SinkhornFairnessLoss(num_groups=NUM_GROUPS, queue_size=4, validate=validate)
+    return FairLoss(BASES[kind](), miner, fairness, **options)
+
+
+def assert_same_memory(one, other):
+    """Hold the state dicts of two modules to each other, to the bit."""
+    found, expected = one.state_dict(), other.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert found[name].dtype == value.dtype, name
+            torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert found[name] == value
+
+
+class Fixed(nn.Module):
+    """Stands for a miner that has flagged pairs: weights by pair id."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, pair_losses, pair_ids, *, record=None):
+        return self.weights[pair_ids]
+
+
+class OwnLoss(nn.Module):
+    """The squares of what it is given, under the names it is given."""
+
+    def __init__(self, *named):
+        super().__init__()
+        self.named = named or ("distance_loss",)
+
+    def forward(self, distances, output_dict=False):
+        value = distances.square().mean()
+        return {"distance_loss": value} if output_dict else value
+
+    def pair_terms(self, distances):
+        each = distances.square()
+        return PairTerms(each, dict.fromkeys(self.named, each))
