@@ -72,8 +72,8 @@ class Processes:
     def others(self, values: Tensor, route: Route) -> Iterator[tuple[int, Tensor]]:
         """Yield (rank, values) of every other process, in exchanges as many in each of them.
 
-        ``bidir`` and ``shift`` hand them on around a ring, both ways or one, and ``reduce`` has each
-        process in turn tell all others: one or two blocks are held at a time. ``gather`` holds all.
+        ``bidir`` and ``shift`` pass them around a ring, both ways or one, and with ``reduce`` each
+        process in turn tells all others: one or two blocks are held at once. ``gather`` holds all.
         """
         values = values.detach().contiguous()
         if route == "gather":

@@ -27,8 +27,6 @@ class Preset:
     miner: Mapping[str, Any] = field(default_factory=dict)
     fairness: Mapping[str, Any] = field(default_factory=dict)
     warmup_share: float = 0.0  # of the epochs, where their number is known; at least one epoch
-    start_share: float = 0.0  # of the epochs, before the fairness term trains; likewise
-    loss: Mapping[str, Any] = field(default_factory=dict)
     score: Score = "loss"
     normalization: Normalization = "batch"
     mining_unit: MiningUnit = "pair"
@@ -96,7 +94,7 @@ def build_fair_loss(
             its detector, ``"mixture"`` for ``"posterior"``, else ``"threshold"``.
         fairness_options: keyword arguments of the fairness term that replace the preset's.
         fairness_weight: replaces the preset's where not None.
-        fairness_start: replaces the preset's where not None.
+        fairness_start: as of `FairLoss`; None is 0.
         score: replaces the preset's where not None.
 
     Raises:
@@ -126,15 +124,13 @@ def build_fair_loss(
     if fairness:
         groups = {"num_groups": num_groups}
         term = SinkhornFairnessLoss(**{**groups, **chosen.fairness, **(fairness_options or {})})
-    start = round(chosen.start_share * (total_epochs or 0))
     return FairLoss(
         base_loss,
         miner,
         term,
         chosen.fairness_weight if fairness_weight is None else fairness_weight,
         chosen.score if score is None else score,
-        fairness_start=start if fairness_start is None else fairness_start,
-        **chosen.loss,
+        fairness_start=0 if fairness_start is None else fairness_start,
         normalization=chosen.normalization,
         mining_unit=chosen.mining_unit,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
@@ -87,6 +89,65 @@ def assert_same_memory(one, other):
             torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True)
         else:
             assert found[name] == value
+
+
+class LoopMiner:
+    """The same method with dictionaries and Python floats, one pair at a time."""
+
+    def __init__(self, **options):
+        self.warmup_epochs, self.history, self.weighting, self.record = 1, "mean", "relative", "raw"
+        vars(self).update(options)  # those of BadPairMiner
+        self.log = {}  # id -> [(epoch, loss)]
+        self.kinds, self.near = {}, set()
+        self.epoch, self.mean, self.std = 0, 0.0, 0.0
+
+    def weight(self, pair, loss):
+        if self.kinds.get(pair, "clean") == "clean" or not math.isfinite(loss):
+            return 1.0
+        weight = math.exp(-0.5 * ((loss - self.mean) / self.std) ** 2)
+        if self.weighting == "density":
+            weight /= self.std * math.sqrt(2 * math.pi)
+        return max(weight, 2.0**-126)
+
+    def visit(self, ids, losses):
+        weights = [self.weight(pair, loss) for pair, loss in zip(ids, losses, strict=True)]
+        for pair, loss, weight in zip(ids, losses, weights, strict=True):
+            if math.isfinite(loss):
+                stored = loss * weight if self.record == "weighted" else loss
+                self.log.setdefault(pair, []).append((self.epoch, stored))
+        return weights
+
+    def histories(self):
+        result = {}
+        for pair, visits in self.log.items():
+            weights = [1 + epoch if self.history == "linear" else 1 for epoch, _ in visits]
+            divisor = sum(weights)
+            if self.history == "linear" and not self.renormalize:
+                divisor = len(visits) * self.total_epochs
+            total = sum(w * loss for w, (_, loss) in zip(weights, visits, strict=True))
+            result[pair] = total / divisor
+        return result
+
+    def end_epoch(self):
+        histories = self.histories()
+        self.epoch += 1
+        self.kinds, self.near = {}, set()
+        if not histories:
+            return
+        values = list(histories.values())
+        self.mean = sum(values) / len(values)
+        self.std = math.sqrt(sum((m - self.mean) ** 2 for m in values) / len(values))
+        if self.epoch < self.warmup_epochs or self.std <= 2.0**-20 * abs(self.mean):
+            return
+        low = self.mean - self.noisy_sigma * self.std
+        high = self.mean + self.faulty_sigma * self.std
+        for pair, m in histories.items():
+            if m >= high:
+                self.kinds[pair] = "faulty"
+            elif m <= low:
+                self.kinds[pair] = "noisy"
+            if min(abs(m - low), abs(m - high)) < 1e-5:
+                self.near.add(pair)
 
 
 class Fixed(nn.Module):

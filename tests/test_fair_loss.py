@@ -20,6 +20,7 @@ from loss_cases import (
     PAD,
     TOKENS,
     Fixed,
+    LoopMiner,
     OwnLoss,
     assert_same_memory,
     gradients_of,
@@ -240,38 +241,22 @@ def loop_terms(kind, output, share):
 
 def test_a_miner_over_epochs_by_a_loop():
     """Batches in another order every epoch; the loop keeps a list of losses for each pair."""
-    pairs, size, sigma = 24, 6, 1.0
-    fair = FairLoss(ClipLoss(), BadPairMiner(pairs, noisy_sigma=sigma, faulty_sigma=sigma))
-    draw = torch.Generator().manual_seed(0)
-    image = F.normalize(torch.randn(pairs, 5, generator=draw, dtype=torch.float64), dim=1)
-    text = F.normalize(torch.randn(pairs, 5, generator=draw, dtype=torch.float64), dim=1)
-    scale = torch.tensor(4.0, dtype=torch.float64)
-    losses_of, mean, std, flagged = {}, 0.0, 1.0, set()
-    seen_weights = set()
+    sigmas = {"noisy_sigma": 1.0, "faulty_sigma": 1.0}
+    fair, loop = FairLoss(ClipLoss(), BadPairMiner(24, **sigmas)), LoopMiner(**sigmas)
+    whole = model_output(count=24, dim=5, scale=4.0, dtype=torch.float64)
+    weights_seen = set()
     for _ in range(3):
-        for ids in torch.randperm(pairs, generator=draw).split(size):
-            output = {
-                "image_features": image[ids],
-                "text_features": text[ids],
-                "logit_scale": scale,
-            }
-            got = float(fair(**output, pair_ids=ids))
-            logits = (scale * image[ids] @ text[ids].T).numpy()
-            expected = 0.0
-            for i, pair in enumerate(ids.tolist()):
-                row, column = logits[i], logits[:, i]
-                loss = (np.log(np.exp(row).sum()) + np.log(np.exp(column).sum())) / 2 - row[i]
-                weight = math.exp(-(((loss - mean) / std) ** 2) / 2) if pair in flagged else 1.0
-                losses_of.setdefault(pair, []).append(loss)
-                seen_weights.add(weight)
-                expected += weight * loss / size
-            assert got == pytest.approx(expected, rel=1e-5)
+        for ids in torch.randperm(24).split(6):
+            output = {name: v[ids] if v.dim() else v for name, v in whole.items()}
+            losses = loop_scores("loss", output)
+            weights = loop.visit(ids.tolist(), losses.tolist())
+            got = float(fair(**output, pair_ids=ids).detach())
+            assert got == pytest.approx(np.mean(weights * losses), rel=1e-5)
+            weights_seen.update(weights)
         summary = fair.end_epoch()
-        history = {pair: np.mean(losses) for pair, losses in losses_of.items()}
-        mean, std = np.mean(list(history.values())), np.std(list(history.values()))
-        flagged = {pair for pair, m in history.items() if abs(m - mean) >= sigma * std}
-        assert summary.noisy + summary.faulty == len(flagged) > 0
-    assert len(seen_weights) > 3
+        loop.end_epoch()
+        assert summary.noisy + summary.faulty == len(loop.kinds) > 0
+    assert len(weights_seen) > 3
 
 
 # ------------------------------ the fairness term
@@ -342,9 +327,7 @@ def test_scores_that_are_not_finite_leave_the_term_of_the_others():
     got = fair(**output, groups=groups, output_dict=True)["fairness_loss"]
     keep = torch.arange(10) != 4
     rest = {k: v[keep] if v.dim() else v for k, v in output.items()}
-    expected = FairLoss(
-        ClipLoss(), fairness=SinkhornFairnessLoss(num_groups=NUM_GROUPS), score="similarity"
-    )(**rest, groups=groups[keep], output_dict=True)["fairness_loss"]
+    expected = fair(**rest, groups=groups[keep], output_dict=True)["fairness_loss"]
     torch.testing.assert_close(got, expected)
 
 
@@ -459,14 +442,17 @@ def test_batch_unit_by_a_loop(accumulated, seed):
 
 @pytest.mark.parametrize("preset", ["aligned", "paper", "official"])
 @pytest.mark.parametrize("num_pairs", [40, None])
-def test_resumed_equals_uninterrupted(preset, num_pairs):
+@pytest.mark.parametrize("stop", [2, 15, 18])  # the last between epochs
+def test_resumed_equals_uninterrupted(preset, num_pairs, stop):
+    history = "linear" if preset == "aligned" else "mean"
+
     def build():
         return build_fair_loss(
             ClipLoss(),
             preset=preset,
             num_pairs=num_pairs,
             num_groups=NUM_GROUPS,
-            miner_options={"noisy_sigma": 0.8, "faulty_sigma": 0.8},
+            miner_options={"noisy_sigma": 0.8, "faulty_sigma": 0.8, "history": history},
             fairness_options={"queue_size": 5, "blur": 0.0},
             fairness_weight=0.5,
         )
@@ -483,14 +469,15 @@ def test_resumed_equals_uninterrupted(preset, num_pairs):
     whole = build()
     expected = run(whole, range(22))
     first = build()
-    run(first, range(15))  # stops within an epoch
+    run(first, range(stop))
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
     second = build()
+    run(second, [30])  # what it held is gone once it loads
     second.load_state_dict(torch.load(file, weights_only=True))
-    resumed = run(second, range(15, 22))
-    for got, want in zip(resumed, expected[15:], strict=True):
+    resumed = run(second, range(stop, 22))
+    for got, want in zip(resumed, expected[stop:], strict=True):
         assert all(map(torch.equal, got, want))
     assert any((whole.last.weights != 1).tolist()) or preset != "aligned"
     assert_same_memory(second, whole)

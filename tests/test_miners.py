@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import itertools
 import math
 
@@ -13,72 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import assert_same_memory
+from loss_cases import LoopMiner
 from no_read_back import NoReadBack
-from torch import nn
 
 from fairclip_losses import functional as F
 from fairclip_losses.miners import BadPairMiner, EpochSummary, MinerReport, pair_memory
-
-# ------------------------------ the reference
-
-
-class LoopMiner:
-    """The same method with dictionaries and Python floats, one pair at a time."""
-
-    def __init__(self, **options):  # all of BadPairMiner's own
-        vars(self).update(options)
-        self.log = {}  # id -> [(epoch, loss)]
-        self.kinds, self.near = {}, set()
-        self.epoch, self.mean, self.std = 0, 0.0, 0.0
-
-    def weight(self, pair, loss):
-        if self.kinds.get(pair, "clean") == "clean" or not math.isfinite(loss):
-            return 1.0
-        weight = math.exp(-0.5 * ((loss - self.mean) / self.std) ** 2)
-        if self.weighting == "density":
-            weight /= self.std * math.sqrt(2 * math.pi)
-        return max(weight, 2.0**-126)
-
-    def visit(self, ids, losses):
-        weights = [self.weight(pair, loss) for pair, loss in zip(ids, losses, strict=True)]
-        for pair, loss, weight in zip(ids, losses, weights, strict=True):
-            if math.isfinite(loss):
-                stored = loss * weight if self.record == "weighted" else loss
-                self.log.setdefault(pair, []).append((self.epoch, stored))
-        return weights
-
-    def histories(self):
-        result = {}
-        for pair, visits in self.log.items():
-            weights = [1 + epoch if self.history == "linear" else 1 for epoch, _ in visits]
-            divisor = sum(weights)
-            if self.history == "linear" and not self.renormalize:
-                divisor = len(visits) * self.total_epochs
-            total = sum(w * loss for w, (_, loss) in zip(weights, visits, strict=True))
-            result[pair] = total / divisor
-        return result
-
-    def end_epoch(self):
-        histories = self.histories()
-        self.epoch += 1
-        self.kinds, self.near = {}, set()
-        if not histories:
-            return
-        values = list(histories.values())
-        self.mean = sum(values) / len(values)
-        self.std = math.sqrt(sum((m - self.mean) ** 2 for m in values) / len(values))
-        if self.epoch < self.warmup_epochs or self.std <= 2.0**-20 * abs(self.mean):
-            return
-        low = self.mean - self.noisy_sigma * self.std
-        high = self.mean + self.faulty_sigma * self.std
-        for pair, m in histories.items():
-            if m >= high:
-                self.kinds[pair] = "faulty"
-            elif m <= low:
-                self.kinds[pair] = "noisy"
-            if min(abs(m - low), abs(m - high)) < 1e-5:
-                self.near.add(pair)
 
 
 def random_run(seed, pairs=40, epochs=3, batch=8, bad=4, missing=0.2):
@@ -332,32 +270,6 @@ def test_bytes_for_each_pair(num_pairs, history, limit, monkeypatch):
 
 
 # ------------------------------ save and resume
-
-
-@pytest.mark.parametrize("num_pairs", [40, None])
-@pytest.mark.parametrize("history", ["mean", "linear"])
-@pytest.mark.parametrize("epoch,batch", [(0, 0), (0, 2), (1, 0), (1, 3), (2, 1)])
-def test_a_resumed_run_equals_the_uninterrupted_one(num_pairs, history, epoch, batch):
-    run = random_run(5, epochs=4)
-    arguments = {"faulty_sigma": 1.5, "noisy_sigma": 1.5, "history": history}
-    whole = BadPairMiner(num_pairs, **arguments)
-    weights = play(whole, run)
-
-    first = nn.ModuleDict({"miner": BadPairMiner(num_pairs, **arguments)})
-    parts = [play(first["miner"], run[:epoch])] if epoch else []
-    parts += [first["miner"](losses, ids) for ids, losses in run[epoch][:batch]]
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    before = first["miner"].report()
-    second = nn.ModuleDict({"miner": BadPairMiner(num_pairs, **arguments)})
-    second["miner"](torch.tensor([3.0]), torch.tensor([1]))  # what it held is gone once it loads
-    file.seek(0)
-    second.load_state_dict(torch.load(file, weights_only=True))
-    assert_same_report(second["miner"].report(), before)
-    parts.append(play(second["miner"], [run[epoch][batch:], *run[epoch + 1 :]]))
-    assert torch.equal(torch.cat(parts), weights)
-    assert_same_report(second["miner"].report(), whole.report())
-    assert_same_memory(second["miner"], whole)
 
 
 def test_thresholds_may_change_on_resuming():

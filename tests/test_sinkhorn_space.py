@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import warnings
-
 import numpy as np
 import ot
 import pytest
@@ -17,13 +14,15 @@ from sinkhorn_cases import (
     clustered,
     diameter,
     float64,
+    plan_gradients,
+    pot_solution,
     random_problem,
     value_and_slopes,
 )
 from sinkhorn_reference import cost_matrix
 from torch.profiler import ProfilerActivity, profile
 
-from fairclip_losses.ops import ConvergenceWarning, sinkhorn_divergence, sinkhorn_solve
+from fairclip_losses.ops import sinkhorn_divergence, sinkhorn_solve
 from fairclip_losses.ops.sinkhorn_loop import Anderson, is_converged, is_near
 from fairclip_losses.ops.streamed import StreamedKernel
 
@@ -33,23 +32,12 @@ from fairclip_losses.ops.streamed import StreamedKernel
 def test_streamed_is_pots_plan(p, dimension):
     """Above the size of Newton's method: value and gradient off POT's converged plan."""
     x, y, a, b = random_problem(540, 500, rows=1, dimension=dimension)
-    a, b = a / a.sum(), b[0] / b[0].sum()
     blur = 0.2 * diameter(x, y)
-    cost = cost_matrix(x, y, p)
-    plan = ot.bregman.sinkhorn_log(
-        a.numpy(), b.numpy(), cost.numpy(), blur**p, stopThr=1e-11, numItermax=2000
-    )
-    kl = (plan * np.log(plan / np.outer(a, b))).sum()
-    expected = (plan * cost.numpy()).sum() + blur**p * kl
-    value, (grad_x, grad_y, _, _) = value_and_slopes(x, y, a, b, p=p, blur=blur, debias=False)
+    options = {"stopThr": 1e-11, "numItermax": 2000}
+    _, expected, *slopes = pot_solution(x, y, a, b[0], p, blur, **options)
+    value, grads = value_and_slopes(x, y, a, b[0], p=p, blur=blur, debias=False)
     assert value.item() == pytest.approx(expected, rel=1e-9)
-    unit = (x[:, None] - y).numpy()
-    if p == 1:
-        unit = unit / cost.numpy()[..., None]
-    for found, exact in (
-        (grad_x, (plan[..., None] * unit).sum(1)),
-        (grad_y, -(plan[..., None] * unit).sum(0)),
-    ):
+    for found, exact in zip(grads, slopes, strict=False):
         assert np.linalg.norm(found.numpy() - exact) < 1e-5 * np.linalg.norm(exact)
 
 
@@ -70,7 +58,7 @@ def test_small_blur_reaches_the_network_simplex(p, dimension, kind):
     assert exact * (1 - 1e-7) <= result.transport_cost.item() <= exact + 5 * blur**p
     if p == 2:  # at epsilon = 1e-8 of the cost the plan is that vertex
         _, (grad, _, _, _) = value_and_slopes(x, y, a, b, blur=blur, debias=False)
-        shift = (plan[..., None] * (x[:, None] - y).numpy()).sum(1)
+        shift, _ = plan_gradients(plan, x, y, p)
         assert np.linalg.norm(grad.numpy() - shift) < 1e-5 * np.linalg.norm(shift)
 
 
@@ -86,39 +74,6 @@ def test_streamed_and_newton_agree(p, share, kind):
     torch.testing.assert_close(value, exact, rtol=1e-7, atol=0)
     for found, true in zip(slopes[:2], truth[:2], strict=True):
         assert (found - true).norm() < 1e-5 * true.norm()
-
-
-HARD = {
-    "one point": (float64([[2.0, 1.0]]), float64([[1.0], [3.0]])),
-    "identical points": (torch.full((6, 2), 0.4).double(), torch.rand(3, 6).double()),
-    "all weight on one point": (random_problem(6, dimension=2)[0], torch.eye(6).double()[:3]),
-    "ties": (random_problem(6, dimension=2)[0].round(), torch.rand(3, 6).double()),
-    "a row of zeros": (random_problem(5, dimension=2)[0], float64([[0.0] * 5, [1.0] * 5])),
-    "tiny weights": (random_problem(4, dimension=2)[0], float64([[1e-300, 1, 1e-12, 1]])),
-    "two far clusters": (float64([[0, 0], [1e-3, 0], [1e3, 1e3]]), torch.rand(3, 3).double()),
-    "one outlier": (float64([[0, 0], [0.1, 0.2], [1e8, 0]]), torch.rand(3, 3).double()),
-}
-
-
-@pytest.mark.parametrize("kind", HARD)
-@pytest.mark.parametrize("backend", ["dense", "streamed"])
-@pytest.mark.parametrize(("p", "blur"), [(1, 0.02), (1, 2.0), (2, 0.02), (2, 2.0)])
-def test_never_a_nan(kind, backend, p, blur):
-    points, table = HARD[kind]
-    for (offset, scale), dtype in itertools.product(
-        [(0.0, 1.0), (1e4, 1e-6)], [torch.float64, torch.float32]
-    ):
-        x = ((points + offset) * scale).to(dtype).requires_grad_()
-        weights = table.to(dtype, copy=True).requires_grad_()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            value = sinkhorn_divergence(
-                x, x, None, weights, p=p, blur=blur, backend=backend, max_iterations=6
-            )
-        value.sum().backward()
-        assert value.isfinite().all()
-        assert x.grad.isfinite().all()
-        assert weights.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("p", POWERS)
@@ -144,13 +99,6 @@ def test_laws(p, backend):
     torch.testing.assert_close(moved, expected, **close)
     scaled = divergence(-7 * x, -7 * y, a, b, blur=2.8)
     torch.testing.assert_close(scaled, 7**p * expected, **close)
-
-
-def test_what_does_not_converge_says_so():
-    x, y, a, b = clustered(60, 60, 2)
-    for backend in ("dense", "streamed"):
-        with pytest.warns(ConvergenceWarning, match="stopped after .* above tol"):
-            sinkhorn_divergence(x, y, a, b, blur=0.01, max_iterations=2, backend=backend)
 
 
 @pytest.mark.parametrize("iterations", [1, 3, 30])
