@@ -152,17 +152,16 @@ def test_weights_of_absent_points_have_their_gradients(p):
 @pytest.mark.parametrize("layout", ["spread", "clustered", "ties", "near"])
 def test_float32_leads_and_float64_ends(p, dimension, share, layout):
     """What the points in float32 lose of a gradient is its own rounding."""
-    x, y = (clustered if layout == "clustered" else random_problem)(150, 140, dimension=dimension)[
-        :2
-    ]
+    kind = clustered if layout == "clustered" else random_problem
+    x, y, *_ = kind(150, 140, dimension=dimension)
     if layout == "ties":
         x, y = x.round(decimals=1), y.round(decimals=1)
     if layout == "near":
         y = x + 1e-3 * torch.sin(torch.arange(150.0)).double()[:, None]
     x, y = x.float(), y.float()
+    options = {"p": p, "blur": share * diameter(x, y), "iterations": 12, "backend": "streamed"}
     grads = []
     for points in (x.requires_grad_(), x.detach().double().requires_grad_()):
-        options = {"p": p, "blur": share * diameter(x, y), "iterations": 12, "backend": "streamed"}
         sinkhorn_divergence(points, y.to(points.dtype), **options).backward()
         grads.append(points.grad.double())
     assert (grads[0] - grads[1]).norm() < 1e-5 * grads[1].norm()
