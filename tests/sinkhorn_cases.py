@@ -47,7 +47,7 @@ def random_problem(n: int = 7, m: int = 9, rows: int = 2, dimension: int = 1, se
     return x, y, a, b
 
 
-def value_and_slopes(x, y, a, b, **options):
+def value_and_gradients(x, y, a, b, **options):
     """Return the divergence and its gradients in all four."""
     inputs = [t.clone().requires_grad_() for t in (x, y, a, b)]
     value = sinkhorn_divergence(*inputs, **options)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from no_read_back import as_on_an_accelerator
-from sinkhorn_cases import POWERS, clouds, common_points, random_problem, value_and_slopes
+from sinkhorn_cases import POWERS, clouds, common_points, random_problem, value_and_gradients
 from sinkhorn_reference import cost_matrix
 
 from fairclip_losses.ops import SinkhornResult, sinkhorn_divergence, sinkhorn_solve
@@ -155,8 +155,8 @@ def test_rows_with_points_of_their_own(p, n, blur, debias):
     x, y, a, b = random_problem(n, n - 3, rows=3)
     points = torch.stack([y, y + 0.1, 2 * y])
     options = {"p": p, "blur": blur, "debias": debias}
-    value, slopes = value_and_slopes(x, points, a, b, **options)
-    exact, due = value_and_slopes(x, points, a, b, backend="dense", tol=1e-9, **options)
+    value, slopes = value_and_gradients(x, points, a, b, **options)
+    exact, due = value_and_gradients(x, points, a, b, backend="dense", tol=1e-9, **options)
     torch.testing.assert_close(value, exact, rtol=1e-8, atol=1e-12)
     for one, other in zip(slopes[:2], due[:2], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
@@ -178,7 +178,7 @@ def test_iterations_that_nobody_watches_are_enough(p, n, blur, within):
     codes = torch.arange(n) % 2
     x[codes == 1] = 0.8 * x[codes == 1] + 0.2
     weights = (codes == torch.arange(2)[:, None]).double()
-    due, found = _slopes_watched_or_not(x, weights, p, blur)
+    due, found = _gradients_watched_or_not(x, weights, p, blur)
     assert float((found - due).norm()) <= within * float(due.norm())
 
 
@@ -200,11 +200,11 @@ def test_they_are_enough_for_every_row(p, share, kind, layout):
         == torch.arange(4)[:, None],
     }[kind].double()
     for row in weights:
-        due, found = _slopes_watched_or_not(x, row[None], p, share * float(x.max() - x.min()))
+        due, found = _gradients_watched_or_not(x, row[None], p, share * float(x.max() - x.min()))
         assert float((found - due).norm()) <= 2e-6 * float(due.norm())
 
 
-def _slopes_watched_or_not(x, weights, p, blur):
+def _gradients_watched_or_not(x, weights, p, blur):
     """Return the gradient as on the CPU and as on an accelerator."""
     options = {"p": p, "blur": blur, "tol": 1e-8}
     due = common_points(x, weights, **options)[1]

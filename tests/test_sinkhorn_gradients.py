@@ -7,7 +7,7 @@ import ot
 import pytest
 import torch
 from hypothesis import given, settings
-from sinkhorn_cases import POWERS, clouds, pot_solution, random_problem, value_and_slopes
+from sinkhorn_cases import POWERS, clouds, pot_solution, random_problem, value_and_gradients
 from sinkhorn_reference import cost_matrix, sinkhorn_divergence_reference
 from torch.autograd import gradcheck
 
@@ -46,7 +46,7 @@ def test_gradcheck_on_common_points(p, blur):
 @pytest.mark.parametrize("dimension", [1, 2])
 def test_envelope_equals_autograd_through_the_reference(p, blur, dimension):
     x, y, a, b = random_problem(5, 6, rows=1, dimension=dimension, seed=2)
-    _, slopes = value_and_slopes(x, y, a, b[0], p=p, blur=blur)
+    _, slopes = value_and_gradients(x, y, a, b[0], p=p, blur=blur)
     unrolled = wanting(x, y, a, b[0])
     sinkhorn_divergence_reference(*unrolled, p=p, blur=blur, iterations=1500).backward()
     for mine, theirs in zip(slopes, unrolled, strict=True):
@@ -102,7 +102,7 @@ def test_the_same_tensor_twice_is_a_clone(p, blur, dimension):
     (together,) = wanting(x)
     one = sinkhorn_divergence(together, together, a.cos(), weights, p=p, blur=blur)
     one.sum().backward()
-    two, (of_x, of_y, *_) = value_and_slopes(x, x.clone(), a.cos(), weights, p=p, blur=blur)
+    two, (of_x, of_y, *_) = value_and_gradients(x, x.clone(), a.cos(), weights, p=p, blur=blur)
     torch.testing.assert_close(one.detach(), two)
     torch.testing.assert_close(together.grad, of_x + of_y)
 
@@ -130,9 +130,9 @@ def test_a_second_derivative_is_refused(blur):
 def test_rows_without_mass_cost_nothing(blur):
     x, y, a, b = random_problem(rows=3)
     b[1] = 0
-    values, slopes = value_and_slopes(x, y, a, b, blur=blur)
+    values, slopes = value_and_gradients(x, y, a, b, blur=blur)
     assert values[1] == 0 and not slopes[3][1].any()
     assert (values[[0, 2]] > 0).all()
-    _, alone = value_and_slopes(x, y, a, b[[0, 2]], blur=blur)
+    _, alone = value_and_gradients(x, y, a, b[[0, 2]], blur=blur)
     for with_empty, without in zip(slopes[:3], alone[:3], strict=True):
         torch.testing.assert_close(with_empty, without)

@@ -17,7 +17,7 @@ from sinkhorn_cases import (
     plan_gradients,
     pot_solution,
     random_problem,
-    value_and_slopes,
+    value_and_gradients,
 )
 from sinkhorn_reference import cost_matrix
 from torch.profiler import ProfilerActivity, profile
@@ -35,7 +35,7 @@ def test_streamed_is_pots_plan(p, dimension):
     blur = 0.2 * diameter(x, y)
     options = {"stopThr": 1e-11, "numItermax": 2000}
     _, expected, *slopes = pot_solution(x, y, a, b[0], p, blur, **options)
-    value, grads = value_and_slopes(x, y, a, b[0], p=p, blur=blur, debias=False)
+    value, grads = value_and_gradients(x, y, a, b[0], p=p, blur=blur, debias=False)
     assert value.item() == pytest.approx(expected, rel=1e-9)
     for found, exact in zip(grads, slopes, strict=False):
         assert np.linalg.norm(found.numpy() - exact) < 1e-5 * np.linalg.norm(exact)
@@ -57,7 +57,7 @@ def test_small_blur_reaches_the_network_simplex(p, dimension, kind):
     exact = (plan * cost.numpy()).sum()
     assert exact * (1 - 1e-7) <= result.transport_cost.item() <= exact + 5 * blur**p
     if p == 2:  # at epsilon = 1e-8 of the cost the plan is that vertex
-        _, (grad, _, _, _) = value_and_slopes(x, y, a, b, blur=blur, debias=False)
+        _, (grad, _, _, _) = value_and_gradients(x, y, a, b, blur=blur, debias=False)
         shift, _ = plan_gradients(plan, x, y, p)
         assert np.linalg.norm(grad.numpy() - shift) < 1e-5 * np.linalg.norm(shift)
 
@@ -69,8 +69,8 @@ def test_streamed_and_newton_agree(p, share, kind):
     """The two solvers have nothing in common but the problem."""
     x, y, a, b = kind(90, 110, dimension=3)
     options = {"p": p, "blur": share * diameter(x, y)}
-    value, slopes = value_and_slopes(x, y, a, b, backend="streamed", **options)
-    exact, truth = value_and_slopes(x, y, a, b, backend="dense", tol=1e-11, **options)
+    value, slopes = value_and_gradients(x, y, a, b, backend="streamed", **options)
+    exact, truth = value_and_gradients(x, y, a, b, backend="dense", tol=1e-11, **options)
     torch.testing.assert_close(value, exact, rtol=1e-7, atol=0)
     for found, true in zip(slopes[:2], truth[:2], strict=True):
         assert (found - true).norm() < 1e-5 * true.norm()
@@ -127,9 +127,9 @@ def test_fixed_iterations_end_at_the_target(iterations, monkeypatch):
 @pytest.mark.parametrize("p", POWERS)
 def test_fixed_iterations_of_an_accelerator_converge(backend, p):
     x, y, a, b = random_problem(60, 50, dimension=3)
-    truth, slopes = value_and_slopes(x, y, a, b, p=p, blur=0.3, tol=1e-11)
+    truth, slopes = value_and_gradients(x, y, a, b, p=p, blur=0.3, tol=1e-11)
     with as_on_an_accelerator():
-        value, found = value_and_slopes(x, y, a, b, p=p, blur=0.3, backend=backend)
+        value, found = value_and_gradients(x, y, a, b, p=p, blur=0.3, backend=backend)
     torch.testing.assert_close(value, truth, rtol=1e-8, atol=0)
     for one, other in zip(found, slopes, strict=True):
         assert (one - other).norm() < 1e-5 * other.norm()
@@ -140,8 +140,8 @@ def test_weights_of_absent_points_have_their_gradients(p):
     """Rows leave absent points out, but the potential there is the c-transform too."""
     x, y, a, b = random_problem(40, 45, rows=1, dimension=3)
     a[3:6], b[0, 7:9] = 0, 0
-    _, slopes = value_and_slopes(x, y, a, b[0], p=p, blur=0.6, backend="streamed", tol=1e-9)
-    _, exact = value_and_slopes(x, y, a, b[0], p=p, blur=0.6, backend="dense", tol=1e-11)
+    _, slopes = value_and_gradients(x, y, a, b[0], p=p, blur=0.6, backend="streamed", tol=1e-9)
+    _, exact = value_and_gradients(x, y, a, b[0], p=p, blur=0.6, backend="dense", tol=1e-11)
     for found, true in zip(slopes, exact, strict=True):
         torch.testing.assert_close(found, true, rtol=1e-6, atol=1e-8)
 

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from sinkhorn_cases import POWERS, random_problem, value_and_slopes
+from sinkhorn_cases import POWERS, random_problem, value_and_gradients
 
 from fairclip_losses.ops import options, sinkhorn_divergence, sinkhorn_solve
 from fairclip_losses.ops.dense import DenseKernel
@@ -106,8 +106,8 @@ def test_operators_are_those_of_the_dense_kernel(p, dimension, dtype):
 def test_the_whole_divergence(p, dimension):
     x, y, a, b = random_problem(20, 17, rows=2, dimension=dimension)
     b[0, 3] = 0
-    value, slopes = value_and_slopes(x, y, a, b, p=p, blur=1.0, backend="triton")
-    exact, truth = value_and_slopes(x, y, a, b, p=p, blur=1.0, backend="dense", tol=1e-10)
+    value, slopes = value_and_gradients(x, y, a, b, p=p, blur=1.0, backend="triton")
+    exact, truth = value_and_gradients(x, y, a, b, p=p, blur=1.0, backend="dense", tol=1e-10)
     torch.testing.assert_close(value, exact, rtol=1e-7, atol=1e-10)
     for found, expected in zip(slopes, truth, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
