@@ -72,8 +72,8 @@ class Processes:
     def others(self, values: Tensor, route: Route) -> Iterator[tuple[int, Tensor]]:
         """Yield (rank, values) of every other process, in exchanges as many in each of them.
 
-        ``bidir`` and ``shift`` hand them on round a ring, both ways or one, and ``reduce`` has each
-        process in turn tell all others: one or two blocks are held at a time. ``gather`` holds all.
+        ``bidir`` and ``shift`` pass them around a ring, both ways or one, and with ``reduce`` each
+        process in turn tells all others: one or two blocks are held at once. ``gather`` holds all.
         """
         values = values.detach().contiguous()
         if route == "gather":
@@ -87,9 +87,9 @@ class Processes:
                 if rank != self.rank:
                     yield rank, block
         else:
-            yield from self._round_the_ring(values, both_ways=route == "bidir")
+            yield from self._around_the_ring(values, both_ways=route == "bidir")
 
-    def _round_the_ring(self, values: Tensor, both_ways: bool) -> Iterator[tuple[int, Tensor]]:
+    def _around_the_ring(self, values: Tensor, both_ways: bool) -> Iterator[tuple[int, Tensor]]:
         right = left = values  # what goes on to each side
         for hop in range(1, (self.world_size // 2 if both_ways else self.world_size - 1) + 1):
             two = both_ways and 2 * hop < self.world_size  # opposite each other, one way is enough

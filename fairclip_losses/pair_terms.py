@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .distributed import Processes, Route
 from .functional import (
@@ -23,6 +22,7 @@ from .functional import (
     siglip_pair_losses,
 )
 from .functional.pairs import widened
+from .validation import refuse_second
 
 
 class PairTerms(NamedTuple):
@@ -237,8 +237,7 @@ class _BlockwiseSiglip(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         processes = ctx.processes
         leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
         image, text, scale, bias = leaves
@@ -247,7 +246,7 @@ class _BlockwiseSiglip(torch.autograd.Function):
         sums = [torch.zeros_like(widened(leaf)) for leaf in leaves]
         for rank, images, texts in _blocks(image, text, processes, ctx.route):
             own = rank == processes.rank
-            share = 0.5 * (grad[:, None] + by_rank[rank])
+            share = (0.5 * (grad[:, None] + by_rank[rank])).detach()
             with torch.enable_grad(), torch.autocast(**ctx.autocast):
                 rows = _sigmoid_block(image, texts, scale, bias, own)
                 columns = _sigmoid_block(text, images, scale, bias, own)
@@ -257,8 +256,8 @@ class _BlockwiseSiglip(torch.autograd.Function):
         # Each entry is in the rows of one process and in the columns of one: twice for these two.
         sums[2:] = [0.5 * total for total in sums[2:]]
         needed = zip(sums, leaves, ctx.needs_input_grad, strict=False)
-        grads = (total.to(leaf.dtype) if need else None for total, leaf, need in needed)
-        return (*grads, None, None)
+        grads = [total.to(leaf.dtype) if need else None for total, leaf, need in needed]
+        return (*refuse_second("siglip_pair_losses", grads, ctx.saved_tensors), None, None)
 
 
 def _blocks(

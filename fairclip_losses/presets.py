@@ -27,8 +27,6 @@ class Preset:
     miner: Mapping[str, Any] = field(default_factory=dict)
     fairness: Mapping[str, Any] = field(default_factory=dict)
     warmup_share: float = 0.0  # of the epochs, where their number is known; at least one epoch
-    start_share: float = 0.0  # of the epochs, before the fairness term trains; likewise
-    loss: Mapping[str, Any] = field(default_factory=dict)
     score: Score = "loss"
     normalization: Normalization = "batch"
     mining_unit: MiningUnit = "pair"
@@ -96,7 +94,7 @@ def build_fair_loss(
             its detector, ``"mixture"`` for ``"posterior"``, else ``"threshold"``.
         fairness_options: keyword arguments of the fairness term that replace the preset's.
         fairness_weight: replaces the preset's where not None.
-        fairness_start: replaces the preset's where not None.
+        fairness_start: as of `FairLoss`; None is 0.
         score: replaces the preset's where not None.
 
     Raises:
@@ -122,36 +120,41 @@ def build_fair_loss(
     if total_epochs is not None:
         total_epochs = check_integer("total_epochs", total_epochs, 1)
     if mining:
-        # The published unit counts batches, of which the data set's size says nothing.
-        pairs = num_pairs if chosen.mining_unit == "pair" else None
-        warmup = max(1, round(chosen.warmup_share * (total_epochs or 0)))
-        known = {"num_pairs": pairs, "total_epochs": total_epochs, "warmup_epochs": warmup}
-        settings = {**known, **chosen.miner, **(miner_options or {})}
-        if "weighting" in settings and "detector" not in (miner_options or {}):
-            posterior = settings["weighting"] == "posterior"
-            settings["detector"] = "mixture" if posterior else "threshold"
-        if settings.get("detector") == "mixture" and "faulty_sigma" in (miner_options or {}):
-            raise ValueError(
-                "faulty_sigma has no effect on faulty pairs found by a mixture, got "
-                f"{settings['faulty_sigma']!r}: leave it out, or choose weighting='relative' and "
-                "detector='threshold'"
-            )
-        miner = BadPairMiner(**settings)
+        miner = _build_miner(chosen, num_pairs, total_epochs, miner_options or {})
     if fairness:
         groups = {"num_groups": num_groups}
         term = SinkhornFairnessLoss(**{**groups, **chosen.fairness, **(fairness_options or {})})
-    start = round(chosen.start_share * (total_epochs or 0))
     return FairLoss(
         base_loss,
         miner,
         term,
         chosen.fairness_weight if fairness_weight is None else fairness_weight,
         chosen.score if score is None else score,
-        fairness_start=start if fairness_start is None else fairness_start,
-        **chosen.loss,
+        fairness_start=0 if fairness_start is None else fairness_start,
         normalization=chosen.normalization,
         mining_unit=chosen.mining_unit,
     )
+
+
+def _build_miner(
+    chosen: Preset, num_pairs: int | None, total_epochs: int | None, given: Mapping[str, Any]
+) -> BadPairMiner:
+    """Return the preset's miner with the given options on top."""
+    # The published unit counts batches, of which the data set's size says nothing.
+    pairs = num_pairs if chosen.mining_unit == "pair" else None
+    warmup = max(1, round(chosen.warmup_share * (total_epochs or 0)))
+    known = {"num_pairs": pairs, "total_epochs": total_epochs, "warmup_epochs": warmup}
+    settings = {**known, **chosen.miner, **given}
+    if "weighting" in settings and "detector" not in given:
+        posterior = settings["weighting"] == "posterior"
+        settings["detector"] = "mixture" if posterior else "threshold"
+    if settings.get("detector") == "mixture" and "faulty_sigma" in given:
+        raise ValueError(
+            "faulty_sigma has no effect on faulty pairs found by a mixture, got "
+            f"{given['faulty_sigma']!r}: leave it out, or choose weighting='relative' and "
+            "detector='threshold'"
+        )
+    return BadPairMiner(**settings)
 
 
 def _check_options(name: str, given: Mapping[str, Any] | None, part: type[nn.Module]) -> None:

@@ -18,7 +18,7 @@ def cost_matrix(x: Tensor, y: Tensor, p: int) -> Tensor:
 def entropic_cost(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, p: int, blur: float, iterations: int
 ) -> Tensor:
-    """Return ``OT_eps(a, b)``, eps = blur^p, by ``iterations`` rounds of log-domain Sinkhorn.
+    """Return ``OT_eps(a, b)``, eps = blur^p, by ``iterations`` of log-domain Sinkhorn.
 
     ``OT_eps = min_P <P, C> + eps KL(P | a b^T)`` over the couplings P of a and b. Its dual is
     ``max <a, f> + <b, g>`` once either marginal holds, which is the value returned.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from no_read_back import NoReadBack
+from loss_cases import NUM_GROUPS, group_codes
 from scipy.stats import wasserstein_distance
 
 from fairclip_losses import SinkhornFairnessLoss
@@ -113,11 +113,10 @@ def tensors(scores, codes, dtype=torch.float64, grad=False):
     return torch.tensor(scores, dtype=dtype, requires_grad=grad), torch.tensor(codes)
 
 
-def random_batch(count=20, num_groups=(3, 2), seed=0, dtype=torch.float64):
+def random_batch(count=20, num_groups=NUM_GROUPS, seed=0, dtype=torch.float64):
     draw = torch.Generator().manual_seed(seed)
     scores = torch.randn(count, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
-    codes = [torch.randint(-1, g, (count,), generator=draw) for g in num_groups]
-    return scores, torch.stack(codes, 1)
+    return scores, group_codes(count, num_groups, draw)
 
 
 # ------------------------------ values
@@ -255,7 +254,7 @@ def test_detach_groups_sends_nothing_through_the_groups_sum():
         [],  # an empty batch
     ],
 )
-@pytest.mark.parametrize("options", [{}, {"group_reduction": "sum"}, {"detach": "groups"}])
+@pytest.mark.parametrize("options", [{}, {"group_reduction": "sum", "detach": "groups"}])
 def test_nothing_to_compare_is_a_graph_connected_zero(p, blur, codes, options):
     loss = SinkhornFairnessLoss(p=p, blur=blur, num_groups=3, queue_size=2, **options)
     scores = torch.linspace(-1, 1, len(codes)).requires_grad_()
@@ -264,15 +263,12 @@ def test_nothing_to_compare_is_a_graph_connected_zero(p, blur, codes, options):
     term.backward()
     assert torch.equal(scores.grad, torch.zeros(len(codes)))
     assert loss.last is not None and loss.last.per_group.shape == (3,)
-
-
-def test_nothing_valid_is_a_graph_connected_zero():
-    scores = torch.tensor([math.nan, math.inf], requires_grad=True)
-    term = SinkhornFairnessLoss(num_groups=1)(
-        scores, torch.zeros(2, dtype=torch.int64), valid=torch.zeros(2, dtype=torch.bool)
-    )
+    # Nor of what is not valid, whatever it is.
+    scores = torch.full((4,), math.nan, requires_grad=True)
+    invalid = torch.zeros(4, dtype=torch.bool)
+    term = loss(scores, torch.arange(4) % 2, valid=invalid, record=False)
     term.backward()
-    assert float(term.detach()) == 0.0 and torch.equal(scores.grad, torch.zeros(2))
+    assert float(term.detach()) == 0.0 and torch.equal(scores.grad, torch.zeros(4))
 
 
 # ------------------------------ the module
@@ -323,24 +319,16 @@ def test_attribute_weights_by_name():
     scores, codes = random_batch()
     groups = {"race": codes[:, 0], "sex": codes[:, 1]}
     weights = {"sex": 0.25, "race": 2.0}
-    named = SinkhornFairnessLoss(
-        num_groups={"race": 3, "sex": 2}, attribute_weights=weights
-    )  # fmt: skip
     expected = SinkhornFairnessLoss(num_groups=(3, 2), attribute_weights=(2.0, 0.25))(scores, codes)
-    assert torch.equal(named(scores, groups), expected)
-    late = SinkhornFairnessLoss(attribute_weights=weights)  # names known with the batch only
-    assert torch.equal(late(scores, groups), expected)
-    counted = SinkhornFairnessLoss(num_groups=(3, 2), attribute_weights=weights)
-    assert torch.equal(counted(scores, groups), expected)
+    for num_groups in ({"race": 3, "sex": 2}, (3, 2), None):  # names of the batch in the latter
+        named = SinkhornFairnessLoss(num_groups=num_groups, attribute_weights=weights)
+        assert torch.equal(named(scores, groups), expected)
 
 
-def test_num_groups_of_numpy_integers():
+def test_numpy_integers_and_repr():
     loss = SinkhornFairnessLoss(num_groups={"a": np.int64(3)})
     assert loss.num_groups == (3,) and type(loss.num_groups[0]) is int
     assert SinkhornFairnessLoss(num_groups=np.int64(2)).num_groups == (2,)
-
-
-def test_repr_shows_the_settings():
     shown = repr(SinkhornFairnessLoss(p=1, num_groups=(3, 2), queue_size=4))
     assert shown == "SinkhornFairnessLoss(p=1, blur=0.0, num_groups=(3, 2), queue_size=4)"
 
@@ -352,14 +340,9 @@ def test_repr_shows_the_settings():
     ("options", "message"),
     [
         ({"p": 3}, "p must be 1 or 2, got 3"),
-        ({"p": True}, "p must be 1 or 2, got True"),
-        ({"blur": -0.1}, "blur must be a finite number >= 0, got -0.1"),
         ({"blur": math.nan}, "blur must be a finite number >= 0, got nan"),
-        ({"blur": math.inf}, "blur must be a finite number >= 0, got inf"),
-        ({"blur": 1e-101}, "blur must be 0 or from 1e-100 to 1e100, got 1e-101"),
         ({"group_reduction": "max"}, "group_reduction must be one of mean, sum, got 'max'"),
         ({"detach": "both"}, "detach must be one of none, groups, total, got 'both'"),
-        ({"blur": "x"}, "blur must be a finite number >= 0, got 'x'"),
         ({"blur": None}, "blur must be a finite number >= 0, got None"),
         ({"min_group_size": 0}, "min_group_size must be an integer of 1 or more, got 0"),
         ({"min_group_size": 1.5}, "min_group_size must be an integer of 1 or more, got 1.5"),
@@ -379,10 +362,7 @@ def test_repr_shows_the_settings():
         ({"num_groups": 2, "attribute_weights": [math.nan]}, "must be finite and >= 0"),
         ({"num_groups": 2, "attribute_weights": ["a"]}, "must be finite and >= 0"),
         ({"num_groups": 2, "attribute_weights": 1.0}, "must be a sequence or .*, got float"),
-        (
-            {"num_groups": {"a": 2}, "attribute_weights": {"b": 1.0}},
-            r"attribute_weights names \['b'\], the groups are \['a'\]",
-        ),
+        ({"num_groups": {"a": 2}, "attribute_weights": {"b": 1.0}}, r"\['b'\], .* are \['a'\]"),
     ],
 )
 def test_bad_options(options, message):
@@ -468,9 +448,7 @@ def test_weights_that_do_not_fit_the_batch():
     by_name = SinkhornFairnessLoss(attribute_weights={"race": 1.0})
     with pytest.raises(ValueError, match=r"attribute_weights names \['race'\], the groups are"):
         by_name(scores, {"sex": codes[:, 0]})
-    with pytest.raises(
-        ValueError, match=r"attribute_weights names \['race'\], the groups are \[\]"
-    ):
+    with pytest.raises(ValueError, match=r"names \['race'\], the groups are \[\]"):
         by_name(scores, codes[:, 0])
 
 
@@ -481,10 +459,6 @@ def test_weights_that_do_not_fit_the_batch():
         ({"valid": torch.ones(4)}, r"valid must be bool of shape \(4,\), got torch.float32"),
         ({"queue": torch.zeros(2, 5)}, r"queue must have shape \(3, K\), got \(2, 5\)"),
         ({"attribute_weights": (1.0, 1.0)}, "attribute_weights must have 1 entries, got 2"),
-        ({"group_reduction": "max"}, "group_reduction must be"),
-        ({"detach": "x"}, "detach must be"),
-        ({"min_group_size": 0}, "min_group_size must be an integer of 1 or more, got 0"),
-        ({"min_group_size": 1.5}, "min_group_size must be an integer of 1 or more, got 1.5"),
         ({"num_groups": (2, 2)}, r"groups of 1 attributes, got \(2, 2\)"),
         ({"num_groups": (0,)}, r"num_groups must be integers >= 1, got \(0,\)"),
         ({"p": 3}, "p must be 1 or 2, got 3"),
@@ -592,8 +566,8 @@ def test_without_a_queue_any_state_fits_any_groups():
 def test_half_precision_is_computed_in_float32(dtype, blur):
     scores, codes = random_batch(dtype=dtype)
     wide = scores.detach().float().requires_grad_()
-    narrow = SinkhornFairnessLoss(num_groups=(3, 2), queue_size=4, blur=blur)
-    other = SinkhornFairnessLoss(num_groups=(3, 2), queue_size=4, blur=blur)
+    options = {"num_groups": (3, 2), "queue_size": 4, "blur": blur}
+    narrow, other = SinkhornFairnessLoss(**options), SinkhornFairnessLoss(**options)
     for _ in range(2):  # the second with a queue
         got, expected = narrow(scores, codes), other(wide, codes)
         assert got.dtype == torch.float32
@@ -602,19 +576,6 @@ def test_half_precision_is_computed_in_float32(dtype, blur):
     expected.backward()
     assert scores.grad.dtype == dtype
     torch.testing.assert_close(scores.grad.float(), wide.grad, rtol=0.01, atol=1e-3)
-
-
-@pytest.mark.parametrize("p", [1, 2])
-@pytest.mark.parametrize("detach", ["none", "groups"])
-@pytest.mark.parametrize("queue_size", [0, 4])
-def test_forward_and_backward_read_nothing_back(p, detach, queue_size):
-    scores, codes = random_batch()
-    loss = SinkhornFairnessLoss(
-        p=p, num_groups=(3, 2), detach=detach, queue_size=queue_size, validate=False
-    )
-    with NoReadBack():
-        loss(scores, codes).backward()
-        loss(scores, codes, valid=torch.isfinite(scores.detach())).backward()
 
 
 def test_no_gradient_is_needed():
@@ -642,14 +603,3 @@ def test_compiles_into_one_graph(p, queue_size):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(inner.queue, eager.queue, equal_nan=True)
     torch.testing.assert_close(inner.last.per_group, eager.last.per_group)
-
-
-# What torch says of the inputs of a frame that follows a break in the graph.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-def test_compiles_with_a_blur():
-    """In pieces: the solvers are left out of the graph."""
-    torch._dynamo.reset()
-    scores, codes = random_batch()
-    loss = SinkhornFairnessLoss(num_groups=(3, 2), blur=0.3)
-    got = torch.compile(loss, backend="eager")(scores, codes)
-    assert torch.equal(got, loss(scores, codes))

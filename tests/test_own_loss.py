@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from distributed_scenarios import own_example
+from loss_cases import model_output
 from open_clip import ClipLoss
 
 from fairclip_losses import BadPairMiner, FairLoss
@@ -18,14 +18,8 @@ from fairclip_losses.integrations.events import TrainState
 own_loss = own_example()
 
 
-def features(count=6, size=4, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    image, text = F.normalize(torch.randn(2, count, size, generator=draw), dim=-1)
-    return {
-        "image_features": image.requires_grad_(),
-        "text_features": text.requires_grad_(),
-        "logit_scale": torch.tensor(9.0),
-    }
+def features():
+    return model_output(count=6, dim=4, scale=9.0)
 
 
 def test_without_margin_and_smoothing_it_is_open_clips_loss():

@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import TOKENS, VOCABULARY, gradients_of, model_output
-from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
+from loss_cases import BASES, OwnLoss, gradients_of, model_output
+from open_clip.loss import ClipLoss, CoCaLoss
 from torch import nn
 
+from fairclip_losses.distributed import Processes
 from fairclip_losses.functional import (
-    caption_pair_losses,
     clip_pair_losses,
     official_scores,
     pair_logits,
@@ -24,16 +24,9 @@ from fairclip_losses.functional import (
     siglip_pair_losses,
     weighted_mean,
 )
-from fairclip_losses.pair_terms import PairTerms, pair_terms
+from fairclip_losses.pair_terms import PairTerms, _BlockwiseSiglip, pair_terms
 
-PAD = 3
-
-LOSSES = {
-    "clip": ClipLoss(),
-    "siglip": SigLipLoss(),
-    "coca": CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=0.5, pad_id=PAD),
-    "distill": DistillClipLoss(),
-}
+LOSSES = {kind: make() for kind, make in BASES.items()}
 
 SIZES = {"count": st.integers(1, 9), "dim": st.integers(1, 6), "seed": st.integers(0, 2**31)}
 
@@ -111,9 +104,21 @@ def test_what_the_symmetric_forms_refuse(function):
     for shape in ((3, 4), (3,), (2, 3, 3)):
         with pytest.raises(ValueError, match=r"logits must be \(B, B\), got"):
             function(torch.zeros(shape))
-    logits = torch.randn(3, 3, requires_grad=True)
-    (grad,) = torch.autograd.grad(function(logits).sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match=f"{function.__name__} is once differentiable"):
+    refuses_a_second_derivative(function, function.__name__)
+
+
+def test_the_blockwise_form_refuses_a_second_derivative():
+    def blockwise(features):  # of one process
+        one = torch.ones(())
+        return _BlockwiseSiglip.apply(features, features, one, one, Processes(), "bidir")
+
+    refuses_a_second_derivative(blockwise, "siglip_pair_losses")
+
+
+def refuses_a_second_derivative(function, name):
+    values = torch.randn(3, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(function(values).sum(), values, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{name} is once differentiable"):
         grad.sum().backward()
 
 
@@ -128,38 +133,11 @@ def test_rows_of_both_sides_are_the_symmetric_form(count, seed):
     torch.testing.assert_close(*grads)
 
 
-# ------------------------------ against double loops
-
-
-def loop_cross_entropy(row, target):
-    top = max(row)
-    return math.log(sum(math.exp(v - top) for v in row)) + top - row[target]
+# ------------------------------ scores
 
 
 def random_logits(count, seed, scale=3.0):
     return np.random.default_rng(seed).normal(size=(count, count)) * scale
-
-
-@settings(max_examples=30, deadline=None)
-@given(count=st.integers(1, 6), seed=st.integers(0, 2**31), pad=st.integers(0, VOCABULARY - 1))
-def test_caption_pair_losses_loop(count, seed, pad):
-    draw = np.random.default_rng(seed)
-    logits = draw.normal(size=(count, TOKENS, VOCABULARY))
-    labels = draw.integers(0, VOCABULARY, (count, TOKENS))
-    labels[0, 0] = (pad + 1) % VOCABULARY
-    tokens = int((labels != pad).sum())
-    expected = [
-        sum(
-            loop_cross_entropy(logits[i, t], labels[i, t])
-            for t in range(TOKENS)
-            if labels[i, t] != pad
-        )
-        * count
-        / tokens
-        for i in range(count)
-    ]
-    got = caption_pair_losses(torch.from_numpy(logits), torch.from_numpy(labels), pad)
-    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-10)
 
 
 @settings(max_examples=30, deadline=None)
@@ -212,18 +190,14 @@ def test_weighted_mean_errors():
 # ------------------------------ which loss is known
 
 
-class OwnLoss(nn.Module):
-    def forward(self, distances, output_dict=False):
-        value = distances.square().mean()
-        return {"distance_loss": value} if output_dict else value
-
-    def pair_terms(self, distances):
-        return PairTerms(distances.square(), {"distance_loss": distances.square()})
-
-
 class WrongLoss(OwnLoss):
     def pair_terms(self, distances):
         return distances.square()
+
+
+class NamesNone(OwnLoss):
+    def pair_terms(self, distances):
+        return PairTerms(distances, {})
 
 
 class MyClipLoss(ClipLoss):
@@ -233,11 +207,6 @@ class MyClipLoss(ClipLoss):
 class OtherForward(ClipLoss):
     def forward(self, **model_out):
         return 2 * super().forward(**model_out)
-
-
-class NoTerms(OwnLoss):
-    def pair_terms(self, distances):
-        return PairTerms(distances, {})
 
 
 def test_a_subclass_counts_as_its_parent():
@@ -251,7 +220,7 @@ def test_unknown_losses_and_outputs_are_refused():
     with pytest.raises(ValueError, match=r"WrongLoss\.pair_terms must return PairTerms, got Tens"):
         pair_terms(WrongLoss(), {"distances": torch.ones(2)})
     with pytest.raises(ValueError, match="must name at least one term, got none"):
-        pair_terms(NoTerms(), {"distances": torch.ones(2)})
+        pair_terms(NamesNone(), {"distances": torch.ones(2)})
     with pytest.raises(ValueError, match=r"OtherForward has a forward of its own, .* of ClipLoss"):
         pair_terms(OtherForward(), output_of("clip", 4))
     with pytest.raises(ValueError, match=r"expected a ClipLoss, SigLipLoss.* got Linear"):

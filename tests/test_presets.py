@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-import torch.nn.functional as F
+from loss_cases import metadata, model_output
 from open_clip.loss import ClipLoss
 
 from fairclip_losses import (
@@ -18,17 +18,9 @@ from fairclip_losses import (
 )
 
 
-def step(count=12, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    image = F.normalize(torch.randn(count, 6, generator=draw), dim=1).requires_grad_()
-    text = F.normalize(torch.randn(count, 6, generator=draw), dim=1).requires_grad_()
-    return {
-        "image_features": image,
-        "text_features": text,
-        "logit_scale": torch.tensor(10.0),
-        "pair_ids": torch.randperm(30, generator=draw)[:count],
-        "groups": torch.randint(-1, 3, (count,), generator=draw),
-    }
+def step(seed):
+    given = metadata(seed=seed)
+    return model_output(seed=seed) | given | {"groups": given["groups"][:, 0]}
 
 
 def test_the_names():
@@ -39,8 +31,8 @@ def test_the_names():
 
 
 def test_aligned_is_the_default():
-    fair = build_fair_loss(ClipLoss(), num_pairs=30, num_groups=3)
-    by_hand = FairLoss(ClipLoss(), BadPairMiner(30), SinkhornFairnessLoss(num_groups=3))
+    fair = build_fair_loss(ClipLoss(), num_pairs=40, num_groups=3)
+    by_hand = FairLoss(ClipLoss(), BadPairMiner(40), SinkhornFairnessLoss(num_groups=3))
     assert fair.fairness_weight == by_hand.fairness_weight == 0.1
     assert (fair.score, fair.normalization, fair.mining_unit) == ("loss", "batch", "pair")
     assert (fair.miner.weighting, fair.miner.record) == ("relative", "raw")
@@ -48,8 +40,7 @@ def test_aligned_is_the_default():
     assert (fair.fairness.p, fair.fairness.blur, fair.fairness.detach) == (1, 0.0, "none")
     for epoch in range(3):
         for seed in range(4):
-            got = fair(**step(seed=10 * epoch + seed))
-            expected = by_hand(**step(seed=10 * epoch + seed))
+            got, expected = (loss(**step(10 * epoch + seed)) for loss in (fair, by_hand))
             assert torch.equal(got.detach(), expected.detach())
         assert fair.end_epoch() == by_hand.end_epoch()
 
@@ -57,30 +48,20 @@ def test_aligned_is_the_default():
 @pytest.mark.parametrize(
     ("preset", "loss", "miner", "term"),
     [
-        (
-            "paper",
-            ("loss", "pair", "batch"),
-            ("density", "raw", 30),
-            ("sum", 2, "none", False),
-        ),
-        (
-            "official",
-            ("official", "batch", "batch"),
-            ("density", "weighted", None),
-            ("sum", 1, "groups", True),
-        ),
+        ("paper", ("loss", "pair"), ("raw", 30), (2, "none", False)),
+        ("official", ("official", "batch"), ("weighted", None), (1, "groups", True)),
     ],
 )
 def test_the_published_constants(preset, loss, miner, term):
     fair = build_fair_loss(ClipLoss(), preset=preset, num_pairs=30, num_groups=3)
     mine, distance = fair.miner, fair.fairness
     assert fair.fairness_weight == 1e-7
-    assert (fair.score, fair.mining_unit, fair.normalization) == loss
+    assert (fair.score, fair.mining_unit) == loss and fair.normalization == "batch"
     assert (mine.noisy_sigma, mine.faulty_sigma, mine.warmup_epochs) == (3.0, 3.0, 1)
-    assert (mine.history, mine.weighting, mine.record, mine.num_pairs) == ("mean", *miner)
-    found = (distance.group_reduction, distance.min_group_size)
-    assert (*found, distance.detach, distance.divide_by_group_sum) == term
-    assert (distance.p, distance.blur) == (2, 1e-4)
+    assert (mine.history, mine.weighting) == ("mean", "density")
+    assert (mine.record, mine.num_pairs) == miner
+    assert (distance.p, distance.blur, distance.group_reduction) == (2, 1e-4, "sum")
+    assert (distance.min_group_size, distance.detach, distance.divide_by_group_sum) == term
 
 
 def test_a_weighting_brings_its_detector():
@@ -88,9 +69,8 @@ def test_a_weighting_brings_its_detector():
         return build_fair_loss(ClipLoss(), fairness=False, miner_options=options).miner
 
     assert miner(weighting="posterior").detector == "mixture"
-    assert (
-        miner(weighting="relative").detector == miner(weighting="density").detector == "threshold"
-    )
+    for weighting in ("relative", "density"):
+        assert miner(weighting=weighting).detector == "threshold"
     assert miner(weighting="relative", detector="mixture").detector == "mixture"
     with pytest.raises(ValueError, match="faulty_sigma has no effect"):
         miner(weighting="posterior", faulty_sigma=2.0)

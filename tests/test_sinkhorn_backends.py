@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
 from no_read_back import as_on_an_accelerator
-from sinkhorn_cases import POWERS, clouds, random_problem
+from sinkhorn_cases import POWERS, clouds, common_points, random_problem, value_and_gradients
 from sinkhorn_reference import cost_matrix
 
 from fairclip_losses.ops import SinkhornResult, sinkhorn_divergence, sinkhorn_solve
@@ -19,32 +17,12 @@ from fairclip_losses.ops.streamed import StreamedKernel
 BACKENDS = {1: ("dense", "streamed", "prefix"), 2: ("dense", "streamed")}
 
 
-def training_batch(n, groups=3, clustered=False, seed=0):
+def training_batch(n, groups=3):
     """Return scores (n, 1) and group weights (groups, n), the groups' means apart."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(0)
     codes = torch.randint(0, groups, (n,), generator=draw)
     scores = torch.randn(n, generator=draw, dtype=torch.float64) + 0.2 * codes
-    if clustered:  # most mass in one place, the rest far away
-        tail = torch.rand(n, generator=draw, dtype=torch.float64) < 0.1
-        scores = torch.where(tail, 1 + scores.abs(), 0.01 * scores)
     return scores[:, None], (codes == torch.arange(groups)[:, None]).double()
-
-
-@pytest.mark.parametrize("p", POWERS)
-@pytest.mark.parametrize("clustered", [False, True])
-@pytest.mark.parametrize("blur", [1.0, 0.2, 0.05])
-def test_auto_is_the_dense_truth_at_the_size_of_a_batch(p, clustered, blur):
-    x, weights = training_batch(420, clustered=clustered)
-    found, truth = x.clone().requires_grad_(), x.clone().requires_grad_()
-    value = sinkhorn_divergence(found, found, None, weights, p=p, blur=blur)
-    exact = sinkhorn_divergence(
-        truth, truth, None, weights, p=p, blur=blur, backend="dense", tol=1e-10
-    )
-    torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-12)
-    value.sum().backward()
-    exact.sum().backward()
-    error = (found.grad - truth.grad).norm() / truth.grad.norm()
-    assert error < (2e-4 if clustered else 2e-5)
 
 
 @pytest.mark.parametrize("p", POWERS)
@@ -149,42 +127,22 @@ def test_result_says_where_it_did_not_converge():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("shape", "arguments", "message"),
     [
-        ({"backend": "keops"}, "backend must be one of .*, got 'keops'"),
-        ({"backend": "prefix"}, "backend 'prefix' is for p = 1, got p = 2"),
-        (
-            {"backend": "prefix", "p": 1},
-            "backend 'prefix' needs points on a line, D = 1, got D = 2",
-        ),
+        ((4, 2), {"backend": "keops"}, "backend must be one of .*, got 'keops'"),
+        ((4, 2), {"backend": "prefix"}, "backend 'prefix' is for p = 1, got p = 2"),
+        ((4, 2), {"backend": "prefix", "p": 1}, "'prefix' needs .* D = 1, got D = 2"),
+        ((4, 1), {"blur": 0}, "needs blur > 0"),
+        ((0, 1), {}, "needs points and rows"),
     ],
 )
-def test_bad_backends(arguments, message):
-    x = torch.zeros(4, 2)
-    for entry in (sinkhorn_divergence, sinkhorn_solve):
+def test_what_cannot_be_solved(shape, arguments, message):
+    x = torch.zeros(shape)
+    with pytest.raises(ValueError, match=message):
+        sinkhorn_solve(x, x, **arguments)
+    if "backend" in arguments:
         with pytest.raises(ValueError, match=message):
-            entry(x, x, **arguments)
-
-
-def test_result_needs_a_blur_and_points():
-    x = torch.zeros(4, 1)
-    with pytest.raises(ValueError, match="needs blur > 0"):
-        sinkhorn_solve(x, x, blur=0)
-    with pytest.raises(ValueError, match="needs points and rows"):
-        sinkhorn_solve(x[:0], x)
-
-
-@pytest.mark.parametrize("p", POWERS)
-def test_symmetric_costs_of_rows_of_weights(p):
-    """a in rows and b in rows, and both: the leading dims mean the same to every backend."""
-    x, y, a, b = random_problem(6, 7, rows=2)
-    rows = torch.stack([a, a.flip(0)])
-    for backend in ("auto", *BACKENDS[p]):
-        both = sinkhorn_divergence(x, y, rows[:, None], b, p=p, blur=0.4, backend=backend)
-        assert both.shape == (2, 2)
-        for i, j in itertools.product(range(2), range(2)):
-            alone = sinkhorn_divergence(x, y, rows[i], b[j], p=p, blur=0.4, backend=backend)
-            torch.testing.assert_close(both[i, j], alone, rtol=1e-5, atol=1e-8)
+            sinkhorn_divergence(x, x, **arguments)
 
 
 @pytest.mark.parametrize("p", POWERS)
@@ -195,18 +153,14 @@ def test_symmetric_costs_of_rows_of_weights(p):
 def test_rows_with_points_of_their_own(p, n, blur, debias):
     """One after the other, to 1e-4 of the diameter; the dense path takes them at once."""
     x, y, a, b = random_problem(n, n - 3, rows=3)
-    points = torch.stack([y, y + 0.1, 2 * y]).requires_grad_()
-    start = x.clone().requires_grad_()
-    wanted = (start, points)
-    found = [
-        sinkhorn_divergence(start, points, a, b, p=p, blur=blur, debias=debias, **options)
-        for options in ({}, {"backend": "dense", "tol": 1e-9})
-    ]
-    torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-12)
-    grads = [torch.autograd.grad(cost.sum(), wanted) for cost in found]
-    for one, other in zip(*grads, strict=True):
+    points = torch.stack([y, y + 0.1, 2 * y])
+    options = {"p": p, "blur": blur, "debias": debias}
+    value, slopes = value_and_gradients(x, points, a, b, **options)
+    exact, due = value_and_gradients(x, points, a, b, backend="dense", tol=1e-9, **options)
+    torch.testing.assert_close(value, exact, rtol=1e-8, atol=1e-12)
+    for one, other in zip(slopes[:2], due[:2], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
-    result = sinkhorn_solve(start, points, a, b, p=p, blur=blur)
+    result = sinkhorn_solve(x, points, a, b, p=p, blur=blur)
     assert result.f.shape == (3, n) and result.g.shape == (3, n - 3) and result.converged.all()
 
 
@@ -215,16 +169,16 @@ def test_rows_with_points_of_their_own(p, n, blur, debias):
     [
         (1, 300, 2e-4, 2e-6), (1, 600, 2e-3, 2e-6), (1, 600, 2.0, 2e-6), (2, 300, 2e-4, 2e-6),
         (2, 600, 2e-3, 2e-6), (2, 600, 0.1, 2e-6),  # Newton's method
-        (1, 1100, 2e-3, 2e-5), (1, 1100, 0.02, 2e-5), (2, 1100, 0.01, 2e-5), (2, 1100, 0.1, 2e-5),
+        (1, 1100, 2e-3, 2e-5), (2, 1100, 0.1, 2e-5),
     ],
 )  # fmt: skip
-def test_rounds_that_nobody_watches_are_enough(p, n, blur, within):
+def test_iterations_that_nobody_watches_are_enough(p, n, blur, within):
     """As on an accelerator, down to what docs/kernel.md says: held to the solvers on the CPU."""
     x = 2 * torch.rand(n, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 1
     codes = torch.arange(n) % 2
     x[codes == 1] = 0.8 * x[codes == 1] + 0.2
     weights = (codes == torch.arange(2)[:, None]).double()
-    due, found = _slopes_watched_or_not(x, weights, p, blur)
+    due, found = _gradients_watched_or_not(x, weights, p, blur)
     assert float((found - due).norm()) <= within * float(due.norm())
 
 
@@ -246,19 +200,13 @@ def test_they_are_enough_for_every_row(p, share, kind, layout):
         == torch.arange(4)[:, None],
     }[kind].double()
     for row in weights:
-        due, found = _slopes_watched_or_not(x, row[None], p, share * float(x.max() - x.min()))
+        due, found = _gradients_watched_or_not(x, row[None], p, share * float(x.max() - x.min()))
         assert float((found - due).norm()) <= 2e-6 * float(due.norm())
 
 
-def _slopes_watched_or_not(x, weights, p, blur):
+def _gradients_watched_or_not(x, weights, p, blur):
     """Return the gradient as on the CPU and as on an accelerator."""
-
-    def slope():
-        points = x.clone().requires_grad_()
-        options = {"p": p, "blur": blur, "tol": 1e-8}
-        sinkhorn_divergence(points, points, None, weights, **options).sum().backward()
-        return points.grad
-
-    due = slope()
+    options = {"p": p, "blur": blur, "tol": 1e-8}
+    due = common_points(x, weights, **options)[1]
     with as_on_an_accelerator():
-        return due, slope()
+        return due, common_points(x, weights, **options)[1]

@@ -69,13 +69,13 @@ def test_rows_of_clouds_are_the_pairs_alone(case, backend, p):
     values = sinkhorn_divergence(*with_none(together), **options)
     result = sinkhorn_solve(*inputs, **options)
     assert result.converged.all()
-    pull = torch.sin(1.0 + torch.arange(values.numel()).double()).view(values.shape)
-    (pull * values).sum().backward()
+    factor = torch.sin(1.0 + torch.arange(values.numel()).double()).view(values.shape)
+    (factor * values).sum().backward()
     for index, pair in each_alone(with_none(alone), LEADS[case]):
         value = sinkhorn_divergence(*pair, **options)
         torch.testing.assert_close(values[index], value, rtol=1e-7, atol=1e-10)
         torch.testing.assert_close(result.cost[index], value, rtol=1e-7, atol=1e-10)
-        (pull[index] * value).backward()
+        (factor[index] * value).backward()
     for found, true in zip(together, alone, strict=True):
         expected = torch.zeros_like(true) if true.grad is None else true.grad
         # an absent weight's slope is that of the place its point has, which other rows may give it

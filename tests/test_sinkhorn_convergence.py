@@ -1,4 +1,4 @@
-"""Clouds in space (D > 1): when rounds end, and what is said where that is too soon."""
+"""Clouds in space (D > 1): when iterations end, and what is said where that is too soon."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from sinkhorn_cases import POWERS
+from sinkhorn_cases import POWERS, clustered
 from sinkhorn_reference import cost_matrix
 
 from fairclip_losses.ops import ConvergenceWarning, sinkhorn_solve
@@ -42,7 +42,7 @@ def test_a_large_blur_takes_few_iterations(p, dimension, share, monkeypatch):
 
 
 def told(run):
-    """Return what the run gives, and the rounds and the error of each warning it makes."""
+    """Return what the run gives, and the iterations and the error of each warning it makes."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = run()
@@ -84,19 +84,13 @@ def test_a_divergence_whose_own_terms_do_not_converge_says_so(backend, p):
 @pytest.mark.parametrize("backend", ["dense", "streamed"])
 @pytest.mark.parametrize("limit", [1, 2, 5])
 def test_the_warning_says_what_was_measured(backend, limit):
-    """All rounds, and an error that the last update only lowers; none where that is met."""
-    draw = torch.Generator().manual_seed(0)
-    centres = 3 * torch.randn(5, 2, generator=draw, dtype=torch.float64)
-    x, y = (
-        centres[torch.randint(0, 5, (60,), generator=draw)]
-        + 0.1 * torch.randn(60, 2, generator=draw, dtype=torch.float64)
-        for _ in range(2)
-    )
+    """All iterations, and an error that the last update only lowers; none where that is met."""
+    x, y, *_ = clustered(60, 60, 2)
     options = {"blur": 0.01, "debias": False, "tol": 1e-6, "backend": backend}
     result, found = told(lambda: sinkhorn_solve(x, y, max_iterations=limit, **options))
     assert len(found) == (0 if result.converged else 1)
-    for rounds, error in found:
-        assert rounds == result.iterations
+    for iterations, error in found:
+        assert iterations == result.iterations
         assert options["tol"] < result.marginal_error.item() <= 1.05 * error
 
 

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from sinkhorn_cases import POWERS, random_problem
+from sinkhorn_cases import POWERS, random_problem, value_and_gradients
 
 from fairclip_losses.ops import options, sinkhorn_divergence, sinkhorn_solve
 from fairclip_losses.ops.dense import DenseKernel
@@ -74,9 +74,7 @@ def test_needs_a_gpu():
 
 @interpreted
 @pytest.mark.parametrize("p", POWERS)
-@pytest.mark.parametrize(
-    ("dimension", "dtype"), [(1, torch.float64), (3, torch.float32), (18, torch.float64)]
-)
+@pytest.mark.parametrize(("dimension", "dtype"), [(3, torch.float32), (18, torch.float64)])
 def test_operators_are_those_of_the_dense_kernel(p, dimension, dtype):
     """No size a multiple of a block's; ties, absent points, rows of weights and of points."""
     from fairclip_losses.ops.triton_softmin import TritonKernel
@@ -104,17 +102,13 @@ def test_operators_are_those_of_the_dense_kernel(p, dimension, dtype):
 
 
 @interpreted
-@pytest.mark.parametrize("p", POWERS)
-@pytest.mark.parametrize("dimension", [1, 2])
+@pytest.mark.parametrize(("p", "dimension"), [(1, 2), (2, 1)])
 def test_the_whole_divergence(p, dimension):
     x, y, a, b = random_problem(20, 17, rows=2, dimension=dimension)
     b[0, 3] = 0
-    inputs, truth = ([t.clone().requires_grad_() for t in (x, y, a, b)] for _ in range(2))
-    value = sinkhorn_divergence(*inputs, p=p, blur=1.0, backend="triton")
-    exact = sinkhorn_divergence(*truth, p=p, blur=1.0, backend="dense", tol=1e-10)
+    value, slopes = value_and_gradients(x, y, a, b, p=p, blur=1.0, backend="triton")
+    exact, truth = value_and_gradients(x, y, a, b, p=p, blur=1.0, backend="dense", tol=1e-10)
     torch.testing.assert_close(value, exact, rtol=1e-7, atol=1e-10)
-    value.sum().backward()
-    exact.sum().backward()
-    for found, expected in zip(inputs, truth, strict=True):
-        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6)
+    for found, expected in zip(slopes, truth, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert sinkhorn_solve(x, y, a, b, p=p, blur=1.0, backend="triton").converged.all()

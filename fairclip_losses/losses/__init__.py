@@ -1,4 +1,4 @@
-"""The losses: the fairness term, and `FairLoss` round the loss that you have."""
+"""The losses: the fairness term, and `FairLoss` around the loss that you have."""
 
 from .fair_loss import FairLoss, FairLossState, MiningUnit, Score
 from .sinkhorn_fairness import SinkhornFairnessLoss

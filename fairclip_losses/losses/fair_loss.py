@@ -1,4 +1,4 @@
-"""`FairLoss`: bad pair mining and the fairness term round an existing image-text loss."""
+"""`FairLoss`: bad pair mining and the fairness term around an existing image-text loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..distributed import Processes
 from ..functional import (
@@ -41,7 +40,7 @@ class FairLossState(NamedTuple):
 
 
 class FairLoss(StatefulModule):
-    r"""Put bad pair mining and the fairness term round an existing image-text loss.
+    r"""Put bad pair mining and the fairness term around an existing image-text loss.
 
     .. math:: L = \frac{1}{B} \sum_i w_i l_i + \lambda F(s, g)
 
@@ -60,7 +59,7 @@ class FairLoss(StatefulModule):
             measured alone, since a term that trains before the bad pairs are known teaches them.
         fairness_limit: the most that the term may add to a pair's gradient, as a multiple of what
             the weighted base loss gives it, w_i / B: at 1 the term never turns a pair's gradient
-            round, whatever its weight, so it cannot raise one loss to make groups alike. Infinity
+            around, whatever its weight, so it cannot raise one loss to make groups alike. Infinity
             is no limit.
         weighted_fairness: give the miner's weights to the fairness term, so that a bad pair has as
             little mass in the distributions as it has in the loss.
@@ -96,7 +95,7 @@ class FairLoss(StatefulModule):
 
     Raises:
         ValueError: a loss, miner or fairness that is no module, options out of range, or a miner
-            round a CoCaLoss that does not train its contrastive loss; in ``forward`` a base loss
+            around a CoCaLoss that does not train its contrastive loss; in ``forward`` a base loss
             whose per-pair terms are not known or not (B,), or that is built for other processes
             than there are, missing ids or groups, and what miner and fairness refuse. A batch that
             is refused is recorded nowhere, so that it can be repaired and passed again.
@@ -200,16 +199,10 @@ class FairLoss(StatefulModule):
             if self.fairness_limit < math.inf:
                 most = self.fairness_limit * shares / len(shares)
                 parts[base], scores = _LimitedGradient.apply(parts[base], scores, most)
-            given = {
-                "valid": torch.isfinite(scores),
-                "weights": weights if self.weighted_fairness else None,
-            }
-            term = self._trained(self.fairness(scores, groups, **given, record=False))
+            term = self._fairness_term(self.fairness, scores, groups, weights, recording)
             last = self.fairness.last
-            if recording:
-                self.fairness.remember(scores.detach(), groups, **given)
-                if self.miner is not None and visits is not None:
-                    self.miner(*visits, record=True)
+            if recording and self.miner is not None and visits is not None:
+                self.miner(*visits, record=True)
         if recording and self.miner is not None and self.mining_unit == "batch":
             self.batch_position.add_(1)
         self.last = FairLossState(losses, weights, last)
@@ -254,8 +247,22 @@ class FairLoss(StatefulModule):
         position = self.batch_position if self.training else self.batch_position - 1
         return losses.mean()[None], position.clamp(min=0).clone()[None]
 
-    def _trained(self, term: Tensor) -> Tensor:
+    def _fairness_term(
+        self,
+        fairness: SinkhornFairnessLoss,
+        scores: Tensor,
+        groups: Tensor | Mapping[str, Tensor],
+        weights: Tensor,
+        recording: bool,
+    ) -> Tensor:
         """Return the fairness term as it is added to the loss: by its weight, from its start on."""
+        given = {
+            "valid": torch.isfinite(scores),
+            "weights": weights if self.weighted_fairness else None,
+        }
+        term: Tensor = fairness(scores, groups, **given, record=False)
+        if recording:
+            fairness.remember(scores.detach(), groups, **given)
         # Weight 0 leaves no trace: 0 times a term that overflowed would be NaN.
         if self.fairness_weight == 0:
             return torch.zeros_like(term)
@@ -297,7 +304,6 @@ class _LimitedGradient(torch.autograd.Function):
         return base.view_as(base), scores.view_as(scores)
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, of_base: Tensor | None, of_scores: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None]:
