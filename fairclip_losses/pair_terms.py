@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,6 +24,8 @@ from .functional import (
 )
 from .functional.pairs import widened
 from .validation import refuse_second
+
+_ALONE = Processes()
 
 
 class PairTerms(NamedTuple):
@@ -86,16 +89,17 @@ def _known_classes(loss: nn.Module) -> list[Any]:
     return [cls for cls in type(loss).__mro__ if cls.__name__ in _TERMS]
 
 
-def check_processes(loss: nn.Module) -> None:
-    """Refuse a loss of other processes than the process group's.
+def check_processes(loss: nn.Module) -> Processes:
+    """Return the processes of a loss; refuse others than those of the process group.
 
     To take one of several processes for the only one would have each mine for itself.
     """
-    name, place = type(loss).__name__, Processes.of(loss)
-    group = Processes.of_group()
+    if _is_alone(loss) and not (dist.is_available() and dist.is_initialized()):
+        return _ALONE
+    name, place, group = type(loss).__name__, Processes.of(loss), Processes.of_group()
     says_nothing, known = not hasattr(loss, "world_size"), _known_classes(loss)
     if place == group or (place.world_size == 1 and not says_nothing and not known):
-        return
+        return place
     if says_nothing:
         raise ValueError(
             f"{group.world_size} processes train, and {name} does not say which it is in: give it "
@@ -112,6 +116,10 @@ def check_processes(loss: nn.Module) -> None:
     )
 
 
+def _is_alone(loss: object) -> bool:
+    return int(getattr(loss, "world_size", 1)) == 1
+
+
 def _own_terms(loss: nn.Module, model_out: Mapping[str, Any]) -> PairTerms:
     """Return the terms of a loss with a method for them."""
     name = type(loss).__name__
@@ -123,7 +131,7 @@ def _own_terms(loss: nn.Module, model_out: Mapping[str, Any]) -> PairTerms:
     count = terms.contrastive.numel()
     for name, values in (("contrastive", terms.contrastive), *terms.named.items()):
         # Over several processes some terms are of this one's pairs and some of all.
-        if values.dim() != 1 or (values.shape[0] != count and Processes.of(loss).world_size == 1):
+        if values.dim() != 1 or (values.shape[0] != count and _is_alone(loss)):
             raise ValueError(
                 f"the terms of pair_terms must all have shape (B,), B = {count}, "
                 f"got {name} of shape {tuple(values.shape)}"
@@ -145,7 +153,7 @@ def _logits(
     process's pairs against all (``local_loss``), a row a pair with the label its own column.
     """
     image, text, scale, bias = _inputs(model_out, prefix)
-    if Processes.of(loss).world_size == 1:
+    if _is_alone(loss):
         return pair_logits(image, text, scale, bias), None, None
     options = {} if bias is None else {"logit_bias": bias}
     per_image, per_text = loss.get_logits(image, text, scale, **options)
@@ -161,7 +169,7 @@ def _clip(loss: Any, model_out: Mapping[str, Any]) -> PairTerms:
 
 def _siglip(loss: Any, model_out: Mapping[str, Any]) -> PairTerms:
     image, text, scale, bias = _inputs(model_out)
-    if Processes.of(loss).world_size == 1:
+    if _is_alone(loss):
         contrastive = siglip_pair_losses(pair_logits(image, text, scale, bias))
     else:
         # The oldest versions have `bidir`, true or false, in place of `dist_impl`.

@@ -190,16 +190,19 @@ def lacking(number):
 
 
 def test_what_samples_lack_is_said_once_with_the_count(data, tmp_path, record):
-    lacks = {**data, "train": write_shards(tmp_path / "shards", SIZES, member=lacking)}
+    texts = {"member": lacking, "caption": lambda n: "\n" if n % 6 == 4 else f"picture number {n}"}
+    lacks = {**data, "train": write_shards(tmp_path / "shards", SIZES, **texts)}
     flags = (*FAIR, "--fair-id-key", "uid", "--workers", "2")
     assert train.main(streamed(lacks, tmp_path, "run", *flags)) == 0
     numbers = [number % 6 for number, _, _ in record.given[:PAIRS]]
-    rare, warning = warnings_of(tmp_path / "run")
+    first, rare, warning = warnings_of(tmp_path / "run")
+    assert "captions are empty (first of sample " in first
     assert "race=White (7 of 48 pairs, 1.2 a batch); add --fair-queue 8, " in rare
     for part in (
         f"of {PAIRS} pairs in epoch 0, {numbers.count(1)} have no json member",
         f"{numbers.count(5)} have no id under 'uid' (named by shard and key instead)",
         f"{numbers.count(2)} have no key 'race'",
+        f"{numbers.count(4)} have no caption (trained as empty text)",
     ):
         assert part in warning
     pairs = read_shards(tmp_path / "shards")

@@ -85,7 +85,7 @@ def read_shards(folder):
                 key, _, extension = name.partition(".")
                 if extension != "txt":
                     continue
-                number = int(tar.extractfile(name).read().split()[-1])
+                number = len(pairs)  # as they were written
                 has_json = f"{key}.json" in tar.getnames()
                 pairs[number] = {
                     "shard": path.name,

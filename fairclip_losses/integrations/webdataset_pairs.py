@@ -46,12 +46,12 @@ from .flags import FairOptions
 from .pair_reports import FlagRates, WarnOnce, attribute_column, count_flagged, flag_rates
 
 # Columns of a sample's row: id, shard number, what it lacks, group codes. Of what it lacks bit 0 is
-# the json member, bit 1 the id asked for, bit 2 + c the key of attribute c; the bit past these says
-# that the image has more than 8 bits.
+# the json member, bit 1 the id asked for, bit 2 + c the key of attribute c, and the next the caption;
+# the bit past these says that the image has more than 8 bits.
 ID, SHARD, LACKS, GROUPS = 0, 1, 2, 3
 
 FIELDS = (f"{PREFIX}row", f"{PREFIX}key")  # names under which a sample carries its row and its key
-DEEP = "__deep__"  # that of whether its image has more than 8 bits
+NOTED = "__noted__"  # that of the last two bits: 1 = an empty caption, 2 = more than 8 bits
 IMAGES = (".jpg", ".png", ".jpeg", ".webp")  # open_clip's
 
 Shards = Mapping[str, tuple[int, str]]  # url -> number and name
@@ -102,7 +102,8 @@ def _cell(value: object) -> str | None:
 class DecodeStage:
     """open_clip's stage that decodes a sample's members, and leaves out what it cannot decode.
 
-    The line that open_clip logs of these gets their names, and a sample says if its image is deep.
+    The line that open_clip logs of these gets their names, and a sample says if its caption is empty
+    or its image deep.
     """
 
     def __init__(self, inner: Any, shards: Shards) -> None:
@@ -110,20 +111,21 @@ class DecodeStage:
         self.shards = shards
 
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Pass the decoded samples on, each with the field `DEEP`."""
+        """Pass the decoded samples on, each with the field `NOTED`."""
         options = {**self.inner.kw, "handler": self._leave_out}
         for sample in self.inner.f(self._noted(samples), self._look, *self.inner.args, **options):
-            yield {**sample, DEEP: self.is_deep}
+            yield {**sample, NOTED: self.noted}
 
     def _noted(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for sample in samples:
-            self.sample, self.member, self.is_deep = sample, "", False
+            self.sample, self.member, self.noted = sample, "", 0
             yield sample
 
     def _look(self, member: str, content: bytes) -> None:
         """Look at a member just before it is decoded."""
         self.member = member
-        self.is_deep |= member in IMAGES and holds_deep_image(content)
+        self.noted |= member == ".txt" and not content.strip()
+        self.noted |= 2 * (member in IMAGES and holds_deep_image(content))
 
     def _leave_out(self, error: Exception) -> Any:
         error.args = (*error.args, f"{place(self.sample, self.shards)}, member {self.member}")
@@ -165,11 +167,11 @@ class PairStage:
         """
         key, (number, shard) = str(sample["__key__"]), self.shards[sample["__url__"]]
         found, codes = sample.get("json"), [UNKNOWN] * len(self.coders)
-        deep = sample.get(DEEP, False) << 2 + len(codes)
+        noted = sample.get(NOTED, 0) << 2 + len(codes)
         if not isinstance(found, Mapping):
-            return [hashed_id(shard, key), number, 1 | deep, *codes]
+            return [hashed_id(shard, key), number, 1 | noted, *codes]
         identity = None if self.id_key is None else own_id(found.get(self.id_key))
-        lacks = deep | 2 * (self.id_key is not None and identity is None)
+        lacks = noted | 2 * (self.id_key is not None and identity is None)
         for position, (name, coder) in enumerate(self.coders.items()):
             if name not in found:
                 lacks |= 4 << position
@@ -372,7 +374,7 @@ class SeenPairs:
 
     def __init__(self, attributes: int) -> None:
         self.count = 0
-        self.lacks = torch.zeros(2 + attributes, dtype=torch.int64)  # samples, by bit of LACKS
+        self.lacks = torch.zeros(3 + attributes, dtype=torch.int64)  # samples, by bit of LACKS
         self._codes = np.empty((0, attributes), dtype=np.int8)
         self._batches: list[tuple[IntArray, npt.NDArray[np.int32], npt.NDArray[np.int8], str]] = []
 
@@ -485,7 +487,8 @@ class ShardSource(PairSource):
 
     def _warn_of_lacks(self, epoch: int, pairs: int, lacks: Sequence[int]) -> None:
         id_key = f"id under {self._stage.id_key!r} (named by shard and key instead)"
-        whats = ["json member", id_key, *(f"key {name!r}" for name in self._stage.coders)]
+        keys = (f"key {name!r}" for name in self._stage.coders)
+        whats = ["json member", id_key, *keys, "caption (trained as empty text)"]
         found = [f"{n} have no {what}" for n, what in zip(lacks, whats, strict=True) if n]
         if found:
             self._warn(

@@ -148,7 +148,7 @@ class FairLoss(StatefulModule):
         self.register_state("epoch", torch.zeros((), dtype=torch.int64))
         self.register_state("batch_position", torch.zeros((), dtype=torch.int64))
         self.last: FairLossState | None = None
-        self._processes()
+        self._check_score(Processes.of(base_loss))
 
     def forward(
         self,
@@ -174,8 +174,10 @@ class FairLoss(StatefulModule):
             raise ValueError(
                 "the fairness term needs groups (B,), (B, C) or name -> (B,), got None"
             )
-        check_processes(self.base_loss)
-        batch = _Batch.of(self.base_loss, self._processes(), model_out)
+        # Only now: the base loss may have learnt of its processes since it was made.
+        processes = check_processes(self.base_loss)
+        self._check_score(processes)
+        batch = _Batch.of(self.base_loss, processes, model_out)
         pair_ids, groups = batch.gather_metadata(
             pair_ids if by_pair else None, groups if self.fairness is not None else None
         )
@@ -195,8 +197,8 @@ class FairLoss(StatefulModule):
         term = last = None
         if self.fairness is not None and groups is not None:
             scores = self._scores(terms, model_out, batch)
-            base, *_ = parts
             if self.fairness_limit < math.inf:
+                base, *_ = parts
                 most = self.fairness_limit * shares / len(shares)
                 parts[base], scores = _LimitedGradient.apply(parts[base], scores, most)
             term = self._fairness_term(self.fairness, scores, groups, weights, recording)
@@ -226,15 +228,12 @@ class FairLoss(StatefulModule):
             f"normalization={self.normalization!r}, mining_unit={self.mining_unit!r}"
         )
 
-    def _processes(self) -> Processes:
-        """Return the base loss's processes, of which it may have learnt since it was made."""
-        processes = Processes.of(self.base_loss)
+    def _check_score(self, processes: Processes) -> None:
         if self.score == "official" and processes.world_size > 1:
             raise ValueError(
                 "score='official' is for comparisons in one process, got a base loss with "
                 f"world_size={processes.world_size}"
             )
-        return processes
 
     def _visits(self, losses: Tensor, pair_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Return the losses and ids that the miner is given, or None where it is given none."""
