@@ -46,8 +46,8 @@ from .flags import FairOptions
 from .pair_reports import FlagRates, WarnOnce, attribute_column, count_flagged, flag_rates
 
 # Columns of a sample's row: id, shard number, what it lacks, group codes. Of what it lacks bit 0 is
-# the json member, bit 1 the id asked for, bit 2 + c the key of attribute c, and the next the caption;
-# the bit past these says that the image has more than 8 bits.
+# the json member, bit 1 the id asked for, bit 2 + c the key of attribute c, and the next the
+# caption; the bit past these says that the image has more than 8 bits.
 ID, SHARD, LACKS, GROUPS = 0, 1, 2, 3
 
 FIELDS = (f"{PREFIX}row", f"{PREFIX}key")  # names under which a sample carries its row and its key
@@ -102,8 +102,8 @@ def _cell(value: object) -> str | None:
 class DecodeStage:
     """open_clip's stage that decodes a sample's members, and leaves out what it cannot decode.
 
-    The line that open_clip logs of these gets their names, and a sample says if its caption is empty
-    or its image deep.
+    The line that open_clip logs of these gets their names, and a sample says if its caption is
+    empty or its image deep.
     """
 
     def __init__(self, inner: Any, shards: Shards) -> None:
