@@ -30,7 +30,7 @@ from training_runs import (
 
 from fairclip_losses import train
 from fairclip_losses.data import CodeBook, Table, encode_attributes, write_table
-from fairclip_losses.data.tables import GroupCoder
+from fairclip_losses.data.groups import GroupCoder
 from fairclip_losses.errors import UsageError
 from fairclip_losses.integrations import webdataset_pairs as module
 from fairclip_losses.integrations.fair_training import pair_source
