@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import settings
@@ -14,6 +15,10 @@ from stub_open_clip import make_program
 from stub_open_clip import registered as in_every_run
 
 from fairclip_losses.integrations.open_clip import PROGRAM
+
+# A busy machine may take its time over one example.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 # Everywhere else each run draws new problems; in continuous integration a run must repeat.
 settings.register_profile("ci", derandomize=True)
