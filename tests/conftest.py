@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 
-import hypothesis
 import pytest
 import torch
 from hypothesis import settings
@@ -16,14 +15,10 @@ from stub_open_clip import registered as in_every_run
 
 from fairclip_losses.integrations.open_clip import PROGRAM
 
-# A busy machine may take its time over one example.
-hypothesis.settings.register_profile("patient", deadline=None)
-hypothesis.settings.load_profile("patient")
-
-# Everywhere else each run draws new problems; in continuous integration a run must repeat.
-settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+# A busy machine may take its time over one example. In continuous integration a run must repeat;
+# everywhere else each draws new problems.
+settings.register_profile("patient", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("patient")
 
 
 @pytest.fixture

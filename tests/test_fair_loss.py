@@ -92,7 +92,7 @@ def test_alone_it_is_the_base_loss_bit_for_bit(kind, output_dict):
 
 
 @every_base
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     count=st.integers(0, 12),
     seed=st.integers(0, 2**31),
@@ -179,7 +179,7 @@ def test_what_is_not_finite_comes_out_as_the_base_gives_it(kind, bad, place, sco
 
 @every_base
 @pytest.mark.parametrize("normalization", ["batch", "weights"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(count=st.integers(1, 9), seed=st.integers(0, 2**31), output_dict=st.booleans())
 def test_weights_by_a_double_loop(kind, normalization, count, seed, output_dict):
     draw = np.random.default_rng(seed)
@@ -276,7 +276,7 @@ def loop_scores(kind, output):
 
 @every_score
 @pytest.mark.parametrize("p", [1, 2])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(count=st.integers(1, 12), seed=st.integers(0, 2**31), weight=st.floats(1e-6, 10))
 def test_fairness_term_by_a_loop_over_groups(score, p, count, seed, weight):
     output = model_output(count=count, seed=seed, dtype=torch.float64)
@@ -398,7 +398,7 @@ def test_evaluation_without_groups_leaves_the_fairness_term_out(kind, output_dic
 
 
 @pytest.mark.parametrize("accumulated", [False, True])
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(seed=st.integers(0, 2**31))
 def test_batch_unit_by_a_loop(accumulated, seed):
     """One mean loss a position in the epoch; a flagged one is weighed, and stored, as weighed."""

@@ -122,7 +122,7 @@ def random_batch(count=20, num_groups=NUM_GROUPS, seed=0, dtype=torch.float64):
 # ------------------------------ values
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     batch=batches(),
     p=st.sampled_from([1, 2]),
@@ -160,7 +160,7 @@ def test_equals_the_loop_over_groups(batch, p, reduction, least, weights, divide
     assert torch.isfinite(points.grad).all() and (points.grad[~torch.tensor(valid)] == 0).all()
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(batch=batches(most=6, attributes=1), p=st.sampled_from([1, 2]))
 def test_blurred_term_equals_pots_couplings(batch, p):
     scores, codes, num_groups = batch
@@ -170,7 +170,7 @@ def test_blurred_term_equals_pots_couplings(batch, p):
     np.testing.assert_allclose(terms.total, expected, rtol=1e-4, atol=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(batch=batches(), seed=st.integers(0, 2**31), shift=st.floats(-5, 5))
 def test_order_and_shift_change_nothing(batch, seed, shift):
     scores, codes, num_groups = batch
@@ -189,7 +189,7 @@ def test_a_group_that_is_the_batch_costs_nothing():
 # ------------------------------ gradients
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**31),
     count=st.integers(2, 9),
@@ -212,7 +212,7 @@ def test_gradcheck(seed, count, p, reduction, divided):
     assert torch.autograd.gradcheck(term, (points,), eps=1e-6, atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(batch=batches(), p=st.sampled_from([1, 2]), divided=st.booleans())
 def test_detach_parts_the_gradient(batch, p, divided):
     # W_1 of common points has corners, where the two sides may choose differently.
@@ -274,7 +274,7 @@ def test_nothing_to_compare_is_a_graph_connected_zero(p, blur, codes, options):
 # ------------------------------ the module
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     batch=batches(),
     p=st.sampled_from([1, 2]),
@@ -497,7 +497,7 @@ class LoopQueue:
                 queue.extend(scores_of_group)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     size=st.integers(1, 9),
     counts=st.lists(st.integers(0, 12), min_size=2, max_size=5),

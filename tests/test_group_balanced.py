@@ -27,7 +27,7 @@ from group_balanced import GroupBalancedSampler
     st.integers(1, 3),
     st.integers(0, 2**31),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_batches_are_balanced_and_groups_are_gone_through(codes, batch_size, world_size, seed):
     codes = torch.tensor(codes)
     shares = [

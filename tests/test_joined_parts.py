@@ -17,7 +17,7 @@ from fairclip_losses import FairLoss, SinkhornFairnessLoss
 from fairclip_losses.pair_terms import PairTerms
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(count=st.integers(4, 20), seed=st.integers(0, 2**31), some_absent=st.booleans())
 def test_the_miners_weights_are_the_mass_of_the_distributions(count, seed, some_absent):
     draw = torch.Generator().manual_seed(seed)
@@ -45,7 +45,7 @@ class Given(torch.nn.Module):
         return PairTerms(values, {"contrastive_loss": values})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     count=st.integers(4, 24),
     seed=st.integers(0, 2**31),

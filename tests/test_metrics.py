@@ -32,7 +32,7 @@ from fairclip_losses.metrics import (
 DPD, EOD = demographic_parity_difference, equalized_odds_difference
 EXACT = {"rel": 0, "abs": 1e-12}
 SEEDS = st.integers(0, 2**32 - 1)
-drawn = settings(deadline=None, max_examples=30)
+drawn = settings(max_examples=30)
 ONE_GROUP = pytest.mark.filterwarnings("ignore:one group alone:UserWarning")
 ONE_CLASS = pytest.mark.filterwarnings("ignore:.*one class only:UserWarning")
 FAIRLEARN = tuple(map(int, fairlearn_version.split(".")[:2]))
@@ -132,7 +132,7 @@ def test_two_score_columns_are_two_one_vs_rest_tasks_and_one_class_has_no_auc():
 # Gaps
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(SEEDS, st.sampled_from([2, 4]), st.booleans())
 def test_gaps_are_fairlearns(seed, classes, weighted):
     # With few samples in a group, classes are often missing from it.

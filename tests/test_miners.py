@@ -67,7 +67,7 @@ sigmas_drawn = st.sampled_from([0.5, 1.0, 1.7, math.inf])
 run_drawn = st.lists(st.lists(visits_drawn, min_size=1, max_size=4), min_size=1, max_size=4)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     run=run_drawn,
     streaming=st.booleans(),
@@ -507,7 +507,7 @@ def test_histories():
     assert F.history_z_score(torch.tensor([1.0, 2.0]), 1.0, 0.0).tolist() == [0.0, 0.0]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     values=st.lists(st.tuples(st.floats(-50, 50), st.booleans()), max_size=30),
     noisy=st.sampled_from([0.0, 0.7, 1.5, math.inf]),

@@ -72,7 +72,7 @@ def test_mixture_fits_many_values_on_a_part_of_them():
     torch.testing.assert_close(part, whole, atol=0.02, rtol=0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     values=st.lists(
         st.one_of(st.floats(-1e6, 1e6, width=32), st.sampled_from([0.0, 1.0])), max_size=25

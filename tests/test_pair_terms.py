@@ -39,7 +39,7 @@ def output_of(kind, count, dim=4, seed=0, dtype=torch.float64, scale=10.0):
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(**SIZES, scale=st.floats(0.1, 100))
 def test_means_and_gradients_are_those_of_open_clip(kind, count, dim, seed, scale):
     output = output_of(kind, count, dim, seed, scale=scale)
@@ -122,7 +122,7 @@ def refuses_a_second_derivative(function, name):
         grad.sum().backward()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(count=st.integers(1, 7), seed=st.integers(0, 2**31))
 def test_rows_of_both_sides_are_the_symmetric_form(count, seed):
     logits = torch.from_numpy(random_logits(count, seed)).requires_grad_()
@@ -140,7 +140,7 @@ def random_logits(count, seed, scale=3.0):
     return np.random.default_rng(seed).normal(size=(count, count)) * scale
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(count=st.integers(1, 7), dim=st.integers(1, 5), seed=st.integers(0, 2**31))
 def test_official_scores_and_similarities_are_diagonals(count, dim, seed):
     output = output_of("siglip", count, dim, seed)
@@ -157,7 +157,7 @@ def test_official_scores_and_similarities_are_diagonals(count, dim, seed):
 
 
 @pytest.mark.parametrize("normalization", ["batch", "weights"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     pairs=st.lists(
         st.tuples(st.floats(-100, 100), st.one_of(st.sampled_from([0.0, 1.0]), st.floats(1e-6, 4))),

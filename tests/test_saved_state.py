@@ -74,7 +74,7 @@ EPOCHS = 5
 
 
 @given(st.integers(0, 3), *[st.booleans()] * 3, st.integers(0, EPOCHS))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_states_follow_the_checkpoints_and_stopped_and_resumed_equals_uninterrupted(
     frequency, recent, deleting, evaluating, epoch
 ):

@@ -26,7 +26,7 @@ def training_batch(n, groups=3):
 
 
 @pytest.mark.parametrize("p", POWERS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(one=clouds(), other=clouds(rows=2))
 def test_backends_agree_on_ragged_problems(p, one, other):
     (x, a), (y, b) = one, other

@@ -89,7 +89,7 @@ def problems(draw):
 
 
 @every_power
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problem=problems(), device=st.sampled_from([nullcontext, as_on_an_accelerator]))
 def test_costs_and_gradients_are_those_of_rational_arithmetic(p, device, problem):
     """Ties, absent points, rows without mass, N != M; each row's cost has its own factor."""
@@ -138,7 +138,7 @@ def test_the_gradient_of_many_scores_is_that_of_rational_arithmetic(p, device):
 
 
 @every_power
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(batch=clouds(max_points=30, rows=3), seed=st.integers(0, 9))
 def test_a_batch_and_its_groups_are_pots(p, batch, seed):
     """Cost and gradient of POT's autograd; ties moved apart, since it tears them as they come."""
@@ -157,7 +157,7 @@ def test_a_batch_and_its_groups_are_pots(p, batch, seed):
 
 
 @every_power
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(one=clouds(), other=clouds())
 def test_potentials_are_feasible_and_as_good_as_the_plan(p, one, other):
     (x, a), (y, b) = one, other
@@ -186,7 +186,7 @@ def test_an_absent_point_far_away_finds_no_mass_of_rounding(p):
 
 
 @every_power
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cloud=clouds(rows=2))
 def test_a_measure_costs_nothing_against_itself(p, cloud):
     """Not even rounding."""

@@ -76,7 +76,7 @@ def test_envelope_equals_pots(blur):
 
 @pytest.mark.parametrize("p", POWERS)
 @pytest.mark.parametrize("blur", [0.0, 0.1])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(cloud=clouds(rows=2))
 def test_points_without_weight_do_nothing(p, blur, cloud):
     """A ragged row with zero weights is the same problem without those points."""

@@ -141,7 +141,7 @@ def test_points_that_are_not_finite(blur, wrong, side):
         (1, 1, 0.3, "prefix"),
     ],
 )
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(
     absent=st.lists(st.integers(0, 15), min_size=1, max_size=9, unique=True),
     bad=st.sampled_from([math.nan, math.inf, -math.inf, 1e30]),

@@ -30,7 +30,7 @@ def rows(points, count, seed):
     return weights / weights.sum(-1, keepdims=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lines(least=3), st.sampled_from([1e-3, 0.1, 1.0, 100.0]), st.integers(0, 99))
 def test_products_are_those_of_all_entries(z, epsilon, seed):
     """On short lines and on long ones, with absent points and potentials that follow the cost."""
@@ -49,7 +49,7 @@ def test_products_are_those_of_all_entries(z, epsilon, seed):
     np.testing.assert_allclose(kernel.mean_sign(exponent), expected_mean, rtol=0, atol=8 * rounding)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lines(), st.sampled_from([0.1, 1.0, 100.0]), st.integers(0, 99))
 def test_couplings_meet_the_marginals(z, epsilon, seed):
     """The coupling of all entries has the marginals, that of a measure and itself too."""

@@ -23,7 +23,7 @@ from fairclip_losses.ops import sinkhorn_divergence
 
 TOL = 1e-6  # the default of `sinkhorn_divergence`
 
-quick = settings(max_examples=15, deadline=None)
+quick = settings(max_examples=15)
 every_kind = pytest.mark.parametrize(("p", "blur"), list(itertools.product(POWERS, BLURS)))
 
 

@@ -57,7 +57,7 @@ def marginal_errors(x, b, f, g, blur) -> np.ndarray:
     return error + np.abs(plan.sum(1) - weights).sum(1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     layout=st.sampled_from(LAYOUTS),
     n=st.integers(2, 700),
@@ -131,7 +131,7 @@ ordered = st.lists(st.floats(-1, 1), min_size=1, max_size=60, unique=True).map(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(points=ordered, order=st.integers(1, 9), seed=st.integers(0, 99))
 def test_gauss_points_keep_all_moments(points, order, seed):
     """Of two cells: all that polynomials below twice the order integrate to."""
@@ -146,7 +146,7 @@ def test_gauss_points_keep_all_moments(points, order, seed):
         np.testing.assert_allclose(masses @ nodes**power, moment, atol=1e-13)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     x=ordered, y=ordered, depth=st.floats(1, 30), blur=st.floats(0.02, 2), seed=st.integers(0, 99)
 )
@@ -169,7 +169,7 @@ def test_windows_leave_out_what_is_below_their_depth(x, y, depth, blur, seed):
     np.testing.assert_allclose(gradient, x - share @ y, rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     layout=st.sampled_from(LAYOUTS),
     n=st.integers(2, 200),

@@ -30,7 +30,7 @@ from sinkhorn_reference import (
 
 from fairclip_losses.ops import sinkhorn_divergence
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 
 
 def plan_of_linear_programme(cost, a, b):
@@ -61,7 +61,7 @@ def test_exact_is_scipys_and_pots_distance(one, other):
 
 
 @pytest.mark.parametrize("p", POWERS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(one=clouds(max_points=6), other=clouds(max_points=6))
 def test_tiny_blur_reaches_the_linear_programme(p, one, other):
     (x, a), (y, b) = one, other

@@ -100,7 +100,7 @@ def test_every_mark_of_pandas_is_unknown_and_none_is_a_label(tmp_path):
             given_attributes([f"g=a,{mark}"], "--fair-attributes")
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(st.sampled_from(["1", "2", "10"]), min_size=1, max_size=6))
 def test_labels_are_the_same_with_and_without_gaps(tmp_path_factory, cells):
     """A data frame writes its integers as floats once a value is missing."""
@@ -119,7 +119,7 @@ CELL = st.text(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(CELL, CELL), min_size=1, max_size=6), st.sampled_from(",\t;"))
 def test_written_table_reads_back(tmp_path_factory, rows, separator):
     path = tmp_path_factory.mktemp("round") / "table.csv"
@@ -295,7 +295,7 @@ def test_whole_numbers_are_one_label_however_written_and_names_among_names(cells
     assert book.labels == {"g": labels}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from(["a", "b", "B", "", "na", "10", "9"])))
 def test_codes_and_labels_are_inverse(cells):
     cells = ["a", *cells]
