@@ -174,8 +174,7 @@ class FairLoss(StatefulModule):
             raise ValueError(
                 "the fairness term needs groups (B,), (B, C) or name -> (B,), got None"
             )
-        # Only now: the base loss may have learnt of its processes since it was made.
-        processes = check_processes(self.base_loss)
+        processes = check_processes(self.base_loss)  # which may have learnt of them only now
         self._check_score(processes)
         batch = _Batch.of(self.base_loss, processes, model_out)
         pair_ids, groups = batch.gather_metadata(
@@ -198,9 +197,7 @@ class FairLoss(StatefulModule):
         if self.fairness is not None and groups is not None:
             scores = self._scores(terms, model_out, batch)
             if self.fairness_limit < math.inf:
-                base, *_ = parts
-                most = self.fairness_limit * shares / len(shares)
-                parts[base], scores = _LimitedGradient.apply(parts[base], scores, most)
+                scores = self._limit(scores, parts, shares)
             term = self._fairness_term(self.fairness, scores, groups, weights, recording)
             last = self.fairness.last
             if recording and self.miner is not None and visits is not None:
@@ -245,6 +242,13 @@ class FairLoss(StatefulModule):
         # In evaluation the batch recorded last is seen again: there may be none after it.
         position = self.batch_position if self.training else self.batch_position - 1
         return losses.mean()[None], position.clamp(min=0).clone()[None]
+
+    def _limit(self, scores: Tensor, parts: dict[str, Tensor], shares: Tensor) -> Tensor:
+        """Return the scores, their gradient limited by the first part's, which is replaced."""
+        base, *_ = parts
+        most = self.fairness_limit * shares / len(shares)
+        parts[base], scores = _LimitedGradient.apply(parts[base], scores, most)
+        return scores
 
     def _fairness_term(
         self,
