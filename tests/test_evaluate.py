@@ -473,12 +473,14 @@ def test_as_a_module_with_a_warning(run, tmp_path):
         capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    # What else open_clip 2 pulls in has something to say of old versions of others.
-    said = result.stderr.splitlines()[0 if HAS_LOCAL_DIR else -3 :]
+    # open_clip 2 pulls in what has something to say of old versions, and draws other weights.
     start = "fairclip_losses.evaluate: warning: "
-    alone = "attribute 'sex': group 'm' holds one class only: its AUC is NaN"
-    assert len(said) == 3 and all(line.startswith(start) for line in said)
-    assert "2 groups in 4 rows" in said[0] and said[1] == start + alone and "crossed" in said[2]
+    lines = result.stderr.splitlines()
+    said = [line.removeprefix(start) for line in lines if HAS_LOCAL_DIR or line.startswith(start)]
+    few, alone, *crossed = said
+    assert "2 groups in 4 rows" in few
+    assert alone == "attribute 'sex': group 'm' holds one class only: its AUC is NaN"
+    assert len(crossed) == 1 and "crossed" in crossed[0] if HAS_LOCAL_DIR else len(crossed) < 2
     assert "AUC, m" in result.stdout and "n/a" in result.stdout
     text = (tmp_path / "out" / "fairness.json").read_text()
     assert "NaN" not in text

@@ -39,7 +39,7 @@ def interval(values: np.ndarray[Any, Any]) -> tuple[float, float]:
     """Return the 95 % bootstrap interval (BCa) of the mean over seeds."""
     if len(values) < 3 or np.ptp(values) == 0:
         return float("nan"), float("nan")
-    found = bootstrap((values,), np.mean, rng=np.random.default_rng(0)).confidence_interval
+    found = bootstrap((values,), np.mean, random_state=0).confidence_interval
     return float(found.low), float(found.high)
 
 

@@ -105,7 +105,8 @@ class _ExactCost(torch.autograd.Function):
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
                 by_points = _area_gradients if ctx.p == 1 else _coupling_gradients
                 found = by_points(saved, a, b, grad, x.shape[-2], y is None, ctx.tied)
-                for k, (points, by) in enumerate(zip((x, y), found, strict=False)):
+                for k, by in enumerate(found):  # one where y is None
+                    points = (x, y)[k]
                     grads[k] = by.sum_to_size(points.shape[:-1])[..., None].to(points.dtype)
             if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
                 m = (x if y is None else y).shape[-2]
