@@ -194,9 +194,8 @@ def left_out(run: Run, share: float, mining: bool, fairness: bool = False) -> Fa
 
 def group_dro(run: Run, mining: bool) -> FairLoss:
     """Return group DRO, with mining or without."""
-    miner = package(run, fairness=False).miner if mining else TrueWeights(run)
-    if isinstance(miner, TrueWeights):
-        miner.right = torch.ones_like(miner.right)
+    # Without mining, a miner that leaves nobody out: the loss then is made of the per-pair terms.
+    miner = package(run, fairness=False).miner if mining else LeftOut(run, 0.0)
     return WithGroups(GroupDro(0.01), miner)  # type: ignore[arg-type]
 
 

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from data import PROMPTS, Condition, Split, make_splits
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from fairclip_losses import FairLoss, metrics
@@ -248,9 +247,5 @@ def _detection(loss: FairLoss, data: TrainingData) -> dict[str, float]:
 
 
 def _auroc(bad: np.ndarray, score: np.ndarray) -> float:
-    positives = int(bad.sum())
-    negatives = len(bad) - positives
-    if not positives or not negatives:
-        return float("nan")
-    ranks = rankdata(score)[bad].sum() - positives * (positives + 1) / 2
-    return float(ranks / (positives * negatives))
+    """Return the AUROC of a score for the bad pairs, NaN where all pairs or none are bad."""
+    return metrics.roc_auc(bad.astype(int), score) if 0 < bad.sum() < len(bad) else float("nan")
